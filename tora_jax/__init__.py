@@ -1,0 +1,1 @@
+"""Tora, a trajectory-controlled video diffusion transformer, in JAX and Flax."""

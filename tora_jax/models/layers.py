@@ -1,0 +1,218 @@
+"""Layers that several models share.
+
+Dimension key, used in every shape annotation of the project:
+
+  b  batch                          h w  height and width: pixels of a video, cells of a latent
+  t  frames of a video or latent    s    spatial tokens of one frame, h * w after patchify
+  c  channels, model width          n    text tokens
+  k  attention heads                d    channels of one head
+  l  length of a sequence           m    channels of the motion features
+  depth  number of (spatial block, temporal block) pairs
+
+Numerics: parameters are float32; `dtype` is what matrix products run in. Norms, modulation, softmax, rotary and
+timestep embeddings are always float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+Dtype = jnp.dtype | type
+
+
+def dense(features: int, *, dtype: Dtype, name: str, kernel_init: Callable | None = None, bias: bool = True):
+    """A linear layer with the reference's initialisation (Xavier uniform, zero bias)."""
+    init = kernel_init or nn.initializers.xavier_uniform()
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+
+
+def layer_norm(x: Float[Array, "*l c"], eps: float = 1e-6) -> Float[Array, "*l c"]:
+    """LayerNorm over channels without parameters, in float32 (adaLN brings its own scale and shift)."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+def modulate(x: Float[Array, "*l c"], shift: Array, scale: Array) -> Float[Array, "*l c"]:
+    return x * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale, in float32."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*l c"]) -> Float[Array, "*l c"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return (scale * x32).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "b l k d"],
+    k: Float[Array, "b n k d"],
+    v: Float[Array, "b n k d"],
+    key_mask: Bool[Array, "b n"] | None = None,
+) -> Float[Array, "b l k d"]:
+    """Softmax attention, the softmax in float32. `key_mask`: True = may be attended to."""
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def rotate(x: Float[Array, "b l k d"], base: float = 10000.0) -> Float[Array, "b l k d"]:
+    """Rotary position embedding over l with interleaved pairs (channels 2i and 2i + 1 turn together)."""
+    length, half = x.shape[1], x.shape[-1] // 2
+    angle = np.arange(length)[:, None] * base ** (-np.arange(half) / half)
+    cos, sin = (jnp.asarray(f(angle), jnp.float32)[:, None, :] for f in (np.cos, np.sin))
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention: fused qkv with bias, RMS norm of q and k over the head, optional rotary."""
+
+    num_heads: int
+    qk_norm: bool = True
+    rotary: bool = False
+    out_init: Callable | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
+        width = x.shape[-1]
+        qkv = dense(3 * width, dtype=self.dtype, name="qkv")(x)
+        q, k, v = einops.rearrange(qkv, "b l (three k d) -> three b l k d", three=3, k=self.num_heads)
+        if self.qk_norm:
+            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
+        x = einops.rearrange(attention(q, k, v), "b l k d -> b l (k d)")
+        return dense(width, dtype=self.dtype, name="proj", kernel_init=self.out_init)(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x to a context; `qk_norm` as in `SelfAttention`."""
+
+    num_heads: int
+    qk_norm: bool = False
+    out_init: Callable | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b l c"],
+        context: Float[Array, "b n _"],
+        context_mask: Bool[Array, "b n"] | None = None,
+    ) -> Float[Array, "b l c"]:
+        width = x.shape[-1]
+        q = dense(width, dtype=self.dtype, name="q")(x)
+        kv = dense(2 * width, dtype=self.dtype, name="kv")(context)
+        q = einops.rearrange(q, "b l (k d) -> b l k d", k=self.num_heads)
+        k, v = einops.rearrange(kv, "b n (two k d) -> two b n k d", two=2, k=self.num_heads)
+        if self.qk_norm:
+            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
+        x = einops.rearrange(attention(q, k, v, context_mask), "b l k d -> b l (k d)")
+        return dense(width, dtype=self.dtype, name="proj", kernel_init=self.out_init)(x)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a tanh GELU between."""
+
+    hidden: int
+    features: int
+    out_init: Callable | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*l _"]) -> Float[Array, "*l c"]:
+        x = nn.gelu(dense(self.hidden, dtype=self.dtype, name="fc1")(x), approximate=True)
+        return dense(self.features, dtype=self.dtype, name="fc2", kernel_init=self.out_init)(x)
+
+
+class ScalarEmbedder(nn.Module):
+    """A scalar (a timestep on 0..1000, frames per second) -> [c]: 256 sinusoids, cosines first, and an MLP."""
+
+    features: int
+    kernel_init: Callable = nn.initializers.normal(0.02)
+    out_init: Callable | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b"]) -> Float[Array, "*b c"]:
+        frequencies = np.exp(-np.log(10000.0) * np.arange(128) / 128).astype(np.float32)
+        angle = x.astype(jnp.float32)[..., None] * frequencies
+        x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1).astype(self.dtype)
+        x = nn.silu(dense(self.features, dtype=self.dtype, name="fc1", kernel_init=self.kernel_init)(x))
+        return dense(self.features, dtype=self.dtype, name="fc2", kernel_init=self.out_init)(x)
+
+
+def position_embedding(
+    grid: tuple[int, int],
+    features: int,
+    height: Float[Array, "b"],
+    width: Float[Array, "b"],
+    base_resolution: float,
+) -> Float[Array, "b s c"]:
+    """2D sin-cos positions of an (h, w) grid of patches, the width axis in the first half of the channels.
+
+    The grid is stretched so that a video of any size covers about the range that one of `base_resolution`
+    pixels a side covers (Open-Sora v1.2, PositionEmbedding2D): positions are divided by
+    sqrt(height * width) / base_resolution and multiplied by round(sqrt(number of patches)) / side.
+
+    Args:
+      grid: number of patches (h, w).
+      features: c; a multiple of 4.
+      height, width: of the video in pixels.
+      base_resolution: `input_sq_size` of the reference, 512 for the released weights.
+    """
+    h, w = grid
+    stretch = base_resolution / jnp.sqrt(height * width)
+    base = round((h * w) ** 0.5)
+    frequencies = (10000.0 ** (-np.arange(features // 4) / (features // 4))).astype(np.float32)
+
+    def axis(side: int) -> Float[Array, "b _ _"]:
+        position = np.arange(side, dtype=np.float32) * np.float32(base / side)
+        angle = (stretch[:, None] * position)[..., None] * frequencies
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+    x, y = axis(w), axis(h)
+    table = jnp.concatenate(
+        [
+            jnp.broadcast_to(x[:, None, :, :], (len(x), h, w, features // 2)),
+            jnp.broadcast_to(y[:, :, None, :], (len(y), h, w, features // 2)),
+        ],
+        axis=-1,
+    )
+    return einops.rearrange(table, "b h w c -> b (h w) c")
+
+
+def patchify(x: Float[Array, "b t h w c"], patch: int) -> Float[Array, "b t h2 w2 _"]:
+    """Groups 1 x patch x patch cells into one token; the far edges are zero-padded to a multiple of the patch."""
+    _, _, h, w, _ = x.shape
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -h % patch), (0, -w % patch), (0, 0)))
+    return einops.rearrange(x, "b t (h p) (w q) c -> b t h w (p q c)", p=patch, q=patch)
+
+
+def unpatchify(x: Float[Array, "b t h2 w2 _"], patch: int, size: tuple[int, int]) -> Float[Array, "b t h w c"]:
+    """The inverse of `patchify`, cut to `size` (h, w)."""
+    x = einops.rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=patch, q=patch)
+    return x[:, :, : size[0], : size[1]]
+
+
+def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    """`module` rematerialised under the `jax.checkpoint_policies` of that name; "none" keeps all activations."""
+    if policy == "none":
+        return module
+    return nn.remat(module, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=False)
