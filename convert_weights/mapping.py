@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -35,29 +36,32 @@ class Layout(enum.Enum):
     LINEAR = (1, 0)  # [out, in] -> [in, out]
     CONV2D = (2, 3, 1, 0)  # OIHW -> HWIO
     CONV3D = (2, 3, 4, 1, 0)  # OITHW -> THWIO
-    FLAT = "flat"  # [1, c, 1, 1, 1] -> [c]; back needs the source's shape, kept in the plan
+    PATCH = (2, 3, 4, 1, 0, "to matrix")  # OITHW with stride = kernel -> [(t h w i), o], a linear layer on patches
+    FLAT = ("to vector",)  # [1, c, 1, 1, 1] -> [c]
 
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        if self is Layout.SAME:
-            return array
-        if self is Layout.FLAT:
-            return array.reshape(-1)
-        return array.transpose(self.value)
-
-    def backward(self, array: np.ndarray, source_shape: Shape) -> np.ndarray:
-        if self is Layout.SAME:
-            return array
-        if self is Layout.FLAT:
-            return array.reshape(source_shape)
-        return array.transpose(np.argsort(self.value))
+    @property
+    def axes(self) -> tuple[int, ...] | None:
+        axes = tuple(a for a in self.value or () if isinstance(a, int))
+        return axes or None
 
     def shape(self, source: Shape) -> Shape:
         """The target shape, or the source's own where the rank does not fit (a mismatch is then reported)."""
-        if self is Layout.SAME:
+        if self.axes and len(self.axes) != len(source):
             return source
-        if self is Layout.FLAT:
-            return (int(np.prod(source)),)
-        return tuple(source[i] for i in self.value) if len(source) == len(self.value) else source
+        turned = tuple(source[i] for i in self.axes) if self.axes else source
+        if self is Layout.PATCH:
+            return (math.prod(turned[:-1]), turned[-1])
+        return (math.prod(turned),) if self is Layout.FLAT else turned
+
+    def forward(self, array: np.ndarray) -> np.ndarray:
+        turned = array.transpose(self.axes) if self.axes else array
+        return turned.reshape(self.shape(array.shape))
+
+    def backward(self, array: np.ndarray, source_shape: Shape) -> np.ndarray:
+        if not self.axes:
+            return array.reshape(source_shape)
+        turned = array.reshape([source_shape[i] for i in self.axes])
+        return turned.transpose(np.argsort(self.axes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,7 +145,7 @@ class ScalarEmbedder(nn.Module):
     """A scalar (a timestep on 0..1000, frames per second) -> [c]: 256 sinusoids, cosines first, and an MLP."""
 
     features: int
-    kernel_init: Callable = nn.initializers.normal(0.02)
+    kernel_init: Callable | None = None
     out_init: Callable | None = None
     dtype: Dtype = jnp.float32
 

@@ -1,0 +1,259 @@
+"""ST-DiT: Open-Sora v1.2's spatial-temporal diffusion transformer (STDiT3), with room for Tora's fusers.
+
+Source of every detail that looks odd: opensora/models/stdit/stdit3.py and layers/blocks.py at tag v1.2.0.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import einops
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from tora_jax.models import layers
+from tora_jax.models.layers import Dtype, layer_norm, modulate
+from tora_jax.models.motion_fuser import MotionFuser
+
+ZEROS = nn.initializers.zeros
+
+
+class Size(NamedTuple):
+    """What a `variant` string stands for."""
+
+    depth: int
+    width: int
+    num_heads: int
+    patch: int
+
+
+SIZES = {"XL/2": Size(28, 1152, 16, 2), "3B/2": Size(28, 1872, 26, 2)}
+
+
+def parse_variant(variant: str) -> Size:
+    """ "XL/2" and "3B/2" are the released sizes; any other is written depth x width x heads / patch.
+
+    >>> parse_variant("4x128x4/2")
+    Size(depth=4, width=128, num_heads=4, patch=2)
+    """
+    if variant in SIZES:
+        return SIZES[variant]
+    if match := re.fullmatch(r"(\d+)x(\d+)x(\d+)/(\d+)", variant):
+        size = Size(*map(int, match.groups()))
+        if min(size) < 1 or size.width % size.num_heads or size.width % 4 or size.width // size.num_heads % 2:
+            raise ValueError(
+                f"variant {variant!r}: the width must be a multiple of 4 and of the number of heads, "
+                "and the width of a head even"
+            )
+        return size
+    raise ValueError(
+        f"unknown variant {variant!r}; use {', '.join(SIZES)} or DEPTHxWIDTHxHEADS/PATCH, such as 4x128x4/2"
+    )
+
+
+class STDiTBlock(nn.Module):
+    """One transformer block: adaLN self-attention over space or time, attention to the text, adaLN MLP."""
+
+    num_heads: int
+    temporal: bool
+    qk_norm: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t s c"],
+        text: Float[Array, "b n c"],
+        text_mask: Bool[Array, "b n"] | None,
+        modulation: Float[Array, "b t_or_1 6 c"],
+    ) -> Float[Array, "b t s c"]:
+        """Applies the block.
+
+        Args:
+          x: tokens.
+          text, text_mask: embedded caption; True = a valid token.
+          modulation: from the timestep; one row for all frames, or one for each where frames are conditioned.
+        """
+        b, t, s, c = x.shape
+        # Temporal blocks start as the identity: the reference starts from an image model (initialize_weights).
+        out_init = ZEROS if self.temporal else None
+        table = self.param("scale_shift_table", nn.initializers.normal(c**-0.5), (6, c))
+        rows = (table + modulation.astype(jnp.float32))[:, :, :, None, :]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (rows[:, :, i] for i in range(6))
+
+        fold, unfold = (
+            ("b t s c -> (b s) t c", "(b s) t c -> b t s c")
+            if self.temporal
+            else ("b t s c -> (b t) s c", "(b t) s c -> b t s c")
+        )
+        attend = layers.SelfAttention(
+            self.num_heads, self.qk_norm, rotary=self.temporal, out_init=out_init, dtype=self.dtype, name="attn"
+        )
+        y = modulate(layer_norm(x), shift_attn, scale_attn).astype(self.dtype)
+        y = einops.rearrange(attend(einops.rearrange(y, fold)), unfold, b=b)
+        x = x + (gate_attn * y).astype(x.dtype)
+
+        cross = layers.CrossAttention(self.num_heads, out_init=out_init, dtype=self.dtype, name="cross_attn")
+        x = x + cross(x.reshape(b, t * s, c), text, text_mask).reshape(x.shape)
+
+        y = modulate(layer_norm(x), shift_mlp, scale_mlp).astype(self.dtype)
+        y = layers.MLP(4 * c, c, out_init=out_init, dtype=self.dtype, name="mlp")(y)
+        return x + (gate_mlp * y).astype(x.dtype)
+
+
+class BlockPair(nn.Module):
+    """A spatial block and a temporal block, each with a fuser before it where `placement` says so."""
+
+    num_heads: int
+    qk_norm: bool
+    fuser: str | None
+    placement: str
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x, features, has_motion, text, text_mask, modulation):
+        for kind in ("spatial", "temporal"):
+            if features is not None and self.placement in (kind, "both"):
+                fuser = MotionFuser(self.fuser, self.num_heads, self.dtype, name=f"{kind}_fuser")
+                x = fuser(x, features, has_motion)
+            block = STDiTBlock(self.num_heads, kind == "temporal", self.qk_norm, self.dtype, name=kind)
+            x = block(x, text, text_mask, modulation)
+        return x, None
+
+
+class FinalLayer(nn.Module):
+    """Modulated projection of tokens to patches."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t s c"],
+        t: Float[Array, "b c"],
+        t0: Float[Array, "b c"] | None,
+        frame_mask: Bool[Array, "b t"] | None,
+    ) -> Float[Array, "b t s _"]:
+        c = x.shape[-1]
+        table = self.param("scale_shift_table", nn.initializers.normal(c**-0.5), (2, c))
+
+        def modulated(x: Array, embedding: Array) -> Array:
+            shift, scale = (table + embedding.astype(jnp.float32)[:, None])[:, :, None, None, :].swapaxes(0, 1)
+            return modulate(layer_norm(x), shift, scale)
+
+        x = modulated(x, t)
+        if frame_mask is not None:
+            # The reference takes the t = 0 branch from the tensor that is already modulated. The released
+            # weights were trained so, hence it stays.
+            x = jnp.where(frame_mask[:, :, None, None], x, modulated(x, t0))
+        return layers.dense(self.features, dtype=self.dtype, name="linear")(x.astype(self.dtype))
+
+
+class STDiT(nn.Module):
+    """The denoiser: noisy latents, a timestep and a caption -> velocity.
+
+    Attributes:
+      variant: see `parse_variant`.
+      in_channels: of the latents; the output has twice as many, the velocity first.
+      caption_channels, caption_length: of the text encoder's output; the length is that of the null caption.
+      qk_norm: RMS norm of queries and keys.
+      base_resolution: pixels a side at which position embeddings are not stretched (`input_sq_size`).
+      fuser: a form of `MotionFuser`, or None for plain Open-Sora.
+      placement: the blocks that get a fuser before them: "temporal" (best in the paper), "spatial" or "both".
+      remat: rematerialisation policy for a pair of blocks, a name in `jax.checkpoint_policies` or "none".
+      dtype: of matrix products; parameters are float32.
+    """
+
+    variant: str = "XL/2"
+    in_channels: int = 4
+    caption_channels: int = 4096
+    caption_length: int = 300
+    qk_norm: bool = True
+    base_resolution: float = 512.0
+    fuser: str | None = None
+    placement: str = "temporal"
+    remat: str = "none"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t h w c"],
+        timestep: Float[Array, "b"],
+        text: Float[Array, "b n _"],
+        *,
+        fps: Float[Array, "b"],
+        height: Float[Array, "b"],
+        width: Float[Array, "b"],
+        text_mask: Bool[Array, "b n"] | None = None,
+        drop_text: Bool[Array, "b"] | None = None,
+        frame_mask: Bool[Array, "b t"] | None = None,
+        features: Float[Array, "depth b t h2 w2 m"] | None = None,
+        has_motion: Bool[Array, "b"] | None = None,
+    ) -> Float[Array, "b t h w c2"]:
+        """Predicts the velocity.
+
+        Args:
+          x: noisy latents; sides that are no multiple of the patch are padded and the output is cut.
+          timestep: 0 (clean) to 1000 (noise).
+          text: caption embedding of the text encoder.
+          fps: frames per second of the video; an image has 120.
+          height, width: of the video in pixels.
+          text_mask: True = a valid token; padding never changes the output. None = all valid.
+          drop_text: True = the null caption in place of `text`; the mask stays (as under guidance in the
+            reference). None = all False.
+          frame_mask: True = a frame to generate; False = a clean, given frame, treated as timestep 0. None is
+            the same as all True.
+          features: motion features of the extractor, already on the patch grid. None = no trajectory at all.
+          has_motion: see `MotionFuser`.
+
+        Returns:
+          float32; the first `in_channels` channels are the velocity, data minus noise.
+        """
+        size = parse_variant(self.variant)
+        c, (h, w) = size.width, x.shape[2:4]
+
+        def embed(value: Array, name: str, **init) -> Array:
+            return layers.ScalarEmbedder(c, dtype=self.dtype, name=name, **init)(value)
+
+        # Timesteps of a batch and the timestep 0 of conditioned frames go through the same embedder together.
+        both = embed(jnp.stack([timestep, jnp.zeros_like(timestep)]), "t_embedder")
+        fps_init = {"kernel_init": nn.initializers.normal(0.02), "out_init": ZEROS}
+        t, t0 = both + embed(fps, "fps_embedder", **fps_init)
+        per_frame = t[:, None] if frame_mask is None else jnp.where(frame_mask[..., None], t[:, None], t0[:, None])
+        modulation = layers.dense(6 * c, dtype=self.dtype, name="t_block")(nn.silu(per_frame))
+        modulation = einops.rearrange(modulation, "b t (six c) -> b t six c", six=6)
+
+        null = self.param(
+            "null_caption",
+            nn.initializers.normal(self.caption_channels**-0.5),
+            (self.caption_length, self.caption_channels),
+        )
+        if drop_text is not None:
+            text = jnp.where(drop_text[:, None, None], null.astype(text.dtype), text)
+        text = layers.MLP(c, c, dtype=self.dtype, name="text_embedder")(text.astype(self.dtype))
+
+        x = layers.patchify(x.astype(self.dtype), size.patch)
+        grid = x.shape[2:4]
+        x = layers.dense(c, dtype=self.dtype, name="patch_embedder")(x)
+        x = einops.rearrange(x, "b t h w c -> b t (h w) c")
+        positions = layers.position_embedding(grid, c, height, width, self.base_resolution)
+        x = x + positions[:, None].astype(x.dtype)
+
+        blocks = nn.scan(
+            layers.remat(BlockPair, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=size.depth,
+        )(size.num_heads, self.qk_norm, self.fuser, self.placement, self.dtype, name="blocks")
+        x, _ = blocks(x, features, has_motion, text, text_mask, modulation)
+
+        features_out = size.patch**2 * 2 * self.in_channels
+        x = FinalLayer(features_out, self.dtype, name="final_layer")(x, t, t0, frame_mask)
+        x = einops.rearrange(x, "b t (h w) c -> b t h w c", h=grid[0])
+        return layers.unpatchify(x, size.patch, (h, w)).astype(jnp.float32)
+
