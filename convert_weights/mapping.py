@@ -36,7 +36,14 @@ class Layout(enum.Enum):
     LINEAR = (1, 0)  # [out, in] -> [in, out]
     CONV2D = (2, 3, 1, 0)  # OIHW -> HWIO
     CONV3D = (2, 3, 4, 1, 0)  # OITHW -> THWIO
-    PATCH = (2, 3, 4, 1, 0, "to matrix")  # OITHW with stride = kernel -> [(t h w i), o], a linear layer on patches
+    PATCH = (
+        2,
+        3,
+        4,
+        1,
+        0,
+        "to matrix",
+    )  # OITHW with stride = kernel -> [(t h w i), o], a linear layer on patches
     FLAT = ("to vector",)  # [1, c, 1, 1, 1] -> [c]
 
     @property
@@ -184,7 +191,9 @@ def plan(
             problems.append(f"! {path}: wants {list(want)}, the checkpoint gives {sorted(map(list, got))}")
         else:
             moves.append(Move(path, sources, rule.layout, stacked, tuple(source[sources[0]]), shape))
-    problems += [f"+ {key}: {path} is not in the model" for path, (_, p) in filled.items() for key in p.values()]
+    problems += [
+        f"+ {key}: {path} is not in the model" for path, (_, p) in filled.items() for key in p.values()
+    ]
     if problems:
         raise ConversionError(f"{len(problems)} mismatches:\n" + "\n".join(sorted(problems)))
     return moves
@@ -195,7 +204,7 @@ def convert(moves: Sequence[Move], read: Callable[[str], np.ndarray]) -> dict:
     flat = {}
     for move in moves:
         parts = [move.layout.forward(read(key)) for key in move.sources]
-        flat[move.target] = np.stack(parts) if move.stacked else np.ascontiguousarray(parts[0])
+        flat[move.target] = np.stack(parts) if move.stacked else np.asarray(parts[0], order="C")
     return unflatten(flat)
 
 
@@ -206,7 +215,7 @@ def revert(moves: Sequence[Move], params) -> dict[str, np.ndarray]:
     for move in moves:
         array = np.asarray(flat[move.target])
         for part, key in zip(array if move.stacked else (array,), move.sources, strict=True):
-            state[key] = np.ascontiguousarray(move.layout.backward(part, move.source_shape))
+            state[key] = np.asarray(move.layout.backward(part, move.source_shape), order="C")
     return state
 
 

@@ -44,6 +44,20 @@ def modulate(x: Float[Array, "*l c"], shift: Array, scale: Array) -> Float[Array
     return x * (1 + scale) + shift
 
 
+def group_norm(groups: int, eps: float, *, name: str, per_frame: bool = False) -> nn.GroupNorm:
+    """GroupNorm in float32 over all axes but the first; `per_frame`: over h, w and c of each frame alone."""
+    axes = (-3, -2, -1) if per_frame else None
+    return nn.GroupNorm(
+        groups, epsilon=eps, dtype=jnp.float32, reduction_axes=axes, use_fast_variance=False, name=name
+    )
+
+
+def split_moments(x: Float[Array, "*l _"]) -> tuple[Float[Array, "*l c"], Float[Array, "*l c"]]:
+    """The two channel halves of an encoder's output, in float32: mean, log-variance clipped to -30..20."""
+    mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale, in float32."""
 
@@ -205,7 +219,9 @@ def patchify(x: Float[Array, "b t h w c"], patch: int) -> Float[Array, "b t h2 w
     return einops.rearrange(x, "b t (h p) (w q) c -> b t h w (p q c)", p=patch, q=patch)
 
 
-def unpatchify(x: Float[Array, "b t h2 w2 _"], patch: int, size: tuple[int, int]) -> Float[Array, "b t h w c"]:
+def unpatchify(
+    x: Float[Array, "b t h2 w2 _"], patch: int, size: tuple[int, int]
+) -> Float[Array, "b t h w c"]:
     """The inverse of `patchify`, cut to `size` (h, w)."""
     x = einops.rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=patch, q=patch)
     return x[:, :, : size[0], : size[1]]

@@ -54,7 +54,11 @@ class MotionFuser(nn.Module):
             fused = gamma * hidden + beta + hidden
         elif self.form == "cross_attention":
             cross = CrossAttention(
-                self.num_heads, qk_norm=True, out_init=nn.initializers.zeros, dtype=self.dtype, name="attention"
+                self.num_heads,
+                qk_norm=True,
+                out_init=nn.initializers.zeros,
+                dtype=self.dtype,
+                name="attention",
             )
             per_frame = cross(
                 einops.rearrange(hidden, "b t s c -> (b t) s c"),

@@ -89,7 +89,12 @@ class STDiTBlock(nn.Module):
             else ("b t s c -> (b t) s c", "(b t) s c -> b t s c")
         )
         attend = layers.SelfAttention(
-            self.num_heads, self.qk_norm, rotary=self.temporal, out_init=out_init, dtype=self.dtype, name="attn"
+            self.num_heads,
+            self.qk_norm,
+            rotary=self.temporal,
+            out_init=out_init,
+            dtype=self.dtype,
+            name="attn",
         )
         y = modulate(layer_norm(x), shift_attn, scale_attn).astype(self.dtype)
         y = einops.rearrange(attend(einops.rearrange(y, fold)), unfold, b=b)
@@ -141,7 +146,9 @@ class FinalLayer(nn.Module):
         table = self.param("scale_shift_table", nn.initializers.normal(c**-0.5), (2, c))
 
         def modulated(x: Array, embedding: Array) -> Array:
-            shift, scale = (table + embedding.astype(jnp.float32)[:, None])[:, :, None, None, :].swapaxes(0, 1)
+            shift, scale = (table + embedding.astype(jnp.float32)[:, None])[:, :, None, None, :].swapaxes(
+                0, 1
+            )
             return modulate(layer_norm(x), shift, scale)
 
         x = modulated(x, t)
@@ -223,7 +230,9 @@ class STDiT(nn.Module):
         both = embed(jnp.stack([timestep, jnp.zeros_like(timestep)]), "t_embedder")
         fps_init = {"kernel_init": nn.initializers.normal(0.02), "out_init": ZEROS}
         t, t0 = both + embed(fps, "fps_embedder", **fps_init)
-        per_frame = t[:, None] if frame_mask is None else jnp.where(frame_mask[..., None], t[:, None], t0[:, None])
+        per_frame = (
+            t[:, None] if frame_mask is None else jnp.where(frame_mask[..., None], t[:, None], t0[:, None])
+        )
         modulation = layers.dense(6 * c, dtype=self.dtype, name="t_block")(nn.silu(per_frame))
         modulation = einops.rearrange(modulation, "b t (six c) -> b t six c", six=6)
 
@@ -256,4 +265,3 @@ class STDiT(nn.Module):
         x = FinalLayer(features_out, self.dtype, name="final_layer")(x, t, t0, frame_mask)
         x = einops.rearrange(x, "b t (h w) c -> b t h w c", h=grid[0])
         return layers.unpatchify(x, size.patch, (h, w)).astype(jnp.float32)
-

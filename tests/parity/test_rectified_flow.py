@@ -1,0 +1,115 @@
+"""Sampling and losses against the reference RFLOW scheduler driving a small STDiT3."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.parity import golden
+from tests.parity.test_stdit import arguments, channels_last, load_params, model_of
+from tora_jax import rectified_flow
+from tora_jax.models.video_vae import latent_frames
+
+FILES = ["rflow_t2v", "rflow_frame_mask"]
+
+
+class Setup:
+    def __init__(self, name):
+        self.data = golden.load(name)
+        self.config = self.data.config
+        self.model = model_of(self.config["stdit"])
+        self.params = load_params(self.model, self.data.params)
+        self.text = jnp.asarray(self.data["in/y"])
+        self.text_mask = jnp.asarray(self.data["in/y_mask"], bool)
+        self.frames = latent_frames(self.config["num_frames"])
+
+    def apply(self, x, timestep, frame_mask=None, drop_text=None):
+        """The model on a batch that holds the captions once or more."""
+        times = len(x) // len(self.text)
+        tile = lambda a: jnp.concatenate([a] * times)  # noqa: E731
+        return self.model.apply(
+            {"params": self.params},
+            x,
+            timestep,
+            tile(self.text),
+            text_mask=tile(self.text_mask),
+            drop_text=drop_text,
+            frame_mask=None if frame_mask is None else tile(frame_mask),
+            **arguments(x, self.config),
+        )
+
+    def passes(self, x, timestep, frame_mask):
+        """With the caption and without it."""
+        b = len(x)
+        both = self.apply(
+            jnp.concatenate([x, x]), jnp.concatenate([timestep] * 2), frame_mask, jnp.arange(2 * b) >= b
+        )
+        return both.reshape(2, b, *both.shape[1:])
+
+
+@pytest.fixture(scope="module", params=FILES)
+def setup(request):
+    return Setup(request.param)
+
+
+def times_of(setup):
+    c = setup.config
+    return rectified_flow.sampling_times(
+        c["steps"], c["height"], c["width"], setup.frames, c["use_timestep_transform"]
+    )
+
+
+def test_timesteps(setup):
+    want = setup.data["out/t_steps"]
+    np.testing.assert_allclose(times_of(setup)[1:-1], want[:, 0], rtol=1e-6)
+
+
+def test_timestep_transform(setup):
+    t = setup.data["in/timestep_transform_t"]
+    tables = setup.data.group("out")
+    names = [k for k in tables if k.startswith("timestep_transform_")]
+    assert names
+    for name in names:
+        height, width, frames = map(int, re.findall(r"\d+", name))
+        got = rectified_flow.transform_timesteps(t, height, width, latent_frames(frames))
+        golden.assert_close(got, tables[name], 1e-5)
+
+
+def test_every_step(setup):
+    """What the model sees at each step, from the reference's own start and with its own draws of noise."""
+    data, times = setup.data, times_of(setup)
+    edit = data.get("in/frame_mask")
+
+    @jax.jit
+    def step(x, times, noise):
+        seen = []
+
+        def predict(x, timestep, frame_mask):
+            seen.append(x)
+            return setup.passes(x, timestep, frame_mask)
+
+        guidance = setup.config["cfg_scale"]
+        return rectified_flow.sampling_step(predict, x, times, guidance, edit=edit, noise=noise), seen[0]
+
+    x = channels_last(data["in/z0"])
+    for i, want in enumerate(data["out/z_steps"]):
+        noise = None if edit is None else channels_last(data["in/noise_steps"][i])
+        x, seen = step(x, times[i : i + 3], noise)
+        golden.assert_close(seen, channels_last(want), 1e-4)
+    golden.assert_close(x, channels_last(data["out/z"]), 1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss(setup, masked):
+    data = setup.data
+    mask = jnp.asarray(data["in/train_mask"], bool) if masked else None
+    got = rectified_flow.training_loss(
+        lambda x, t: setup.apply(x, t, mask),
+        channels_last(data["in/train_x"]),
+        channels_last(data["in/train_noise"]),
+        jnp.asarray(data["in/train_t"]),
+        mask,
+    )
+    golden.assert_close(got, data["out/train_loss_masked" if masked else "out/train_loss"], 1e-5)

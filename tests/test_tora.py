@@ -1,0 +1,183 @@
+"""Tora around ST-DiT: what an untrained fuser and a null trajectory must leave untouched, and what masks mean."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tests.parity.golden import assert_close
+from tora_jax.models.motion_fuser import FORMS, PLACEMENTS
+from tora_jax.models.stdit import SIZES, STDiT, parse_variant
+from tora_jax.models.tora import Tora
+
+STDIT = {"variant": "2x16x2/2", "caption_channels": 8, "caption_length": 5, "base_resolution": 64.0}
+BATCH, FRAMES, SIDE = 2, 3, 5  # the side is odd: it needs padding to the patch
+
+
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (BATCH, FRAMES, SIDE, SIDE, 4)
+    return {
+        "x": jax.random.normal(keys[0], shape),
+        "timestep": jnp.array([300.0, 900.0]),
+        "text": jax.random.normal(keys[1], (BATCH, 5, 8)),
+        "motion": jax.random.normal(keys[2], shape),
+        "fps": jnp.full(BATCH, 24.0),
+        "height": jnp.full(BATCH, 40.0),
+        "width": jnp.full(BATCH, 40.0),
+        "text_mask": jnp.arange(5)[None] < jnp.array([[3], [5]]),
+    }
+
+
+@functools.cache
+def init(fuser, placement):
+    model = Tora(STDIT, fuser, placement, motion_features=8)
+    params = jax.jit(functools.partial(model.init, **inputs()))(jax.random.key(1))["params"]
+    return model, params
+
+
+def shaken(params):
+    """The same tree with random numbers where layers start at zero."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return tree.unflatten(
+        [leaf + 0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def apply(model, params, **changes):
+    return jax.jit(model.apply)({"params": params}, **{**inputs(), **changes})
+
+
+def plain(params):
+    """The output of plain Open-Sora, on the tree without fusers."""
+    flat = traverse_util.flatten_dict(params["stdit"])
+    params = traverse_util.unflatten_dict(
+        {path: leaf for path, leaf in flat.items() if not any(part.endswith("_fuser") for part in path)}
+    )
+    arguments = inputs()
+    del arguments["motion"]
+    return jax.jit(STDiT(**STDIT).apply)({"params": params}, **arguments)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("fuser", FORMS)
+class TestFusers:
+    def test_untrained_changes_nothing(self, fuser, placement):
+        """Bit for bit, around blocks with random weights."""
+        model, params = init(fuser, placement)
+        fresh = traverse_util.flatten_dict(params)
+        params = traverse_util.flatten_dict(shaken(params))
+        params = {k: fresh[k] if any(p.endswith("_fuser") for p in k) else v for k, v in params.items()}
+        params = traverse_util.unflatten_dict(params)
+        np.testing.assert_array_equal(apply(model, params), plain(params))
+
+    def test_null_trajectory_changes_nothing(self, fuser, placement):
+        """Bit for bit, for a whole batch and for one sample of it, with trained fusers."""
+        model, params = init(fuser, placement)
+        params = shaken(params)
+        base = plain(params)
+        np.testing.assert_array_equal(apply(model, params, motion=None), base)
+        np.testing.assert_array_equal(apply(model, params, has_motion=jnp.zeros(BATCH, bool)), base)
+        mixed = apply(model, params, has_motion=jnp.array([True, False]))
+        np.testing.assert_array_equal(mixed[1], base[1])
+        assert np.abs(mixed[0] - base[0]).max() > 1e-3
+
+    def test_every_block_listens(self, fuser, placement):
+        """Each fuser's parameters have a gradient, in every pair of blocks."""
+        model, params = init(fuser, placement)
+        params = shaken(params)
+        loss = jax.jit(jax.grad(lambda p: jnp.square(model.apply({"params": p}, **inputs())).sum()))
+        flat = traverse_util.flatten_dict(loss(params), sep="/")
+        fusers = {k: v for k, v in flat.items() if "_fuser" in k}
+        expected = {"spatial", "temporal"} if placement == "both" else {placement}
+        assert {k.split("/")[2] for k in fusers} == {f"{e}_fuser" for e in expected}
+        for name, gradient in fusers.items():
+            if not name.endswith("kv/bias"):  # softmax is blind to a shift of all keys
+                assert (np.abs(gradient).reshape(len(gradient), -1).max(1) > 0).all(), name
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model, params = init("adaptive_norm", "temporal")
+    return model, shaken(params)
+
+
+def test_padded_text_never_matters(trained):
+    model, params = trained
+    noise = inputs()["text"] + jnp.where(inputs()["text_mask"][..., None], 0.0, 100.0)
+    np.testing.assert_array_equal(apply(model, params), apply(model, params, text=noise))
+
+
+def test_dropped_text_is_the_null_caption(trained):
+    model, params = trained
+    null = jnp.broadcast_to(params["stdit"]["null_caption"], (BATCH, 5, 8))
+    dropped = apply(model, params, drop_text=jnp.array([True, False]))
+    np.testing.assert_array_equal(dropped[0], apply(model, params, text=null)[0])
+    np.testing.assert_array_equal(dropped[1], apply(model, params)[1])
+
+
+def test_frame_mask_of_all_true_is_none(trained):
+    model, params = trained
+    mask = jnp.ones((BATCH, FRAMES), bool)
+    np.testing.assert_allclose(apply(model, params, frame_mask=mask), apply(model, params), atol=1e-5)
+    other = apply(model, params, frame_mask=mask.at[0, 1].set(False))
+    assert np.abs(other[0] - apply(model, params)[0]).max() > 1e-3
+    np.testing.assert_allclose(other[1], apply(model, params)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable"])
+def test_rematerialisation_keeps_gradients(trained, policy):
+    model, params = trained
+    remat = Tora({**STDIT, "remat": policy}, motion_features=8)
+    loss = lambda m: jax.jit(jax.grad(lambda p: jnp.square(m.apply({"params": p}, **inputs())).sum()))  # noqa: E731
+    jax.tree.map(lambda a, b: assert_close(b, a, 1e-5), loss(model)(params), loss(remat)(params))
+
+
+def test_extracted_features_serve_every_step(trained):
+    model, params = trained
+    arguments = inputs()
+    motion = arguments.pop("motion")
+    features = model.apply({"params": params}, motion, method="extract")
+    assert features.shape == (2, BATCH, FRAMES, 3, 3, 8)
+    apart = jax.jit(functools.partial(model.apply, method="denoise"))(
+        {"params": params}, features=features, **arguments
+    )
+    np.testing.assert_allclose(apart, apply(model, params), atol=1e-5)
+
+
+def test_bfloat16_runs_close_to_float32(trained):
+    model, params = trained
+    half = Tora({**STDIT, "dtype": jnp.bfloat16}, motion_features=8)
+    got, want = apply(half, params), apply(model, params)
+    assert got.dtype == jnp.float32
+    assert np.abs(got - want).mean() < 0.05 * np.abs(want).mean()
+
+
+def test_variants():
+    assert parse_variant("XL/2") == SIZES["XL/2"]
+    assert parse_variant("3x24x2/2") == (3, 24, 2, 2)
+    for wrong in ("XXL/2", "2x10x3/2", "0x16x2/2", "2x16x2"):
+        with pytest.raises(ValueError, match="variant"):
+            parse_variant(wrong)
+
+
+@pytest.mark.parametrize(("variant", "billions"), [("XL/2", 1.2), ("3B/2", 3.0)])
+def test_released_sizes(variant, billions):
+    model = STDiT(variant)
+    one = jnp.ones(1)
+    x, text = jnp.zeros((1, 1, 2, 2, 4)), jnp.zeros((1, 1, 4096))
+    shapes = jax.eval_shape(
+        functools.partial(model.init, fps=one, height=one, width=one), jax.random.key(0), x, one, text
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert abs(count / 1e9 - billions) < 0.15 * billions
+
+
+@pytest.mark.parametrize("field", ["fuser", "placement"])
+def test_unknown_names(field):
+    with pytest.raises(ValueError, match="unknown"):
+        Tora(STDIT, **{field: "sideways"}).init(jax.random.key(0), **inputs())

@@ -1,0 +1,314 @@
+"""Videos and stills: what is written can be read, and faults are one line."""
+
+import io
+import json
+import os
+import warnings
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tora_jax import video_io
+from tora_jax.errors import UserError
+
+
+def clip(frames=12, height=64, width=96):
+    """A yellow square over red and blue halves: saturated, so a wrong colour matrix shows."""
+    video = np.empty((frames, height, width, 3), np.uint8)
+    video[:, :, : width // 2], video[:, :, width // 2 :] = (200, 30, 40), (20, 60, 220)
+    for t, frame in enumerate(video):
+        frame[16:40, 2 * t : 2 * t + 24] = (240, 230, 20)
+    return video
+
+
+def contents(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+# ---------------------------------------------------------------- write_atomic
+
+
+def test_write_atomic_leaves_all_or_nothing(tmp_path):
+    path = tmp_path / "report.json"
+    with video_io.write_atomic(path) as aside:
+        assert aside.parent == tmp_path
+        aside.write_text(json.dumps({"a": 1}))
+    assert json.loads(path.read_text()) == {"a": 1}
+    for fault in (RuntimeError, KeyboardInterrupt):
+
+        def broken(fault=fault):
+            with video_io.write_atomic(path) as aside:
+                aside.write_text("half")
+                raise fault
+
+        with pytest.raises(fault):
+            broken()
+        assert contents(tmp_path) == ["report.json"]
+        assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_write_atomic_keeps_the_users_file_permissions(tmp_path):
+    (tmp_path / "plain").touch()
+    with video_io.write_atomic(tmp_path / "new") as aside:
+        aside.write_text("x")
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("target", ["missing/a.mp4", "folder.mp4", "file/a.mp4"])
+def test_places_that_cannot_be_written(tmp_path, target):
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written") as error:
+        video_io.write_video(tmp_path / target, clip(2), 8)
+    assert str(tmp_path / target) in str(error.value)
+    assert contents(tmp_path) == ["file", "folder.mp4"]
+
+
+@pytest.mark.parametrize("call", ["touch", "replace"])
+def test_a_folder_that_refuses(tmp_path, monkeypatch, call):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(*{"touch": (Path, "touch"), "replace": (os, "replace")}[call], refuse)
+    with pytest.raises(UserError, match=r"a\.mp4: cannot be written \(Permission denied\)"):
+        video_io.write_video(tmp_path / "a.mp4", clip(2), 8)
+    assert contents(tmp_path) == []
+
+
+# ---------------------------------------------------------------- videos
+
+
+def test_mp4_there_and_back(tmp_path):
+    path = tmp_path / "a.mp4"
+    video_io.write_video(path, clip(), 24)
+    frames, fps = video_io.read_video(path)
+    assert fps == 24
+    assert frames.shape == clip().shape
+    assert frames.dtype == np.uint8
+    assert np.abs(frames.astype(int) - clip()).mean() < 3
+    flat = frames[:, 50:60, 10:30].astype(int)  # chroma is exact away from edges
+    assert np.abs(flat - (200, 30, 40)).max() <= 4
+    assert contents(tmp_path) == ["a.mp4"]
+
+
+def test_mp4_plays_everywhere(tmp_path):
+    path = tmp_path / "a.mp4"
+    video_io.write_video(path, clip(), 24)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        assert (codec.name, codec.pix_fmt, stream.frames) == ("h264", "yuv420p", 12)
+        assert codec.colorspace == codec.color_primaries == codec.color_trc == 1
+    data = path.read_bytes()
+    assert data.find(b"moov") < data.find(b"mdat")
+
+
+def test_the_same_frames_give_the_same_bytes(tmp_path):
+    for name in ("a.mp4", "b.mp4", "a.gif", "b.gif"):
+        video_io.write_video(tmp_path / name, clip(), 24)
+    for kind in ("mp4", "gif"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_odd_sizes_are_padded_by_their_edge(tmp_path):
+    video_io.write_video(tmp_path / "a.mp4", clip(3, 63, 95), 23.976)
+    frames, fps = video_io.read_video(tmp_path / "a.mp4")
+    assert frames.shape == (3, 64, 96, 3)
+    assert fps == pytest.approx(23.976)
+    assert np.abs(frames[:, :63, :95].astype(int) - clip(3, 63, 95)).mean() < 4
+
+
+def test_gif_there_and_back(tmp_path):
+    video_io.write_video(tmp_path / "a.gif", clip(), 10)
+    frames, fps = video_io.read_video(tmp_path / "a.gif")
+    assert fps == 10
+    assert np.abs(frames.astype(int) - clip()).mean() < 3
+
+
+def test_a_single_frame(tmp_path):
+    for name in ("a.mp4", "a.gif"):
+        video_io.write_video(tmp_path / name, clip(1), 24)
+        assert len(video_io.read_video(tmp_path / name)[0]) == 1
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
+def test_frame_rates_that_make_no_sense(tmp_path, fps):
+    with pytest.raises(UserError, match="fps"):
+        video_io.write_video(tmp_path / "a.mp4", clip(2), fps)
+
+
+def test_other_endings_and_other_arrays(tmp_path):
+    with pytest.raises(UserError, match=r"end it in \.mp4"):
+        video_io.write_video(tmp_path / "a.txt", clip(2), 8)
+    for frames in (clip(0), clip(2).astype(float), clip(2)[0]):
+        with pytest.raises(ValueError, match="not uint8"):
+            video_io.write_video(tmp_path / "a.mp4", frames, 8)
+    assert contents(tmp_path) == []
+
+
+def test_max_frames(tmp_path):
+    video_io.write_video(tmp_path / "a.mp4", clip(), 24)
+    whole, _ = video_io.read_video(tmp_path / "a.mp4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some, _ = video_io.read_video(tmp_path / "a.mp4", max_frames=5)
+        more, _ = video_io.read_video(tmp_path / "a.mp4", max_frames=500)
+    np.testing.assert_array_equal(some, whole[:5])
+    np.testing.assert_array_equal(more, whole)
+
+
+def test_a_rotated_phone_video_is_turned_upright(tmp_path):
+    path = tmp_path / "a.mp4"
+    video_io.write_video(path, clip(2), 8)
+    upright, _ = video_io.read_video(path)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # after its flags, times, id, duration, layer and volume (version 0)
+    clockwise = [0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30]
+    data[matrix : matrix + 36] = np.array(clockwise, ">i4").tobytes()
+    path.write_bytes(data)
+    turned, _ = video_io.read_video(path)
+    np.testing.assert_array_equal(turned, np.rot90(upright, -1, axes=(1, 2)))
+
+
+def packet_ends(path):
+    with av.open(str(path)) as container:
+        return sorted(p.pos + p.size for p in container.demux(video=0) if p.size)
+
+
+@pytest.mark.parametrize("frame", [None, 0, 1, 7, 11])
+def test_a_truncated_video(tmp_path, frame):
+    path = tmp_path / "a.mp4"
+    video_io.write_video(path, clip(), 24)
+    end = 200 if frame is None else packet_ends(path)[frame] - 3  # in the index, or in a frame
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError, match=r"a\.mp4: (cannot be decoded|is cut off)"):
+        video_io.read_video(path)
+
+
+def test_fewer_frames_than_declared_warn(tmp_path):
+    """A file cut between two frames decodes without a murmur; the declared count tells."""
+    path = tmp_path / "a.mp4"
+    video_io.write_video(path, clip(), 24)
+    path.write_bytes(path.read_bytes()[: packet_ends(path)[-3]])
+    with pytest.warns(UserWarning, match="of 12 frames decoded"):
+        frames, _ = video_io.read_video(path)
+    assert 0 < len(frames) < 12
+
+
+def test_what_is_no_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    with pytest.raises(UserError, match="no such video"):
+        video_io.read_video(path)
+    with pytest.raises(UserError, match="no such video"):
+        video_io.read_video(tmp_path)
+    path.write_text("<html>not found</html>")
+    with pytest.raises(UserError, match="cannot be decoded"):
+        video_io.read_video(path)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with pytest.raises(UserError, match="no video in it"):
+        video_io.read_video(path)
+
+
+# ---------------------------------------------------------------- stills
+
+
+def save(folder, image, name="a.png", **options):
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def test_transparency_lies_over_white(tmp_path):
+    rgba = np.zeros((4, 6, 4), np.uint8)
+    rgba[:, :2] = (255, 0, 0, 255)
+    rgba[:, 2:4] = (255, 0, 0, 51)
+    image = video_io.read_image(save(tmp_path, Image.fromarray(rgba)))
+    assert image[0, ::2].tolist() == [[255, 0, 0], [255, 204, 204], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    grey = np.full((5, 7), 128, np.uint8)
+    if mode == "I;16":
+        source = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        source = Image.fromarray(grey).convert("RGB").convert(mode, dither=Image.Dither.NONE)
+    image = video_io.read_image(save(tmp_path, source, "a.tiff"))
+    assert image.shape == (5, 7, 3)
+    assert image.dtype == np.uint8
+    assert mode == "1" or np.abs(image.astype(int) - 128).max() <= 3
+
+
+def test_a_turned_photo_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn 90 degrees clockwise to view
+    source = np.zeros((16, 32, 3), np.uint8)
+    source[:, :16] = 255
+    image = video_io.read_image(save(tmp_path, Image.fromarray(source), "a.jpg", exif=exif, quality=95))
+    assert image.shape == (32, 16, 3)
+    assert image[:12].min() > 200
+    assert image[20:].max() < 50
+
+
+def test_what_is_no_image(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(clip(1)[0]).save(buffer, "PNG")
+    png = buffer.getvalue()
+    for content in (
+        b"",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"<html>",
+        png[:40],
+        png[:-40],
+        png[8:],
+    ):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.png: is broken or not an image"):
+            video_io.read_image(tmp_path / "a.png")
+    for path in (tmp_path / "gone.png", tmp_path):
+        with pytest.raises(UserError, match="no such image"):
+            video_io.read_image(path)
+
+
+@pytest.mark.parametrize("side", [12_000, 60_000])
+def test_a_decompression_bomb_is_refused_unopened(tmp_path, side):
+    path = save(tmp_path, Image.new("1", (8, 8)))
+    data = bytearray(path.read_bytes())
+    data[16:24] = np.array([side, side], ">u4").tobytes()  # the header's claim, and its checksum
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.png: has over 100 million pixels"):
+        video_io.read_image(path)
+
+
+# ---------------------------------------------------------------- resize_crop
+
+
+def test_resize_crop_covers_and_takes_the_middle():
+    wide = np.zeros((40, 120, 3), np.uint8)
+    wide[:, 40:80] = 200  # the middle square
+    out = video_io.resize_crop(wide, 20, 20)
+    assert out.shape == (20, 20, 3)
+    assert (out[:, 2:-2] == 200).all()
+    tall = video_io.resize_crop(wide.transpose(1, 0, 2), 20, 20)
+    np.testing.assert_array_equal(tall, out.transpose(1, 0, 2))
+
+
+def test_resize_crop_is_antialiased_and_leaves_a_fitting_video_alone():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(video_io.resize_crop(stripes, 16, 16).astype(int) - 127).max() < 30
+    np.testing.assert_array_equal(video_io.resize_crop(clip(), 64, 96), clip())
+
+
+@pytest.mark.parametrize("size", [(33, 77), (77, 33), (64, 96), (1, 1), (130, 200)])
+def test_resize_crop_gives_the_size_asked_for(size):
+    assert video_io.resize_crop(clip(2), *size).shape == (2, *size, 3)

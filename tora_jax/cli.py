@@ -1,0 +1,237 @@
+"""The command line of sampling: flags, files in and out, and errors in one line. `sample.py` starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from tora_jax import draw, generate, release, trajectory, video_io
+from tora_jax.data import buckets
+from tora_jax.errors import UserError
+
+USAGE = """Makes a video that moves along drawn trajectories.
+
+Without arguments: the default prompt and trajectory of the small model. Writes the video (--out), the same with
+the trajectories drawn over it (*_trajectory), the flow map that the model saw (*_flow), and a report (*.json).
+"""
+
+
+def sample(argv: list[str] | None = None) -> None:
+    """Runs the command and exits: 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    argv = sys.argv if argv is None else argv
+    name = Path(argv[0]).name
+    warnings.showwarning = lambda message, *_: print(f"{name}: warning: {message}", file=sys.stderr)
+    try:
+        _sample(argv)
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _sample(argv: list[str]) -> None:
+    args = _parse(argv)
+    config = _config(args)
+    settings = _settings(args, config["sampling"])
+    out = _output(args.out)
+    trajectories = [] if args.no_trajectory else _trajectories(settings["trajectory"])
+    _use_compilation_cache()
+
+    size = settings["height"], settings["width"]
+    images = {}
+    for path, frame in ((args.image, 0), (args.last_image, settings["num_frames"] - 1)):
+        if path:
+            images[frame] = video_io.resize_crop(video_io.read_image(path), *size)
+    if args.image and args.last_image and settings["num_frames"] == 1:
+        raise UserError(
+            "--image and --last_image name the same frame of a video of one frame; give one of them"
+        )
+
+    models = generate.load(config, args.weights, settings["seed"])
+    if args.weights is None:
+        print(f"{models.origin}: no --weights given, so the video will be noise", file=sys.stderr)
+    tracks = trajectory.tracks(trajectories, settings["num_frames"]) if trajectories else None
+    names = ("prompt", "negative_prompt", "height", "width", "num_frames", "fps", "steps", "seed")
+    with tqdm(total=settings["steps"], desc="sampling", unit="step", disable=args.quiet) as bar:
+        result = generate.generate(
+            models,
+            tracks=tracks,
+            images=images,
+            guidance=settings["guidance"],
+            trajectory_guidance=settings["trajectory_guidance"],
+            progress=lambda _: bar.update(),
+            **{name: settings[name] for name in names},
+        )
+    _write(out, result, tracks, {"settings": settings, "weights": models.origin})
+    if not args.quiet:
+        spent = ", ".join(f"{part} {s['run']:.1f}+{s['compile']:.1f}" for part, s in result.seconds.items())
+        print(f"wrote {out} (seconds, run+compile: {spent})")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Flags and config
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _parse(argv: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    default = str(resources.files("tora_jax.configs").joinpath("demo.py"))
+    with_values = {"flag_values": values}
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        f"Config file of the models and sampling defaults ({Path(default).name}).",
+        **with_values,
+    )
+    for name, what in (
+        ("weights", "Release folder; its config is used unless --config is given."),
+        ("prompt", "What the video shows."),
+        ("negative_prompt", "What it shall not show."),
+        ("image", "Picture for the first frame."),
+        ("last_image", "Picture for the last frame."),
+        ("resolution", 'Named size such as "480p", with --aspect_ratio.'),
+        ("aspect_ratio", 'width:height, such as "16:9".'),
+        ("num_frames", 'Number of frames, or "2s", "4s", ...'),
+    ):
+        flags.DEFINE_string(name, None, what, **with_values)
+    flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **with_values)
+    flags.DEFINE_multi_string(
+        "trajectory",
+        None,
+        f"Trajectory file (text, JSON or .npy), or one of {', '.join(_presets())}. Repeatable.",
+        **with_values,
+    )
+    flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **with_values)
+    flags.DEFINE_boolean("quiet", False, "No progress bar.", **with_values)
+    for name, what in (("height", "Pixels."), ("width", "Pixels."), ("steps", "Steps of the sampler.")):
+        flags.DEFINE_integer(name, None, what, **with_values)
+    flags.DEFINE_integer("seed", None, "Seed of the noise.", **with_values)
+    for name, what in (
+        ("fps", "Frames per second."),
+        ("guidance", "Weight of the prompt; 1 = none."),
+        ("trajectory_guidance", "Extra weight of the trajectory; 1 = none."),
+    ):
+        flags.DEFINE_float(name, None, what, **with_values)
+
+    flags.DEFINE_boolean("help", False, "Shows this.", short_name="h", **with_values)
+    try:
+        rest = values(argv)
+        if values.config is None:
+            values.config = default
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, SyntaxError) as error:
+        raise UserError(" ".join(str(error.args[0] if error.args else error).split())) from None
+    if values.help:
+        print(USAGE + values.main_module_help() or values.get_help())
+        sys.exit(0)
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags start with --, see --help")
+    return values
+
+
+def _config(args: flags.FlagValues) -> dict[str, Any]:
+    """--config, else the config of --weights, else the small model's."""
+    if args.weights is not None and args["config"].using_default_value:
+        return release.read_config(args.weights)
+    return args.config.to_dict()
+
+
+def _settings(args: flags.FlagValues, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The sampling section of the config under the flags, sizes resolved to pixels and frames."""
+    given = {name: args[name].value for name in defaults if args[name].value is not None}
+    settings = {**defaults, **given}
+    by_name, by_pixels = {"resolution", "aspect_ratio"} & given.keys(), {"height", "width"} & given.keys()
+    if by_name and by_pixels:
+        raise UserError("give --resolution with --aspect_ratio, or --height with --width, not both")
+    if len(by_pixels) == 1:
+        raise UserError("--height and --width belong together; give both")
+    if "aspect_ratio" in given and not settings["resolution"]:
+        raise UserError("--aspect_ratio needs --resolution, such as 240p")
+    if by_name or (settings["resolution"] and not by_pixels):
+        size = buckets.image_size(settings["resolution"], settings["aspect_ratio"])
+        settings["height"], settings["width"] = size
+    del settings["resolution"], settings["aspect_ratio"]
+    settings["num_frames"] = buckets.frame_count(str(settings["num_frames"]))
+    generate.check_settings(**{name: settings[name] for name in generate.CHECKED})
+    return settings
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _presets() -> list[str]:
+    folder = resources.files("tora_jax").joinpath("assets/trajectories")
+    return sorted(Path(item.name).stem for item in folder.iterdir())
+
+
+def _trajectories(sources: list[str]) -> list[np.ndarray]:
+    folder = Path(str(resources.files("tora_jax").joinpath("assets/trajectories")))
+    paths = [folder / f"{s}.txt" if s in _presets() and not Path(s).exists() else Path(s) for s in sources]
+    return [points for path in paths for points in trajectory.load(path)]
+
+
+def _output(name: str) -> Path:
+    """The output path, with its folder made and tried, before the long work starts."""
+    out = Path(name)
+    if out.suffix.lower() not in (".mp4", ".gif"):
+        raise UserError(f"--out {name}: a video is written; end the name in .mp4 or .gif")
+    if out.is_dir():
+        raise UserError(f"--out {name}: this is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {name}: cannot write there ({error.strerror})") from None
+    return out
+
+
+def _write(out: Path, result: generate.Result, tracks: np.ndarray | None, report: dict[str, Any]) -> None:
+    """All files or none: each is written aside, and all are renamed at the end."""
+    fps = report["settings"]["fps"]
+    videos = {out: result.video}
+    if tracks is not None:
+        videos[out.with_stem(f"{out.stem}_trajectory")] = draw.draw_tracks(result.video, tracks)
+        videos[out.with_stem(f"{out.stem}_flow")] = result.motion
+    report = {
+        **report,
+        "files": [path.name for path in videos],
+        "seconds": {part: {k: round(v, 3) for k, v in s.items()} for part, s in result.seconds.items()},
+        "versions": {name: importlib.metadata.version(name) for name in ("tora_jax", "jax", "flax", "numpy")},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+    with contextlib.ExitStack() as stack:
+        aside = {
+            path: stack.enter_context(video_io.write_atomic(path))
+            for path in (*videos, out.with_suffix(".json"))
+        }
+        for path, frames in videos.items():
+            video_io.write_video(aside[path], frames, fps)
+        aside[out.with_suffix(".json")].write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs from run to run; JAX_COMPILATION_CACHE_DIR moves them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "tora_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,0 +1,216 @@
+"""The video VAE: a spatial VAE on each frame, a causal VAE over time, and the latent's shift and scale.
+
+The motion VAE is the same code with other parameters: either the video VAE's own architecture on trajectory
+maps, or one causal net with strides in space and time on pixels (`spatial=None`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from tora_jax.errors import UserError
+from tora_jax.models.autoencoder_kl import AutoencoderKL
+from tora_jax.models.causal_vae import CausalVAE
+from tora_jax.models.layers import Dtype
+
+
+def latent_frames(num_frames: int, micro_frame_size: int = 17, time_factor: int = 4) -> int:
+    """How many latent frames a video of `num_frames` (1 or more) has.
+
+    The VAE's true count, unlike the reference's frames // 17 * 5: 1 -> 1, 17 -> 5, 20 -> 6, 51 -> 15.
+
+    Args:
+      micro_frame_size: frames that are encoded together; 0 = the whole video.
+      time_factor: frames for each latent frame.
+    """
+    size = micro_frame_size or num_frames
+    full, rest = divmod(num_frames, size)
+    return full * math.ceil(size / time_factor) + math.ceil(rest / time_factor)
+
+
+def latent_of(frame: int, num_frames: int, micro_frame_size: int = 17, time_factor: int = 4) -> int:
+    """The latent frame in which `frame` (0 .. num_frames - 1) of a video of `num_frames` lives.
+
+    Micro-frames are padded in front, so in one of 17 frames it is ceil(frame / 4), and frame 0 has its own.
+    """
+    size = micro_frame_size or num_frames
+    micro, place = divmod(frame, size)
+    front = -min(size, num_frames - micro * size) % time_factor
+    return micro * math.ceil(size / time_factor) + (place + front) // time_factor
+
+
+class Gaussian(NamedTuple):
+    """A posterior with a diagonal covariance."""
+
+    mean: Float[Array, "b t h w c"]
+    logvar: Float[Array, "b t h w c"]
+
+    def sample(self, rng: PRNGKeyArray | None) -> Float[Array, "b t h w c"]:
+        """A draw, or the mean where `rng` is None."""
+        if rng is None:
+            return self.mean
+        noise = jax.random.normal(rng, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+
+class Moments(NamedTuple):
+    """What both halves make of a video.
+
+    spatial: posterior of the spatial VAE, unscaled; None where there is none.
+    clip: what the causal VAE gets: the spatial VAE's latents, scaled, or the pixels.
+    latent: posterior of the causal VAE, before shift and scale.
+    """
+
+    spatial: Gaussian | None
+    clip: Float[Array, "b t h w c"]
+    latent: Gaussian
+
+
+class VideoVAE(nn.Module):
+    """A video <-> normalised latents, 8x smaller in height and width and 4x in time at the default sizes.
+
+    Time is cut into micro-frames that know nothing of each other; full ones run through one scanned call and
+    the rest through a second, so that neither compile time nor the memory of activations grows with the
+    length. A height or width that is no multiple of the space factor is rounded down (see AutoencoderKL).
+
+    Fields:
+      spatial: fields of AutoencoderKL; None = the causal VAE works on pixels.
+      temporal: fields of CausalVAE.
+      micro_frame_size: frames that the causal VAE encodes together; 0 = all.
+      frame_batch: frames of each video that the spatial VAE runs at once; 0 = all.
+      spatial_scaling: of the spatial VAE's latents, towards unit variance.
+      latent_shift, latent_scale: initial values of the parameters `shift` and `scale`, one number for each
+        latent channel. They are parameters because the checkpoint carries them; training leaves them alone.
+      dtype: of the matrix products; norms, posteriors and latents are float32.
+
+    Source: Open-Sora v1.2, opensora/models/vae/vae.py (VideoAutoencoderPipeline, OpenSoraVAE_V1_2).
+    """
+
+    spatial: Mapping[str, Any] | None
+    temporal: Mapping[str, Any]
+    micro_frame_size: int = 17
+    frame_batch: int = 0
+    spatial_scaling: float = 0.18215
+    latent_shift: tuple[float, ...] = (-0.10, 0.34, 0.27, 0.98)
+    latent_scale: tuple[float, ...] = (3.85, 2.32, 2.33, 3.06)
+    dtype: Dtype = jnp.float32
+
+    @property
+    def time_factor(self) -> int:
+        """Frames for each latent frame."""
+        return CausalVAE(**self.temporal, parent=None).time_factor
+
+    @property
+    def space_factor(self) -> int:
+        """Pixels for each latent cell, along one side."""
+        inner = 1 if self.spatial is None else AutoencoderKL(**self.spatial, parent=None).space_factor
+        return inner * CausalVAE(**self.temporal, parent=None).space_factor
+
+    def setup(self):
+        if self.spatial is not None:
+            self.spatial_vae = AutoencoderKL(**self.spatial, dtype=self.dtype)
+        self.temporal_vae = CausalVAE(**self.temporal, dtype=self.dtype)
+        self.shift = self.param("shift", lambda _: jnp.asarray(self.latent_shift, jnp.float32))
+        self.scale = self.param("scale", lambda _: jnp.asarray(self.latent_scale, jnp.float32))
+
+    def moments(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Moments:
+        """Both posteriors, for training the VAE; `rng` samples the spatial one, None takes its mean.
+
+        Raises:
+          UserError: a frame is smaller than one latent cell.
+        """
+        _, t, h, w, _ = video.shape
+        cell = self.space_factor
+        if min(h, w) < cell:
+            raise UserError(f"frames of {w}x{h} pixels are too small: give at least {cell}x{cell}")
+        if self.spatial is None:
+            spatial, clip = None, video
+        else:
+            spatial = Gaussian(*self._each_frame(AutoencoderKL.encode, video))
+            clip = spatial.sample(rng) * self.spatial_scaling
+        size = self.micro_frame_size or t
+        latent = self._each_micro_frame(lambda vae, x, _: vae.encode(x), clip, t, size)
+        return Moments(spatial, clip, Gaussian(*latent))
+
+    def encode(
+        self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None
+    ) -> Float[Array, "b t4 h8 w8 c"]:
+        """A video in [-1, 1] -> normalised latents, float32, `latent_frames(t)` of them.
+
+        Args:
+          rng: samples both posteriors; None takes their means.
+
+        Raises:
+          UserError: a frame is smaller than one latent cell.
+        """
+        first, second = (None, None) if rng is None else jax.random.split(rng)
+        return (self.moments(video, first).latent.sample(second) - self.shift) / self.scale
+
+    def decode_clip(self, z: Float[Array, "b t4 h8 w8 _"], num_frames: int) -> Float[Array, "b t h w c"]:
+        """A sample of `moments(...).latent`, not normalised -> the clip, as `moments(...).clip`."""
+        want = latent_frames(num_frames, self.micro_frame_size, self.time_factor)
+        if z.shape[1] != want:
+            raise ValueError(f"{num_frames} frames have {want} latent frames, got {z.shape[1]}")
+        size = latent_frames(self.micro_frame_size or num_frames, 0, self.time_factor)
+        return self._each_micro_frame(CausalVAE.decode, z, num_frames, size)
+
+    def decode_frames(self, clip: Float[Array, "b t h8 w8 _"]) -> Float[Array, "b t h w 3"]:
+        """The causal VAE's clip -> pixels: the spatial VAE's decoder, where there is one."""
+        if self.spatial is None:
+            return clip
+        return self._each_frame(AutoencoderKL.decode, clip / self.spatial_scaling)
+
+    def decode(self, latents: Float[Array, "b t4 h8 w8 _"], num_frames: int) -> Float[Array, "b t h w 3"]:
+        """Normalised latents -> the video of `num_frames` they were made from, about [-1, 1], not clipped."""
+        return self.decode_frames(self.decode_clip(latents * self.scale + self.shift, num_frames))
+
+    def __call__(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t h2 w2 3"]:
+        """The reconstruction from the posteriors' means."""
+        return self.decode(self.encode(video), video.shape[1])
+
+    def _each_frame(self, run: Callable, x: Float[Array, "b t h w c"]):
+        """run(spatial VAE, frames) on batches of about `frame_batch` frames of each video.
+
+        The batches are made even, and the last one is filled up with zero frames that are cut again.
+        """
+        b, t = x.shape[:2]
+        count = math.ceil(t / (self.frame_batch or t))
+        x = jnp.pad(x, ((0, 0), (0, -t % count), (0, 0), (0, 0), (0, 0)))
+
+        def batch(vae, part):
+            y = run(vae, einops.rearrange(part, "b t h w c -> (b t) h w c"))
+            return jax.tree.map(lambda a: einops.rearrange(a, "(b t) h w c -> b t h w c", b=b), y)
+
+        return jax.tree.map(lambda y: y[:, :t], _scan_time(batch, self.spatial_vae, x, count))
+
+    def _each_micro_frame(self, run: Callable, x: Float[Array, "b t h w c"], num_frames: int, size: int):
+        """run(causal VAE, part, its frames) on each micro-frame; a full one takes `size` of x's frames."""
+        length = self.micro_frame_size or num_frames
+        full, rest = divmod(num_frames, length)
+        parts = []
+        if full:
+            whole = x[:, : full * size]
+            parts.append(_scan_time(lambda vae, y: run(vae, y, length), self.temporal_vae, whole, full))
+        if rest:
+            parts.append(run(self.temporal_vae, x[:, full * size :], rest))
+        return jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), *parts)
+
+
+def _scan_time(run: Callable, module: nn.Module, x: Float[Array, "b t h w c"], count: int):
+    """run(module, part) on `count` equal parts of x's frames, one after the other, compiled once."""
+    parts = einops.rearrange(x, "b (n t) h w c -> n b t h w c", n=count)
+    scan = nn.scan(
+        lambda module, carry, part: (carry, run(module, part)),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    _, y = scan(module, (), parts)
+    return jax.tree.map(lambda a: einops.rearrange(a, "n b t h w c -> b (n t) h w c"), y)

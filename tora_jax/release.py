@@ -1,0 +1,106 @@
+"""Release folders: weights, their config and tokenizer in one place.
+
+config.json            the config the weights were made with
+tora.safetensors       one file a part; tensor names are parameter paths joined by "/"
+vae.safetensors, motion_vae.safetensors, t5.safetensors
+tokenizer.model        sentencepiece
+README.md              where the weights come from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from tora_jax.errors import UserError
+
+PARTS = ("tora", "vae", "motion_vae", "t5")
+
+
+class Release(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+      config: plain nested dict.
+      params: part name -> parameter tree.
+      tokenizer: path of the sentencepiece model.
+    """
+
+    config: dict[str, Any]
+    params: dict[str, Any]
+    tokenizer: Path
+
+
+def save(folder: str | Path, config: dict, params: dict[str, Any], tokenizer: Path, readme: str) -> None:
+    """Writes a release folder, aside first and then renamed.
+
+    Raises:
+      UserError: when the folder exists already.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        aside.chmod(0o755)
+        for part in PARTS:
+            save_file(traverse_util.flatten_dict(params[part], sep="/"), aside / f"{part}.safetensors")
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (aside / "README.md").write_text(readme)
+        shutil.copyfile(tokenizer, aside / "tokenizer.model")
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config of a release folder.
+
+    Raises:
+      UserError: when the folder or its config.json is missing or broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --weights takes a release folder")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json inside, so this is no release folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: should hold an object with the model's fields")
+    return config
+
+
+def load(folder: str | Path) -> Release:
+    """Reads a release folder.
+
+    Raises:
+      UserError: when something is missing or broken; the message names the file.
+    """
+    folder, config = Path(folder), read_config(folder)
+    params = {}
+    for part in PARTS:
+        path = folder / f"{part}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
+        try:
+            params[part] = traverse_util.unflatten_dict(load_file(path), sep="/")
+        except SafetensorError as error:
+            raise UserError(f"{path}: broken or truncated ({error})") from None
+    tokenizer = folder / "tokenizer.model"
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer}: missing; copy the sentencepiece model of the text encoder there")
+    return Release(config, params, tokenizer)

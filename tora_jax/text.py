@@ -1,0 +1,250 @@
+"""Captions: score suffixes, cleaning, tokens.
+
+The order is `append_scores` -> `clean` -> `Tokenizer`. All three repeat what the released weights were
+trained with (Open-Sora v1.2, opensora/models/text_encoder/t5.py and utils/inference_utils.py), quirks
+included: a caption cleaned differently is a caption that the model has never seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import html
+import re
+import urllib.parse
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import sentencepiece
+from bs4 import BeautifulSoup
+from bs4.builder import ParserRejectedMarkup
+from jaxtyping import Bool, Int
+
+from tora_jax.errors import UserError
+
+PAD, EOS = 0, 1  # T5's ids
+
+# ----------------------------------------------------------------------------------------------------------
+# Score suffixes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def append_scores(
+    prompt: str,
+    aesthetic_score: float | None = None,
+    motion_score: float | None = None,
+    camera_motion: str | None = None,
+) -> str:
+    """Appends the scores that Open-Sora v1.2 was trained to see at the end of a caption.
+
+    A score that the prompt already names is left alone, None adds nothing.
+
+    Args:
+      prompt: the caption, not cleaned yet (cleaning comes after, as in the reference).
+      aesthetic_score: about 4 to 7; 6.5 is a good-looking video.
+      motion_score: mean flow magnitude; 5 is calm, 20 is fast.
+      camera_motion: "pan left", "zoom in", "static" ...
+
+    Returns:
+      For example "a boat. aesthetic score: 6.5. motion score: 8.0. camera motion: pan left."
+    """
+    if aesthetic_score is not None and "aesthetic score:" not in prompt:
+        prompt += f" aesthetic score: {aesthetic_score:.1f}."
+    if motion_score is not None and "motion score:" not in prompt:
+        prompt += f" motion score: {motion_score:.1f}."
+    if camera_motion is not None and "camera motion:" not in prompt:
+        prompt += f" camera motion: {camera_motion}."
+    return prompt
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Cleaning
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """A substitution: what it removes or changes, where, and by what.
+
+    With `at_least`, it is applied only to a text in which the pattern occurs that often.
+    """
+
+    what: str
+    pattern: str
+    replacement: str = ""
+    at_least: int = 1
+
+    def __call__(self, text: str) -> str:
+        if self.at_least > 1 and len(re.findall(self.pattern, text)) < self.at_least:
+            return text
+        return re.sub(self.pattern, self.replacement, text)
+
+
+def _decode_and_lower(text: str) -> str:
+    return urllib.parse.unquote_plus(text).strip().lower()
+
+
+def _strip_html(text: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bs4 wonders whether a caption that looks like a path is one
+        try:
+            return BeautifulSoup(text, features="html.parser").text
+        except (ParserRejectedMarkup, ValueError):  # broken markup, lone surrogates: kept as text
+            return text
+
+
+def _mend_encoding(text: str) -> str:
+    text = ftfy.fix_text(text)
+    with contextlib.suppress(ValueError):  # a numeric entity of more digits than Python reads
+        text = html.unescape(html.unescape(text))
+    return text.strip()
+
+
+_SITE = r"[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_EXTENSION = r"(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+_DASHES = (
+    r"\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
+    r"\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d-"
+)
+
+# The order matters: many rules see what the ones above them left behind.
+_STEPS: tuple[Callable[[str], str], ...] = (
+    # -- the page that the caption came from
+    _decode_and_lower,
+    _Rule("the tag <person>, a placeholder of stock captions", r"<person>", "person"),
+    _Rule("addresses: the protocol or a whole site", rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_SITE})"),
+    _Rule("the same again with www", rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_SITE})"),
+    _strip_html,
+    _Rule("@nicknames", r"@\w+"),
+    # -- characters
+    _Rule("CJK, from strokes to the unified ideographs", r"[\u31c0-\u9fff]+"),
+    _Rule("all kinds of dash -> one", rf"[{_DASHES}]+", "-"),
+    _Rule("all kinds of double quote -> one", r"[`´«»“”¨]", '"'),
+    _Rule("all kinds of single quote -> one", r"[‘’]", "'"),
+    _Rule("left-over quote entities", r"&quot;?"),
+    _Rule("left-over ampersand entities", r"&amp"),
+    # -- numbers and names that describe a file, not a scene
+    _Rule("IP addresses", r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),
+    _Rule("a time stamp at the end", r"\d:\d\d\s+$"),
+    _Rule("line breaks written as a backslash and an n", r"\\n", " "),
+    _Rule("#123 and #12345, but not #1234", r"#(?:\d{1,3}|\d{5,})\b"),
+    _Rule("numbers of six digits and more", r"\b\d{6,}\b"),
+    _Rule("file names", rf"\S+\.{_EXTENSION}"),
+    # -- punctuation
+    _Rule("runs of quotes -> one", r"[\"']{2,}", '"'),
+    _Rule("runs of full stops", r"\.{2,}", " "),
+    _Rule("signs that stand in no sentence", r"[][#®•©™&@·º½¾¿¡§~(){}|\\/*]+", " "),
+    _Rule("a full stop on its own", r"\s+\.\s+", " "),
+    _Rule("names-written-like-this, from four joints on", r"[-_]", " ", at_least=4),
+    _mend_encoding,
+    # -- article numbers and advertising
+    _Rule("ab1234, ab12cd, 12ab34", r"\b(?:[a-zA-Z]{1,3}\d{3,15}|[a-zA-Z]+\d+[a-zA-Z]+|\d+[a-zA-Z]+\d+)\b"),
+    _Rule("(worldwide) (free) shipping", r"(?:worldwide\s+)?(?:free\s+)?shipping"),
+    _Rule("(free) download (free)", r"(?:free\s)?download(?:\sfree)?"),
+    _Rule("click for ..., click on ...", r"\bclick\b\s(?:for|on)\s\w+"),
+    _Rule("names of file formats", rf"\b{_EXTENSION}(?:\simages?)?"),
+    _Rule("page 12", r"\bpage\s+\d+\b"),
+    _Rule("longer mixtures, a1b2c3", r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+    _Rule("sizes such as 1920x1080, with three letters x", r"\b\d+\.?\d*[xх×]\d+\.?\d*\b"),
+    # -- spaces
+    _Rule("a space before a colon", r"\b\s+:\s+", ": "),
+    _Rule("a missing space after a comma or full stop", r"(\D[,./])\b", r"\1 "),
+    _Rule("runs of spaces -> one", r"\s+", " "),
+    # -- the two ends; spaces there are still standing, as in the reference
+    _Rule("quotes around the whole", r"^[\"']([\w\W]+)[\"']$", r"\1"),
+    _Rule("a sign in front", r"^['_,\-:;]"),
+    _Rule("a sign at the end", r"['_,\-:+]$"),
+    _Rule("a single word that starts with a full stop", r"^\.\S+$"),
+    str.strip,
+)
+
+
+def clean(caption: str) -> str:
+    """Cleans a caption as the training captions of the released weights were cleaned.
+
+    Lower-cases it and removes what does not describe a scene: addresses, HTML, CJK, numbers of articles, file
+    names, advertising, stray punctuation. The steps run twice, as in the reference (`text_preprocessing`):
+    the second round sees what the first one uncovered.
+
+    Args:
+      caption: any text; score suffixes already appended (`append_scores`).
+
+    Returns:
+      The cleaned caption, possibly empty. Never raises: markup that cannot be parsed is kept as text.
+    """
+    for _ in range(2):
+        for step in _STEPS:
+            caption = step(caption)
+    return caption
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tokens
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """T5's sentencepiece tokenizer, padded to one length.
+
+    Args:
+      model: the sentencepiece model, a file (`tokenizer.model`, `spiece.model`) or its bytes.
+      max_length: tokens per caption, the end mark included; 300 for the released weights.
+
+    Raises:
+      UserError: if the file is missing, is no sentencepiece model, or is not laid out as T5's (pad 0, eos 1).
+    """
+
+    def __init__(self, model: str | Path | bytes, max_length: int):
+        if max_length < 1:
+            raise UserError(f"text length {max_length}: give at least 1 token, 300 for Open-Sora's weights")
+        name = "the tokenizer given as bytes" if isinstance(model, bytes) else str(model)
+        self.max_length = max_length
+        self._pieces = _load(_read(model), name)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of pieces. T5's own model has 32000, its embedding 32128 rows."""
+        return self._pieces.vocab_size()
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
+        """Cleaned captions -> token ids and a mask that is True for tokens, the end mark included.
+
+        Each row is the caption's pieces, cut so that the end mark fits, the end mark, and padding.
+        """
+        ids = np.full((len(captions), self.max_length), PAD, np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for i, caption in enumerate(captions):
+            # sentencepiece takes valid UTF-8 only, and a broken JSON escape leaves half a character.
+            caption = caption.encode("utf-8", "replace").decode("utf-8")
+            row = [*self._pieces.encode(caption)[: self.max_length - 1], EOS]
+            ids[i, : len(row)], mask[i, : len(row)] = row, True
+        return ids, mask
+
+
+def _read(model: str | Path | bytes) -> bytes:
+    if isinstance(model, bytes):
+        return model
+    try:
+        return Path(model).read_bytes()
+    except OSError as e:
+        raise UserError(
+            f"{model}: cannot read the tokenizer ({e.strerror}); a release folder holds it as tokenizer.model"
+        ) from e
+
+
+def _load(proto: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    problem = f"{name}: no sentencepiece model; give T5's tokenizer.model (also called spiece.model)"
+    pieces = sentencepiece.SentencePieceProcessor()
+    try:
+        pieces.LoadFromSerializedProto(proto)
+    except RuntimeError as e:
+        raise UserError(problem) from e
+    if (pieces.pad_id(), pieces.eos_id()) != (PAD, EOS):
+        raise UserError(
+            f"{name}: padding is id {pieces.pad_id()} and the end mark id {pieces.eos_id()}, "
+            f"T5 has {PAD} and {EOS}; give the tokenizer that belongs to the text encoder"
+        )
+    return pieces

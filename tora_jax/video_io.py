@@ -1,0 +1,215 @@
+"""Video and image files <-> uint8 arrays, channels last (PyAV, Pillow)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from tora_jax.errors import UserError
+
+Frames = UInt8[np.ndarray, "t h w 3"]
+
+MAX_PIXELS = 100_000_000  # of a still; a small file can claim any size
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Fixed, because x264's output depends on it: the same frames give the same bytes on machines of any size.
+ENCODER_THREADS = 4
+BT709 = 1  # FFmpeg's number for it, in each of its colour enums
+
+
+@contextlib.contextmanager
+def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and puts it in place of `path` when the block ends well.
+
+    Whatever goes wrong inside, Ctrl-C too, leaves neither a half-written `path` nor the temporary file; an
+    older `path` stays as it was.
+
+    Raises:
+      UserError: the folder is missing or not writable, the disk is full, or `path` is a folder.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(None, f"there is no folder {path.parent}")
+        aside.touch(exist_ok=False)
+        yield aside
+        os.replace(aside, path)
+    except OSError as e:
+        reason = e.strerror or e
+        raise UserError(f"{path}: cannot be written ({reason}); choose another output path") from e
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def write_video(path: str | os.PathLike, frames: Frames, fps: float) -> None:
+    """Writes an .mp4 (H.264, yuv420p, BT.709, index in front: plays in every browser) or a .gif.
+
+    H.264 needs even sides: an odd one is made even by repeating the last row or column. The same frames give
+    the same bytes. A GIF's clock ticks in 1/100 s, so its frame rate is approximate.
+
+    Args:
+      path: ends in .mp4 or .gif; its folder exists. Written aside and renamed, see `write_atomic`.
+      frames: uint8 0..255, RGB; at least one.
+      fps: frames per second, above 0.
+
+    Raises:
+      UserError: the ending is another, fps is no positive number, or the file cannot be written.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [t, h, w, 3]")
+    if not (math.isfinite(fps) and 0 < fps <= 1000):
+        raise UserError(f"{path}: fps is {fps}; it must be above 0, at most 1000")
+    writers = {".mp4": _write_mp4, ".gif": _write_gif}
+    suffix = Path(path).suffix.lower()
+    if suffix not in writers:
+        raise UserError(f"{path}: is not a video name; end it in .mp4 or .gif")
+    with write_atomic(path) as aside:
+        writers[suffix](aside, frames, fps)
+
+
+def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18", "preset": "medium"}
+        )
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context
+        codec.thread_count = ENCODER_THREADS
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = 1  # 16..235
+        for array in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=BT709, interpolation="AREA")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: Frames, fps: float) -> None:
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    # Browsers slow a GIF down whose frames last under 2/100 s.
+    milliseconds = 10 * max(round(100 / fps), 2)
+    first.save(path, format="GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
+def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[Frames, float]:
+    """Decodes a video, turned upright.
+
+    Args:
+      path: any format FFmpeg reads.
+      max_frames: stop after so many; None reads all, which must fit in memory.
+
+    Returns:
+      uint8 [t, h, w, 3] RGB, and frames per second (the average rate).
+
+    Warns:
+      the file declares more frames than it gives, or some of them are damaged.
+
+    Raises:
+      UserError: the file is missing, is no video, has no frame, is cut off, or changes its size midway.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such video file; check the path")
+    frames: list[np.ndarray] = []
+    damaged, cut_off = 0, False
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: has no video in it; give a video file")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
+            for packet in container.demux(stream):
+                if max_frames is not None and len(frames) >= max_frames:
+                    break
+                if packet.size:
+                    cut_off = packet.is_corrupt  # the demuxer's word for a last packet with bytes missing
+                for frame in packet.decode():
+                    damaged += frame.is_corrupt
+                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+    except (OSError, av.FFmpegError) as e:
+        where = f"after frame {len(frames)}" if frames else "as a video"
+        raise UserError(f"{path}: cannot be decoded {where} ({e.strerror}); is the file complete?") from e
+    frames = frames[:max_frames]
+    if cut_off:
+        raise UserError(f"{path}: is cut off after frame {len(frames)} of {declared}; get the complete file")
+    if not frames or not rate:
+        raise UserError(f"{path}: has no video frames; give a video file")
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"{path}: changes its frame size midway; cut or re-encode it to one size")
+    expected = declared if max_frames is None else min(declared, max_frames)
+    if len(frames) < expected or damaged:
+        counts = f"{len(frames)} of {expected} frames decoded, {damaged} of them damaged"
+        warnings.warn(f"{path}: {counts}; the file may be broken", stacklevel=2)
+    return np.stack(frames), float(rate)
+
+
+def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads a still as uint8 RGB: upright (EXIF), transparency over white, the first frame of several.
+
+    Raises:
+      UserError: the file is missing, broken, not an image (whatever its name says), or over MAX_PIXELS.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such image file; check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; sizes are checked here
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except Image.DecompressionBombError as e:  # Pillow raises it too, at its own, larger limit
+        limit = f"{MAX_PIXELS // 10**6} million pixels"
+        raise UserError(f"{path}: has over {limit}; make it smaller") from e
+    except Exception as e:  # a broken file raises nearly anything from Pillow's decoders
+        kinds = "PNG, JPEG, WebP, BMP, GIF or TIFF"
+        raise UserError(f"{path}: is broken or not an image; give a {kinds} file") from e
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; Pillow's own conversion clips it
+        return Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize_crop(
+    images: UInt8[np.ndarray, "*t h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "*t height width 3"]:
+    """Scales images to cover height x width, antialiased, and crops the middle.
+
+    Source: what Open-Sora does to reference images (opensora/datasets/utils.py, resize_crop_to_fill).
+    """
+    old_height, old_width = images.shape[-3:-1]
+    scale = max(height / old_height, width / old_width)
+    new_height, new_width = max(round(old_height * scale), height), max(round(old_width * scale), width)
+    top, left = round((new_height - height) / 2), round((new_width - width) / 2)
+    resized = [
+        np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
+        for image in images.reshape(-1, old_height, old_width, 3)
+    ]
+    cropped = np.stack(resized)[:, top : top + height, left : left + width]
+    return cropped.reshape(*images.shape[:-3], height, width, 3)
