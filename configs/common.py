@@ -17,9 +17,7 @@ def parse_arg(arg: str | None, **defaults) -> ConfigDict:
     for part in filter(None, (arg or "").split(",")):
         name, _, text = part.partition("=")
         if name not in defaults:
-            raise ValueError(
-                f"unknown argument {name!r} of this config; it has {', '.join(defaults) or 'none'}"
-            )
+            raise ValueError(f"unknown argument {name!r} of this config; it has {', '.join(defaults) or 'none'}")
         kind = type(defaults[name])
         values[name] = text.lower() in ("", "true", "1") if kind is bool else kind(text)
     return ConfigDict(values)

@@ -1,7 +1,6 @@
 """The small model: every part of the real chain, in seconds on a laptop. `sample.py` runs it by default."""
 
 from ml_collections import ConfigDict
-
 from tora_jax.configs import common
 
 

@@ -7,7 +7,6 @@ Arguments: `variant` (XL/2, 3B/2 or DEPTHxWIDTHxHEADS/PATCH), `runlocal`.
 """
 
 from ml_collections import ConfigDict
-
 from tora_jax.configs import common, demo
 
 

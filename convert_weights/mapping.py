@@ -36,14 +36,8 @@ class Layout(enum.Enum):
     LINEAR = (1, 0)  # [out, in] -> [in, out]
     CONV2D = (2, 3, 1, 0)  # OIHW -> HWIO
     CONV3D = (2, 3, 4, 1, 0)  # OITHW -> THWIO
-    PATCH = (
-        2,
-        3,
-        4,
-        1,
-        0,
-        "to matrix",
-    )  # OITHW with stride = kernel -> [(t h w i), o], a linear layer on patches
+    # OITHW with stride = kernel -> [(t h w i), o], a linear layer on patches
+    PATCH = (2, 3, 4, 1, 0, "to matrix")
     FLAT = ("to vector",)  # [1, c, 1, 1, 1] -> [c]
 
     @property
@@ -87,7 +81,7 @@ class Rule:
 def affine(source: str, target: str, layout: Layout, bias: bool = True) -> list[Rule]:
     """Rules for a linear or convolution layer: `.weight` -> `/kernel` and `.bias` -> `/bias`."""
     rules = [Rule(source + ".weight", target + "/kernel", layout)]
-    return rules + [Rule(source + ".bias", target + "/bias")] if bias else rules
+    return [*rules, Rule(source + ".bias", target + "/bias")] if bias else rules
 
 
 def norm(source: str, target: str) -> list[Rule]:
@@ -191,9 +185,7 @@ def plan(
             problems.append(f"! {path}: wants {list(want)}, the checkpoint gives {sorted(map(list, got))}")
         else:
             moves.append(Move(path, sources, rule.layout, stacked, tuple(source[sources[0]]), shape))
-    problems += [
-        f"+ {key}: {path} is not in the model" for path, (_, p) in filled.items() for key in p.values()
-    ]
+    problems += [f"+ {key}: {path} is not in the model" for path, (_, p) in filled.items() for key in p.values()]
     if problems:
         raise ConversionError(f"{len(problems)} mismatches:\n" + "\n".join(sorted(problems)))
     return moves

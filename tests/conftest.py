@@ -6,7 +6,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402, the flags above must be set before the backend starts
+import jax  # after the flags: the backend reads them when it starts
 
 CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(__file__).parent.parent / ".jax_cache")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))

@@ -43,9 +43,7 @@ def shaken(params):
     """The same tree with random numbers where layers start at zero."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    return tree.unflatten(
-        [leaf + 0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+    return tree.unflatten([leaf + 0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
 
 
 def apply(model, params, **changes):

@@ -224,9 +224,7 @@ def test_times_decide_when_points_are_reached():
 
 def test_arc_length_evens_out_the_speed_and_drops_pauses():
     points = np.array([[0, 0], [0.1, 0], [0.1, 0], [0.1, 0], [1, 0], [1, 0]])
-    np.testing.assert_allclose(
-        trajectory.resample(points, 5, arc_length=True)[:, 0], np.arange(5) / 4, atol=1e-7
-    )
+    np.testing.assert_allclose(trajectory.resample(points, 5, arc_length=True)[:, 0], np.arange(5) / 4, atol=1e-7)
     still = np.full((3, 2), 0.5)
     np.testing.assert_array_equal(trajectory.resample(still, 4, arc_length=True), np.full((4, 2), 0.5))
 

@@ -127,10 +127,7 @@ def test_causal_convolution_sees_no_later_frame(time, space):
     assert y.shape == (1, 6 // time, 6 // space, 8 // space, 4)
     for j in range(x.shape[1]):
         # Frame j is the last that output j // time sees.
-        assert (
-            first_change(y, apply(variables, np.where(np.arange(6)[:, None, None, None] == j, 1, x)))
-            == j // time
-        )
+        assert first_change(y, apply(variables, np.where(np.arange(6)[:, None, None, None] == j, 1, x))) == j // time
 
 
 def test_motion_form_is_strictly_causal():

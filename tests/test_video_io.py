@@ -108,10 +108,17 @@ def test_mp4_plays_everywhere(tmp_path):
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path):
-    for name in ("a.mp4", "b.mp4", "a.gif", "b.gif"):
-        video_io.write_video(tmp_path / name, clip(), 24)
+    coarse = np.random.default_rng(0).integers(0, 255, (20, 15, 20, 3), np.uint8)
+    busy = coarse.repeat(16, axis=1).repeat(16, axis=2)
     for kind in ("mp4", "gif"):
-        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+        path = tmp_path / f"a.{kind}"
+        for video in (clip(), busy):
+            written, read = set(), set()
+            for _ in range(4):
+                video_io.write_video(path, video, 24)
+                written.add(path.read_bytes())
+                read.add(video_io.read_video(path)[0].tobytes())
+            assert len(written) == len(read) == 1
 
 
 def test_odd_sizes_are_padded_by_their_edge(tmp_path):
@@ -185,7 +192,7 @@ def test_a_truncated_video(tmp_path, frame):
     video_io.write_video(path, clip(), 24)
     end = 200 if frame is None else packet_ends(path)[frame] - 3  # in the index, or in a frame
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(UserError, match=r"a\.mp4: (cannot be decoded|is cut off)"):
+    with pytest.raises(UserError, match=r"a\.mp4: (cannot be decoded|is cut off|has no video)"):
         video_io.read_video(path)
 
 
@@ -240,7 +247,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     if mode == "I;16":
         source = Image.fromarray(grey.astype(np.uint16) * 257)
     else:
-        source = Image.fromarray(grey).convert("RGB").convert(mode, dither=Image.Dither.NONE)
+        source = Image.fromarray(grey).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
     image = video_io.read_image(save(tmp_path, source, "a.tiff"))
     assert image.shape == (5, 7, 3)
     assert image.dtype == np.uint8

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from tora_jax import draw, generate, release, trajectory, video_io
@@ -60,9 +60,7 @@ def _sample(argv: list[str]) -> None:
         if path:
             images[frame] = video_io.resize_crop(video_io.read_image(path), *size)
     if args.image and args.last_image and settings["num_frames"] == 1:
-        raise UserError(
-            "--image and --last_image name the same frame of a video of one frame; give one of them"
-        )
+        raise UserError("--image and --last_image name the same frame of a video of one frame; give one of them")
 
     models = generate.load(config, args.weights, settings["seed"])
     if args.weights is None:
@@ -92,64 +90,57 @@ def _sample(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
-    default = str(resources.files("tora_jax.configs").joinpath("demo.py"))
-    with_values = {"flag_values": values}
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        f"Config file of the models and sampling defaults ({Path(default).name}).",
-        **with_values,
-    )
-    for name, what in (
-        ("weights", "Release folder; its config is used unless --config is given."),
-        ("prompt", "What the video shows."),
-        ("negative_prompt", "What it shall not show."),
-        ("image", "Picture for the first frame."),
-        ("last_image", "Picture for the last frame."),
-        ("resolution", 'Named size such as "480p", with --aspect_ratio.'),
-        ("aspect_ratio", 'width:height, such as "16:9".'),
-        ("num_frames", 'Number of frames, or "2s", "4s", ...'),
-    ):
-        flags.DEFINE_string(name, None, what, **with_values)
-    flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **with_values)
-    flags.DEFINE_multi_string(
-        "trajectory",
-        None,
-        f"Trajectory file (text, JSON or .npy), or one of {', '.join(_presets())}. Repeatable.",
-        **with_values,
-    )
-    flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **with_values)
-    flags.DEFINE_boolean("quiet", False, "No progress bar.", **with_values)
-    for name, what in (("height", "Pixels."), ("width", "Pixels."), ("steps", "Steps of the sampler.")):
-        flags.DEFINE_integer(name, None, what, **with_values)
-    flags.DEFINE_integer("seed", None, "Seed of the noise.", **with_values)
-    for name, what in (
-        ("fps", "Frames per second."),
-        ("guidance", "Weight of the prompt; 1 = none."),
-        ("trajectory_guidance", "Extra weight of the trajectory; 1 = none."),
-    ):
-        flags.DEFINE_float(name, None, what, **with_values)
-
-    flags.DEFINE_boolean("help", False, "Shows this.", short_name="h", **with_values)
     try:
+        _define(values, argv)
         rest = values(argv)
-        if values.config is None:
-            values.config = default
+    except UserError:
+        raise
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, SyntaxError) as error:
+        # All that a wrong flag, a wrong name in the config or a broken config file raises.
         raise UserError(" ".join(str(error.args[0] if error.args else error).split())) from None
     if values.help:
-        print(USAGE + values.main_module_help() or values.get_help())
+        print(USAGE + values.get_help(include_special_flags=False))
         sys.exit(0)
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags start with --, see --help")
     return values
 
 
+def _define(values: flags.FlagValues, argv: list[str]) -> None:
+    to = {"flag_values": values}
+    small = str(resources.files("tora_jax.configs").joinpath("demo.py"))
+    config_flags.DEFINE_config_file("config", small, "Config of the models and of sampling.", sys_argv=argv, **to)
+    flags.DEFINE_boolean("help", False, "Shows this.", short_name="h", **to)
+    flags.DEFINE_string("weights", None, "Release folder; its config is used unless --config is given.", **to)
+    flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **to)
+    flags.DEFINE_boolean("quiet", False, "No progress bar.", **to)
+    flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **to)
+    flags.DEFINE_string("image", None, "Picture for the first frame.", **to)
+    flags.DEFINE_string("last_image", None, "Picture for the last frame.", **to)
+    # The flags below stand for the config's sampling section, which has their defaults.
+    files = f"Trajectory file (text, JSON or .npy), or one of {', '.join(_presets())}. Repeatable."
+    flags.DEFINE_multi_string("trajectory", None, files, **to)
+    flags.DEFINE_string("prompt", None, "What the video shows.", **to)
+    flags.DEFINE_string("negative_prompt", None, "What it shall not show.", **to)
+    flags.DEFINE_string("resolution", None, 'Named size, such as "480p"; with --aspect_ratio.', **to)
+    flags.DEFINE_string("aspect_ratio", None, 'width:height, such as "16:9".', **to)
+    flags.DEFINE_integer("height", None, "Pixels; with --width.", **to)
+    flags.DEFINE_integer("width", None, "Pixels.", **to)
+    flags.DEFINE_string("num_frames", None, 'Number of frames, or "2s", "4s", ...', **to)
+    flags.DEFINE_float("fps", None, "Frames per second.", **to)
+    flags.DEFINE_integer("steps", None, "Steps of the sampler.", **to)
+    flags.DEFINE_float("guidance", None, "Weight of the prompt; 1 = none.", **to)
+    flags.DEFINE_float("trajectory_guidance", None, "Extra weight of the trajectory; 1 = none.", **to)
+    flags.DEFINE_integer("seed", None, "Seed of the noise.", **to)
+
+
 def _config(args: flags.FlagValues) -> dict[str, Any]:
-    """--config, else the config of --weights, else the small model's."""
-    if args.weights is not None and args["config"].using_default_value:
-        return release.read_config(args.weights)
-    return args.config.to_dict()
+    """--config, else the config of --weights, else the small model's; --config.NAME=VALUE changes each of them."""
+    if args.weights is None or not args["config"].using_default_value:
+        return args.config.to_dict()
+    config = ConfigDict(release.read_config(args.weights)).lock()
+    config.update_from_flattened_dict(config_flags.get_override_values(args["config"]))
+    return config.to_dict()
 
 
 def _settings(args: flags.FlagValues, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -220,10 +211,7 @@ def _write(out: Path, result: generate.Result, tracks: np.ndarray | None, report
         "device": jax.devices()[0].device_kind,
     }
     with contextlib.ExitStack() as stack:
-        aside = {
-            path: stack.enter_context(video_io.write_atomic(path))
-            for path in (*videos, out.with_suffix(".json"))
-        }
+        aside = {path: stack.enter_context(video_io.write_atomic(path)) for path in (*videos, out.with_suffix(".json"))}
         for path, frames in videos.items():
             video_io.write_video(aside[path], frames, fps)
         aside[out.with_suffix(".json")].write_text(json.dumps(report, indent=2) + "\n")

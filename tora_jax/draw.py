@@ -43,9 +43,7 @@ def _colors(count: int) -> list[tuple[int, int, int]]:
     return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, 1)) for hue in hues]
 
 
-def _stroke(
-    frame: np.ndarray, path: np.ndarray, color: tuple[int, int, int], line: float, dot: float
-) -> None:
+def _stroke(frame: np.ndarray, path: np.ndarray, color: tuple[int, int, int], line: float, dot: float) -> None:
     smooth = {"lineType": cv2.LINE_AA, "shift": FRACTION_BITS}
     if len(path) > 1:
         cv2.polylines(frame, [path.reshape(-1, 1, 2)], False, color, max(round(line), 1), **smooth)

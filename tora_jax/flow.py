@@ -161,9 +161,7 @@ def _place(
     return maps
 
 
-def _bump(
-    position: float, size: int, sigma: float, radius: int
-) -> tuple[slice, Float[np.ndarray, " window"]]:
+def _bump(position: float, size: int, sigma: float, radius: int) -> tuple[slice, Float[np.ndarray, " window"]]:
     """The blur of a point along one axis (the Gaussian is separable), and where on the axis it lies."""
     matrix = _blur_matrix(size, sigma, radius)
     position = min(max(position, 0), size - 1)

@@ -181,8 +181,7 @@ def load(config: Mapping[str, Any], weights: str | Path | None = None, seed: int
 
 def _check_sizes(want: Mapping, got: Mapping, origin: str) -> None:
     want, got = (
-        {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-        for tree in (want, got)
+        {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()} for tree in (want, got)
     )
     for path in want.keys() | got.keys():
         if want.get(path) != got.get(path):
@@ -332,14 +331,10 @@ def check_settings(*, num_frames, steps, height, width, fps, guidance, trajector
 
 def _check_inputs(tracks, images, num_frames: int) -> None:
     if tracks is not None and np.shape(tracks)[1:] != (num_frames, 2):
-        raise UserError(
-            f"tracks of shape {np.shape(tracks)}; they need [n, {num_frames}, 2], one point a frame"
-        )
+        raise UserError(f"tracks of shape {np.shape(tracks)}; they need [n, {num_frames}, 2], one point a frame")
     for frame in images or ():
         if not 0 <= frame < num_frames:
-            raise UserError(
-                f"an image is given for frame {frame}; the video has frames 0 to {num_frames - 1}"
-            )
+            raise UserError(f"an image is given for frame {frame}; the video has frames 0 to {num_frames - 1}")
 
 
 def _conditions(models, prompt, negative_prompt, guidance, trajectory_guidance, tracks) -> dict[str, Array]:

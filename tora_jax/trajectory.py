@@ -143,9 +143,7 @@ def resample(points: Trajectory, frames: int, arc_length: bool = False) -> Float
     return np.stack([np.interp(at, when, xy[:, i]) for i in (0, 1)], axis=-1).astype(np.float32)
 
 
-def tracks(
-    trajectories: Sequence[Trajectory], frames: int, arc_length: bool = False
-) -> Float[np.ndarray, "n t 2"]:
+def tracks(trajectories: Sequence[Trajectory], frames: int, arc_length: bool = False) -> Float[np.ndarray, "n t 2"]:
     """`resample` for several trajectories: float32 [n, frames, 2]; no trajectory gives n = 0."""
     if frames < 1:
         raise UserError(f"the number of frames is {frames}; it must be at least 1")

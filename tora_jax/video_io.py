@@ -96,9 +96,13 @@ def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
         codec.color_range = 1  # 16..235
         for array in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=BT709, interpolation="AREA")
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(_convert(frame, "yuv420p", dst_colorspace=BT709)))
         container.mux(stream.encode())
+
+
+def _convert(frame: av.VideoFrame, pixels: str, **options) -> av.VideoFrame:
+    # One thread: with several, FFmpeg's scaler gives other pixels from one run to the next.
+    return frame.reformat(format=pixels, interpolation="AREA", threads=1, **options)
 
 
 def _write_gif(path: Path, frames: Frames, fps: float) -> None:
@@ -143,7 +147,8 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[
                     cut_off = packet.is_corrupt  # the demuxer's word for a last packet with bytes missing
                 for frame in packet.decode():
                     damaged += frame.is_corrupt
-                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+                    array = _convert(frame, "rgb24").to_ndarray()
+                    frames.append(np.rot90(array, round(frame.rotation / 90)))
     except (OSError, av.FFmpegError) as e:
         where = f"after frame {len(frames)}" if frames else "as a video"
         raise UserError(f"{path}: cannot be decoded {where} ({e.strerror}); is the file complete?") from e
@@ -187,9 +192,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; Pillow's own conversion clips it
-        return Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        return Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

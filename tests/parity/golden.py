@@ -40,7 +40,7 @@ class Golden:
 
 def load(name: str) -> Golden:
     with safe_open(GOLDEN_DIR / f"{name}.safetensors", framework="numpy") as f:
-        return Golden(json.loads(f.metadata()["config"]), {k: f.get_tensor(k) for k in f.keys()})
+        return Golden(json.loads(f.metadata()["config"]), {k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118, not a dict
 
 
 def checkpoint_keys(name: str) -> dict[str, tuple[int, ...]]:

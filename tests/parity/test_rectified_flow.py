@@ -43,9 +43,7 @@ class Setup:
     def passes(self, x, timestep, frame_mask):
         """With the caption and without it."""
         b = len(x)
-        both = self.apply(
-            jnp.concatenate([x, x]), jnp.concatenate([timestep] * 2), frame_mask, jnp.arange(2 * b) >= b
-        )
+        both = self.apply(jnp.concatenate([x, x]), jnp.concatenate([timestep] * 2), frame_mask, jnp.arange(2 * b) >= b)
         return both.reshape(2, b, *both.shape[1:])
 
 
@@ -56,9 +54,7 @@ def setup(request):
 
 def times_of(setup):
     c = setup.config
-    return rectified_flow.sampling_times(
-        c["steps"], c["height"], c["width"], setup.frames, c["use_timestep_transform"]
-    )
+    return rectified_flow.sampling_times(c["steps"], c["height"], c["width"], setup.frames, c["use_timestep_transform"])
 
 
 def test_timesteps(setup):

@@ -52,9 +52,7 @@ def test_output(name):
         target: None if data.get(source) is None else jnp.asarray(data[source], bool)
         for target, source in (("text_mask", "in/y_mask"), ("frame_mask", "in/x_mask"))
     }
-    got = jax.jit(model.apply)(
-        {"params": params}, x, data["in/t"], data["in/y"], **arguments(x, data.config), **masks
-    )
+    got = jax.jit(model.apply)({"params": params}, x, data["in/t"], data["in/y"], **arguments(x, data.config), **masks)
     golden.assert_close(got, channels_last(data["out/pred"]), 1e-5)
 
 

@@ -113,6 +113,4 @@ def test_the_decoder_of_a_whole_t5_is_left_out(data, model):
     whole = t5.untie(data.params) | {"lm_head.weight": np.ones(1), "decoder.block.0.x.weight": np.ones(1)}
     mapping.from_state_dict(t5.TABLE, whole, params_shape(model), t5.IGNORED)
     with pytest.raises(mapping.ConversionError, match=r"encoder\.extra"):
-        mapping.from_state_dict(
-            t5.TABLE, whole | {"encoder.extra": np.ones(1)}, params_shape(model), t5.IGNORED
-        )
+        mapping.from_state_dict(t5.TABLE, whole | {"encoder.extra": np.ones(1)}, params_shape(model), t5.IGNORED)

@@ -165,9 +165,7 @@ def test_video_vae_full():
     seed, constants = data.config["seed"], {"shift": V1_2_SHIFT, "scale": V1_2_SCALE}
     keys = golden.checkpoint_keys("opensora_vae_v1_2")
     state = {
-        key: np.float32(constants[key]).reshape(shape)
-        if key in constants
-        else golden.procedural(key, shape, seed)
+        key: np.float32(constants[key]).reshape(shape) if key in constants else golden.procedural(key, shape, seed)
         for key, shape in keys.items()
     }
     model, target = full_size()

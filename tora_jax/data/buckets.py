@@ -57,6 +57,4 @@ def frame_count(name: str) -> int:
     try:
         return int(name)
     except ValueError:
-        raise UserError(
-            f"--num_frames {name!r} is neither a whole number nor one of {', '.join(names)}"
-        ) from None
+        raise UserError(f"--num_frames {name!r} is neither a whole number nor one of {', '.join(names)}") from None

@@ -148,9 +148,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
         self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
-    def encode(
-        self, x: Float[Array, "b h w 3"]
-    ) -> tuple[Float[Array, "b h8 w8 c"], Float[Array, "b h8 w8 c"]]:
+    def encode(self, x: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b h8 w8 c"], Float[Array, "b h8 w8 c"]]:
         """Pixels in [-1, 1] -> mean and log-variance (-30..20) of the posterior, float32, unscaled."""
         return split_moments(self.quant_conv(self.encoder(x)))
 

@@ -61,9 +61,7 @@ class ResBlock(nn.Module):
             x = nn.silu(group_norm(self.norm_groups, EPS, name=f"norm{i}", per_frame=self.causal_norm)(x))
             x = CausalConv(self.features, use_bias=False, dtype=self.dtype, name=f"conv{i}")(x)
         if skip.shape[-1] != self.features:
-            skip = CausalConv(self.features, kernel=1, use_bias=False, dtype=self.dtype, name="shortcut")(
-                skip
-            )
+            skip = CausalConv(self.features, kernel=1, use_bias=False, dtype=self.dtype, name="shortcut")(skip)
         return x + skip
 
 
@@ -113,9 +111,7 @@ class Decoder(nn.Module):
                 time, space = self.strides[i - 1]
                 width = self.widths[i] * time * space * space
                 x = CausalConv(width, dtype=self.dtype, name=f"stride_{i - 1}")(x)
-                x = einops.rearrange(
-                    x, "b t h w (c p q r) -> b (t p) (h q) (w r) c", p=time, q=space, r=space
-                )
+                x = einops.rearrange(x, "b t h w (c p q r) -> b (t p) (h q) (w r) c", p=time, q=space, r=space)
         x = nn.silu(group_norm(self.norm_groups, EPS, name="norm_out", per_frame=self.causal_norm)(x))
         return CausalConv(self.out_channels, dtype=self.dtype, name="conv_out")(x)
 
@@ -172,9 +168,7 @@ class CausalVAE(nn.Module):
 
     def setup(self):
         levels = len(self.channel_multipliers) - 1
-        halved = [
-            tuple(flags) or (False,) * levels for flags in (self.temporal_downsample, self.spatial_downsample)
-        ]
+        halved = [tuple(flags) or (False,) * levels for flags in (self.temporal_downsample, self.spatial_downsample)]
         if any(len(flags) != levels for flags in halved):
             raise ValueError(
                 f"{levels + 1} levels want {levels} entries in temporal_downsample and spatial_downsample, "
@@ -192,9 +186,7 @@ class CausalVAE(nn.Module):
         self.quant_conv = CausalConv(2 * self.latent_channels, kernel=1, dtype=self.dtype)
         self.post_quant_conv = CausalConv(self.inner_channels, kernel=1, dtype=self.dtype)
 
-    def encode(
-        self, x: Float[Array, "b t h w _"]
-    ) -> tuple[Float[Array, "b t4 h2 w2 c"], Float[Array, "b t4 h2 w2 c"]]:
+    def encode(self, x: Float[Array, "b t h w _"]) -> tuple[Float[Array, "b t4 h2 w2 c"], Float[Array, "b t4 h2 w2 c"]]:
         """A clip of any length -> mean and log-variance (-30..20) of the posterior, float32."""
         front = -x.shape[1] % self.time_factor
         x = jnp.pad(x, ((0, 0), (front, 0), (0, 0), (0, 0), (0, 0)))

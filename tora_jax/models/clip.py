@@ -42,9 +42,7 @@ class CLIPBlock(nn.Module):
         width = x.shape[-1]
         y = _layer_norm("norm1")(x)
         q, k, v = (
-            einops.rearrange(
-                dense(width, dtype=self.dtype, name=name)(y), "b l (k d) -> b l k d", k=self.num_heads
-            )
+            einops.rearrange(dense(width, dtype=self.dtype, name=name)(y), "b l (k d) -> b l k d", k=self.num_heads)
             for name in "qkv"
         )
         y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
@@ -97,14 +95,10 @@ class CLIPVision(nn.Module):
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
         if pixels.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images of {pixels.shape[1:3]}, CLIP's image tower takes {self.image_size} squared"
-            )
+            raise ValueError(f"images of {pixels.shape[1:3]}, CLIP's image tower takes {self.image_size} squared")
         init = nn.initializers.normal(0.02)
         patch = (self.patch, self.patch)
-        x = nn.Conv(self.width, patch, patch, "VALID", use_bias=False, dtype=self.dtype, name="patch_embed")(
-            pixels
-        )
+        x = nn.Conv(self.width, patch, patch, "VALID", use_bias=False, dtype=self.dtype, name="patch_embed")(pixels)
         x = einops.rearrange(x, "b h w c -> b (h w) c")
         token = self.param("class_token", init, (self.width,))
         position = self.param("position", init, (x.shape[1] + 1, self.width))

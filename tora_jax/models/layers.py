@@ -47,9 +47,7 @@ def modulate(x: Float[Array, "*l c"], shift: Array, scale: Array) -> Float[Array
 def group_norm(groups: int, eps: float, *, name: str, per_frame: bool = False) -> nn.GroupNorm:
     """GroupNorm in float32 over all axes but the first; `per_frame`: over h, w and c of each frame alone."""
     axes = (-3, -2, -1) if per_frame else None
-    return nn.GroupNorm(
-        groups, epsilon=eps, dtype=jnp.float32, reduction_axes=axes, use_fast_variance=False, name=name
-    )
+    return nn.GroupNorm(groups, epsilon=eps, dtype=jnp.float32, reduction_axes=axes, use_fast_variance=False, name=name)
 
 
 def split_moments(x: Float[Array, "*l _"]) -> tuple[Float[Array, "*l c"], Float[Array, "*l c"]]:
@@ -219,9 +217,7 @@ def patchify(x: Float[Array, "b t h w c"], patch: int) -> Float[Array, "b t h2 w
     return einops.rearrange(x, "b t (h p) (w q) c -> b t h w (p q c)", p=patch, q=patch)
 
 
-def unpatchify(
-    x: Float[Array, "b t h2 w2 _"], patch: int, size: tuple[int, int]
-) -> Float[Array, "b t h w c"]:
+def unpatchify(x: Float[Array, "b t h2 w2 _"], patch: int, size: tuple[int, int]) -> Float[Array, "b t h w c"]:
     """The inverse of `patchify`, cut to `size` (h, w)."""
     x = einops.rearrange(x, "b t h w (p q c) -> b t (h p) (w q) c", p=patch, q=patch)
     return x[:, :, : size[0], : size[1]]

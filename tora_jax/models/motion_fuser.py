@@ -80,9 +80,7 @@ class MotionFuser(nn.Module):
         x = self._spatial_conv(features, width // 4, f"{name}_spatial")
         x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)), mode="edge")
         zeros = nn.initializers.zeros
-        conv = nn.Conv(
-            width, (3, 1, 1), padding="VALID", kernel_init=zeros, dtype=self.dtype, name=f"{name}_temporal"
-        )
+        conv = nn.Conv(width, (3, 1, 1), padding="VALID", kernel_init=zeros, dtype=self.dtype, name=f"{name}_temporal")
         return conv(x)
 
     def _spatial_conv(self, x: Array, features: int, name: str, zero: bool = False) -> Array:

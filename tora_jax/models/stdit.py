@@ -146,9 +146,7 @@ class FinalLayer(nn.Module):
         table = self.param("scale_shift_table", nn.initializers.normal(c**-0.5), (2, c))
 
         def modulated(x: Array, embedding: Array) -> Array:
-            shift, scale = (table + embedding.astype(jnp.float32)[:, None])[:, :, None, None, :].swapaxes(
-                0, 1
-            )
+            shift, scale = (table + embedding.astype(jnp.float32)[:, None])[:, :, None, None, :].swapaxes(0, 1)
             return modulate(layer_norm(x), shift, scale)
 
         x = modulated(x, t)
@@ -230,9 +228,7 @@ class STDiT(nn.Module):
         both = embed(jnp.stack([timestep, jnp.zeros_like(timestep)]), "t_embedder")
         fps_init = {"kernel_init": nn.initializers.normal(0.02), "out_init": ZEROS}
         t, t0 = both + embed(fps, "fps_embedder", **fps_init)
-        per_frame = (
-            t[:, None] if frame_mask is None else jnp.where(frame_mask[..., None], t[:, None], t0[:, None])
-        )
+        per_frame = t[:, None] if frame_mask is None else jnp.where(frame_mask[..., None], t[:, None], t0[:, None])
         modulation = layers.dense(6 * c, dtype=self.dtype, name="t_block")(nn.silu(per_frame))
         modulation = einops.rearrange(modulation, "b t (six c) -> b t six c", six=6)
 

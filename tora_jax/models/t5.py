@@ -47,9 +47,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "b n c"]:
         width, inner = x.shape[-1], self.num_heads * self.head_dim
         q, k, v = (
-            einops.rearrange(
-                linear(inner, name, fan_in, self.dtype)(x), "b n (k d) -> b n k d", k=self.num_heads
-            )
+            einops.rearrange(linear(inner, name, fan_in, self.dtype)(x), "b n (k d) -> b n k d", k=self.num_heads)
             for name, fan_in in (("q", width * self.head_dim), ("k", width), ("v", width))
         )
         x = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask[:, None, None, :], scale=1.0)
@@ -124,9 +122,7 @@ class T5Encoder(nn.Module):
         """
         if jnp.dtype(self.dtype) == jnp.float16:
             raise ValueError("T5 overflows in float16: use bfloat16 or float32")
-        embed = nn.Embed(
-            self.vocab_size, self.width, embedding_init=nn.initializers.normal(1.0), name="embed"
-        )
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(1.0), name="embed")
         x = embed(ids).astype(jnp.float32)
 
         table = self.param(

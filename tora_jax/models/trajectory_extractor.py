@@ -67,8 +67,6 @@ class TrajectoryExtractor(nn.Module):
             dtype=self.dtype,
             name="conv_in",
         )(x)
-        blocks = nn.scan(
-            ExtractorBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
-        )
+        blocks = nn.scan(ExtractorBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
         _, maps = blocks(self.dtype, name="blocks")(x, None)
         return maps

@@ -140,9 +140,7 @@ class VideoVAE(nn.Module):
         latent = self._each_micro_frame(lambda vae, x, _: vae.encode(x), clip, t, size)
         return Moments(spatial, clip, Gaussian(*latent))
 
-    def encode(
-        self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None
-    ) -> Float[Array, "b t4 h8 w8 c"]:
+    def encode(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Float[Array, "b t4 h8 w8 c"]:
         """A video in [-1, 1] -> normalised latents, float32, `latent_frames(t)` of them.
 
         Args:
