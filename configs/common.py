@@ -62,7 +62,7 @@ def sampling() -> dict:
         "height": 0,
         "width": 0,
         "num_frames": "51",
-        "fps": 24,
+        "fps": 24.0,
         "steps": 30,
         "guidance": 7.0,
         "trajectory_guidance": 1.0,

@@ -5,10 +5,78 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(__file__).parent.parent / ".jax_cache")
+# Subprocesses of the tests share it.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+
+from importlib import resources
 
 import jax  # after the flags: the backend reads them when it starts
+import pytest
+from jaxtyping import install_import_hook
 
-CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(__file__).parent.parent / ".jax_cache")
+from tests import typecheck
+
+# Every shape and dtype in the package's signatures is checked while the tests run.
+install_import_hook("tora_jax", f"{typecheck.__name__}.check")
+
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict:
+    """A config of the whole chain, as small as it gets."""
+    vae = {
+        "spatial": {"channels": (4, 4, 4, 4), "layers_per_block": 1, "norm_groups": 2},
+        "temporal": {
+            "filters": 4,
+            "channel_multipliers": (1, 1, 2),
+            "num_res_blocks": 1,
+            "norm_groups": 2,
+            "temporal_downsample": (True, True),
+        },
+    }
+    return {
+        "tora": {
+            "stdit": {"variant": "1x16x2/2", "caption_channels": 8, "caption_length": 12, "base_resolution": 64.0},
+            "motion_features": 8,
+        },
+        "vae": vae,
+        "motion_vae": vae,
+        "t5": {"vocab_size": 1024, "width": 8, "num_heads": 2, "head_dim": 4, "mlp_dim": 8, "depth": 1},
+        "sampling": {
+            "prompt": "a red star.",
+            "negative_prompt": "",
+            "trajectory": ("arc",),
+            "resolution": "",
+            "aspect_ratio": "16:9",
+            "height": 32,
+            "width": 48,
+            "num_frames": "5",
+            "fps": 8.0,
+            "steps": 3,
+            "guidance": 7.0,
+            "trajectory_guidance": 1.0,
+            "seed": 0,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_config):
+    from tora_jax import generate
+
+    return generate.load(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def tiny_release(tiny_models, tiny_config, tmp_path_factory):
+    """A release folder with the tiny models' weights."""
+    from tora_jax import release
+
+    folder = tmp_path_factory.mktemp("release") / "tiny"
+    tokenizer = resources.files("tora_jax").joinpath("assets/tokenizer.model")
+    release.save(folder, tiny_config, tiny_models.params, tokenizer, "Random numbers.\n")
+    return folder

@@ -148,12 +148,11 @@ def test_frame_rates_that_make_no_sense(tmp_path, fps):
         video_io.write_video(tmp_path / "a.mp4", clip(2), fps)
 
 
-def test_other_endings_and_other_arrays(tmp_path):
+def test_other_endings_and_no_frames(tmp_path):
     with pytest.raises(UserError, match=r"end it in \.mp4"):
         video_io.write_video(tmp_path / "a.txt", clip(2), 8)
-    for frames in (clip(0), clip(2).astype(float), clip(2)[0]):
-        with pytest.raises(ValueError, match="not uint8"):
-            video_io.write_video(tmp_path / "a.mp4", frames, 8)
+    with pytest.raises(ValueError, match="not uint8"):
+        video_io.write_video(tmp_path / "a.mp4", clip(0), 8)
     assert contents(tmp_path) == []
 
 

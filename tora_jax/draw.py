@@ -26,7 +26,7 @@ def draw_tracks(
     """
     height, width = video.shape[1:3]
     side = min(height, width)
-    line, dot, rim = max(side / 180, 1), max(side / 50, 2.5), max(side / 360, 1)
+    line, dot, rim = max(side / 180, 1.0), max(side / 50, 2.5), max(side / 360, 1.0)
     pixels = np.asarray(tracks, np.float64) * (width, height) - 0.5
     fixed = np.round(pixels * 2**FRACTION_BITS).astype(np.int32)
     drawn = np.ascontiguousarray(video).copy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 Maps = Float[np.ndarray, "t h w 2"]
 
@@ -88,7 +88,7 @@ def largest_norm(flow: Maps) -> float:
     return float(max((np.hypot(*f[_moving(f)].T).max(initial=0) for f in flow), default=0))
 
 
-def flow_to_color(flow: Maps, max_norm: float | None = None) -> Float[np.ndarray, "t h w 3"]:
+def flow_to_color(flow: Maps, max_norm: float | int | None = None) -> Float[np.ndarray, "t h w 3"]:
     """The colour-wheel picture of a flow as the models take it: float32 in [-1, 1], white (1) = no motion.
 
     Args:
@@ -99,13 +99,13 @@ def flow_to_color(flow: Maps, max_norm: float | None = None) -> Float[np.ndarray
     return _paint(flow, max_norm, lambda color: 2 * color - 1, np.float32)
 
 
-def flow_to_rgb(flow: Maps, max_norm: float | None = None) -> UInt8[np.ndarray, "t h w 3"]:
+def flow_to_rgb(flow: Maps, max_norm: float | int | None = None) -> UInt8[np.ndarray, "t h w 3"]:
     """`flow_to_color` as uint8 0..255, rounded down as torchvision's flow_to_image does."""
     return _paint(flow, max_norm, lambda color: np.floor(255 * color), np.uint8)
 
 
 def follow(
-    flow: Float[np.ndarray, "t h w 2"], points: Float[np.ndarray, "n 2"]
+    flow: Float[np.ndarray, "_ h w 2"], points: Float[np.ndarray, "n 2"]
 ) -> tuple[Float[np.ndarray, "n t 2"], Bool[np.ndarray, "n t"]]:
     """Carries points through dense flow, sampled bilinearly at their sub-pixel positions.
 
@@ -145,13 +145,13 @@ def _blur_matrix(size: int, sigma: float, radius: int) -> Float[np.ndarray, "siz
 
 
 def _place(
-    moves: Float[np.ndarray, "n t 2"],
-    pixels: Float[np.ndarray, "n t 2"],
+    moves: Shaped[np.ndarray, "n t 2"],
+    pixels: Shaped[np.ndarray, "n t 2"],
     height: int,
     width: int,
     sigma: float,
     radius: int,
-) -> Maps:
+) -> Float[np.ndarray, "t+1 h w 2"]:
     """Adds each move, blurred, around its pixel, behind a zero frame; only the kernel's window is touched."""
     maps = np.zeros((moves.shape[1] + 1, height, width, 2), np.float32)
     for n, t in np.argwhere(moves.any(-1)):
@@ -161,7 +161,9 @@ def _place(
     return maps
 
 
-def _bump(position: float, size: int, sigma: float, radius: int) -> tuple[slice, Float[np.ndarray, " window"]]:
+def _bump(
+    position: float | np.integer, size: int, sigma: float, radius: int
+) -> tuple[slice, Float[np.ndarray, " window"]]:
     """The blur of a point along one axis (the Gaussian is separable), and where on the axis it lies."""
     matrix = _blur_matrix(size, sigma, radius)
     position = min(max(position, 0), size - 1)
@@ -187,7 +189,7 @@ def _moving(frame: Float[np.ndarray, "h w 2"]) -> Bool[np.ndarray, "h w"]:
     return (frame[..., 0] != 0) | (frame[..., 1] != 0)
 
 
-def _paint(flow: Maps, max_norm: float | None, encode, dtype):
+def _paint(flow: Maps, max_norm: float | int | None, encode, dtype):
     """Colours frame by frame, and only where something moves: most of a sparse map is white."""
     max_norm = largest_norm(flow) if max_norm is None else max_norm
     wheel = _color_wheel()

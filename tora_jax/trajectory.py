@@ -30,6 +30,7 @@ MAX_POINTS = 100_000  # in one file; far more than the frames of any video
 MAX_BYTES = 32 * 2**20
 THIN_OUT = "thin the trajectory out to about one point a frame"
 
+Canvas = tuple[float | int, float | int]
 SEQUENCE = (list, tuple, np.ndarray)
 
 Trajectory = Float[np.ndarray, "p _"]
@@ -80,7 +81,7 @@ def load(path: str | os.PathLike) -> list[Trajectory]:
     return parse(_read_lines(text, path), name=str(path))
 
 
-def parse(data: Any, canvas: tuple[float, float] = CANVAS, name: str = "trajectory") -> list[Trajectory]:
+def parse(data: Any, canvas: Canvas = CANVAS, name: str = "trajectory") -> list[Trajectory]:
     """Turns points in memory into trajectories.
 
     Args:
@@ -105,7 +106,7 @@ def parse(data: Any, canvas: tuple[float, float] = CANVAS, name: str = "trajecto
         where = f"off the {canvas[0]:g}x{canvas[1]:g} canvas; they were moved to its edge"
         warnings.warn(f"{name}: {off} of {len(xy)} points lie {where}", stacklevel=3)
     elif size.min() > 1 and xy.max() <= 1 and (xy % 1).any():
-        hint = 'as fractions of the frame, write {"canvas": [1, 1], "trajectories": [...]}'
+        hint = 'if they are fractions of the frame, write {"canvas": [1, 1], "trajectories": [...]}'
         warnings.warn(f"{name}: all points lie in one corner of the canvas; {hint}", stacklevel=3)
     for a in arrays:
         a[:, :2] = np.clip(a[:, :2], 0, size) / size
@@ -152,7 +153,7 @@ def tracks(trajectories: Sequence[Trajectory], frames: int, arc_length: bool = F
 
 
 def released_points(
-    points: Sequence[tuple[int, int]] | Int[np.ndarray, "p 2"], frames: int, height: int, width: int
+    points: Sequence[Sequence[int]] | Int[np.ndarray, "p 2"], frames: int, height: int, width: int
 ) -> Int[np.ndarray, "t 2"]:
     """The released code's points for each frame, in its integer arithmetic (sat/utils/flow_utils.py).
 
@@ -224,7 +225,7 @@ def _read_lines(text: str, path: Path) -> list[list[float]]:
 # ---------------------------------------------------------------- checks
 
 
-def _unwrap(data: dict, canvas: tuple[float, float], name: str) -> tuple[Any, tuple[float, float]]:
+def _unwrap(data: dict, canvas: Canvas, name: str) -> tuple[Any, Canvas]:
     if "trajectories" not in data or set(data) - {"canvas", "trajectories"}:
         form = 'the form is {"canvas": [width, height], "trajectories": [...]}'
         raise UserError(f"{name}: has the keys {', '.join(map(str, data))[:80] or '(none)'}; {form}")

@@ -22,8 +22,10 @@ Frames = UInt8[np.ndarray, "t h w 3"]
 
 MAX_PIXELS = 100_000_000  # of a still; a small file can claim any size
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Fixed, because x264's output depends on it: the same frames give the same bytes on machines of any size.
+# x264's output depends on the number of threads, so it is fixed; and with these two of its lookahead's parts
+# (measured on a machine with AVX-512) the same frames gave other bytes from one run to the next.
 ENCODER_THREADS = 4
+REPEATABLE = "weightp=0:mbtree=0"
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
 
 
@@ -55,7 +57,7 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
             aside.unlink()
 
 
-def write_video(path: str | os.PathLike, frames: Frames, fps: float) -> None:
+def write_video(path: str | os.PathLike, frames: Frames, fps: float | int) -> None:
     """Writes an .mp4 (H.264, yuv420p, BT.709, index in front: plays in every browser) or a .gif.
 
     H.264 needs even sides: an odd one is made even by repeating the last row or column. The same frames give
@@ -81,12 +83,14 @@ def write_video(path: str | os.PathLike, frames: Frames, fps: float) -> None:
         writers[suffix](aside, frames, fps)
 
 
-def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
+def _write_mp4(path: Path, frames: Frames, fps: float | int) -> None:
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         stream = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "18", "preset": "medium"}
+            "libx264",
+            rate=Fraction(fps).limit_denominator(1001),
+            options={"crf": "18", "preset": "medium", "x264-params": REPEATABLE},
         )
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -105,7 +109,7 @@ def _convert(frame: av.VideoFrame, pixels: str, **options) -> av.VideoFrame:
     return frame.reformat(format=pixels, interpolation="AREA", threads=1, **options)
 
 
-def _write_gif(path: Path, frames: Frames, fps: float) -> None:
+def _write_gif(path: Path, frames: Frames, fps: float | int) -> None:
     first, *rest = [Image.fromarray(frame) for frame in frames]
     # Browsers slow a GIF down whose frames last under 2/100 s.
     milliseconds = 10 * max(round(100 / fps), 2)
