@@ -35,7 +35,16 @@ def sample(argv: list[str] | None = None) -> None:
     """Runs the command and exits: 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
     argv = sys.argv if argv is None else argv
     name = Path(argv[0]).name
-    warnings.showwarning = lambda message, *_: print(f"{name}: warning: {message}", file=sys.stderr)
+    show = warnings.showwarning
+
+    def show_ours(message, category, *where, **to) -> None:
+        """Ours are for the user, in one line; those of libraries are for developers, who ask for them with -W."""
+        if category is UserWarning:
+            print(f"{name}: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *where, **to)
+
+    warnings.showwarning = show_ours
     try:
         _sample(argv)
     except UserError as error:
@@ -98,6 +107,9 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, SyntaxError) as error:
         # All that a wrong flag, a wrong name in the config or a broken config file raises.
         raise UserError(" ".join(str(error.args[0] if error.args else error).split())) from None
+    file = config_flags.get_config_filename(values["config"])
+    if not Path(file).is_file():
+        raise UserError(f"--config {file}: no such file")
     if values.help:
         print(USAGE + values.get_help(include_special_flags=False))
         sys.exit(0)
@@ -137,9 +149,15 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
 def _config(args: flags.FlagValues) -> dict[str, Any]:
     """--config, else the config of --weights, else the small model's; --config.NAME=VALUE changes each of them."""
     if args.weights is None or not args["config"].using_default_value:
-        return args.config.to_dict()
-    config = ConfigDict(release.read_config(args.weights)).lock()
-    config.update_from_flattened_dict(config_flags.get_override_values(args["config"]))
+        config = args.config
+    else:
+        config = ConfigDict(release.read_config(args.weights)).lock()
+        try:
+            config.update_from_flattened_dict(config_flags.get_override_values(args["config"]))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{args.weights}: its config has no such field: {' '.join(str(error).split())}") from None
+    if "sampling" not in config:
+        raise UserError("the config has no sampling section; see configs/common.py")
     return config.to_dict()
 
 

@@ -33,7 +33,7 @@ THIN_OUT = "thin the trajectory out to about one point a frame"
 Canvas = tuple[float | int, float | int]
 SEQUENCE = (list, tuple, np.ndarray)
 
-Trajectory = Float[np.ndarray, "p _"]
+Trajectory = Float[np.ndarray, "_ _"]
 
 
 def load(path: str | os.PathLike) -> list[Trajectory]:
