@@ -119,9 +119,10 @@ def unflatten(flat: Mapping[str, object]) -> dict:
     return tree
 
 
-def _pattern(source: str) -> re.Pattern[str]:
+def pattern(source: str) -> re.Pattern[str]:
+    """A rule's source as a regular expression, one group for each index."""
     parts = re.split(r"\{(\w+)\}", source)
-    return re.compile("".join(rf"(?P<{p}>\d+)" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+    return re.compile("".join(rf"(?P<{p}>[0-9]+)" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
 
 
 def plan(
@@ -145,12 +146,25 @@ def plan(
       ConversionError: with a "+" line for each source key that no rule takes, a "-" line for each target leaf
         that nothing fills, and a line for each doubled, missing or wrongly shaped tensor.
     """
-    rules = [(rule, _pattern(rule.source)) for rule in table]
+    moves, problems = match(table, source, target, ignored)
+    if problems:
+        raise ConversionError(f"{len(problems)} mismatches:\n" + "\n".join(problems))
+    return moves
+
+
+def match(
+    table: Sequence[Rule],
+    source: Mapping[str, Shape],
+    target: Mapping[str, Shape],
+    ignored: Iterable[str] = (),
+) -> tuple[list[Move], list[str]]:
+    """`plan` that goes on after a problem: what fits, and a line for all that does not."""
+    rules = [(rule, pattern(rule.source)) for rule in table]
     skip = [re.compile(p) for p in ignored]
     problems: list[str] = []
     filled: dict[str, tuple[Rule, dict[tuple[int, ...], str]]] = {}
     for key in source:
-        matches = [(rule, m.groupdict()) for rule, pattern in rules if (m := pattern.fullmatch(key))]
+        matches = [(rule, m.groupdict()) for rule, regex in rules if (m := regex.fullmatch(key))]
         if not matches:
             if not any(p.fullmatch(key) for p in skip):
                 problems.append(f"+ {key} {list(source[key])}: no place in the model")
@@ -186,9 +200,7 @@ def plan(
         else:
             moves.append(Move(path, sources, rule.layout, stacked, tuple(source[sources[0]]), shape))
     problems += [f"+ {key}: {path} is not in the model" for path, (_, p) in filled.items() for key in p.values()]
-    if problems:
-        raise ConversionError(f"{len(problems)} mismatches:\n" + "\n".join(sorted(problems)))
-    return moves
+    return moves, sorted(problems)
 
 
 def convert(moves: Sequence[Move], read: Callable[[str], np.ndarray]) -> dict:

@@ -3,6 +3,10 @@
 
 from convert_weights.mapping import Layout, Rule, affine, norm
 
+# Two generations of diffusers' names; a file has one of them.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+OLD_ATTENTION = ("query", "key", "value", "proj_attn")
+
 CONV2D, CONV3D, LINEAR = Layout.CONV2D, Layout.CONV3D, Layout.LINEAR
 
 
@@ -26,10 +30,12 @@ def _half_2d(half: str, direction: str) -> list[Rule]:
         *affine(f"{levels}.{direction}samplers.0.conv", f"{half}/{direction}_{{i}}_conv", CONV2D),
         *_block_2d(f"{half}.mid_block.resnets.{{j}}", f"{half}/middle/block_{{j}}"),
         *norm(f"{attention}.group_norm", f"{half}/middle/attention/norm"),
-        *affine(f"{attention}.to_q", f"{half}/middle/attention/q", LINEAR),
-        *affine(f"{attention}.to_k", f"{half}/middle/attention/k", LINEAR),
-        *affine(f"{attention}.to_v", f"{half}/middle/attention/v", LINEAR),
-        *affine(f"{attention}.to_out.0", f"{half}/middle/attention/proj", LINEAR),
+        *(
+            rule
+            for names in (ATTENTION, OLD_ATTENTION)
+            for theirs, ours in zip(names, ("q", "k", "v", "proj"), strict=True)
+            for rule in affine(f"{attention}.{theirs}", f"{half}/middle/attention/{ours}", LINEAR)
+        ),
         *norm(f"{half}.conv_norm_out", f"{half}/norm_out"),
         *affine(f"{half}.conv_out", f"{half}/conv_out", CONV2D),
     ]

@@ -127,7 +127,7 @@ def guide(
 def sampling_step(
     predict: Callable[[Array, Array, Array | None], Array],
     x: Float[Array, "b t h w c"],
-    times: Float[Array, "3"],
+    times: Float[Array | np.ndarray, "3"],
     guidance: float | Array,
     trajectory_guidance: float | Array = 1.0,
     edit: Float[Array, "b t"] | None = None,
@@ -164,7 +164,7 @@ def step_noise(key: PRNGKeyArray, step: int | Array, shape: tuple[int, ...]) -> 
 def sample(
     predict: Callable[[Array, Array, Array | None], Array],
     x: Float[Array, "b t h w c"],
-    times: Float[Array, "steps_plus_2"],
+    times: Float[Array | np.ndarray, "steps_plus_2"],
     guidance: float | Array,
     trajectory_guidance: float | Array = 1.0,
     edit: Float[Array, "b t"] | None = None,

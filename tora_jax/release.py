@@ -3,6 +3,7 @@
 config.json            the config the weights were made with
 tora.safetensors       one file a part; tensor names are parameter paths joined by "/"
 vae.safetensors, motion_vae.safetensors, t5.safetensors
+params/                in place of all of them: an Orbax checkpoint with the parts at the top of its tree
 tokenizer.model        sentencepiece
 README.md              where the weights come from
 """
@@ -91,16 +92,27 @@ def load(folder: str | Path) -> Release:
       UserError: when something is missing or broken; the message names the file.
     """
     folder, config = Path(folder), read_config(folder)
-    params = {}
-    for part in PARTS:
-        path = folder / f"{part}.safetensors"
-        if not path.is_file():
-            raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
-        try:
-            params[part] = traverse_util.unflatten_dict(load_file(path), sep="/")
-        except SafetensorError as error:
-            raise UserError(f"{path}: broken or truncated ({error})") from None
+    params = {part: load_part(folder, part) for part in PARTS}
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer}: missing; copy the sentencepiece model of the text encoder there")
     return Release(config, params, tokenizer)
+
+
+def load_part(folder: str | Path, part: str) -> dict[str, Any]:
+    """The parameters of one part, from its safetensors file or from an Orbax checkpoint in `params/`.
+
+    Raises:
+      UserError: when it is missing or broken.
+    """
+    path = Path(folder) / f"{part}.safetensors"
+    if (Path(folder) / "params").is_dir():
+        from tora_jax import checkpoint  # Orbax takes seconds to import, and most folders do without
+
+        return checkpoint.restore(Path(folder) / "params", only=part)
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
+    try:
+        return traverse_util.unflatten_dict(load_file(path), sep="/")
+    except SafetensorError as error:
+        raise UserError(f"{path}: broken or truncated ({error})") from None

@@ -70,5 +70,6 @@ def assert_close(got, want, tolerance: float) -> None:
     """Max abs error over max abs value, the measure of the golden tolerances."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"shape {got.shape}, want {want.shape}"
-    error = np.abs(got - want).max() / np.abs(want).max()
+    error = np.abs(got - want).max() / (np.abs(want).max() or 1.0)
+    print(f"relative error {error:.1e}, tolerance {tolerance:.0e}")  # shown by pytest -rP
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}"

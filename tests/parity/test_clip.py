@@ -107,7 +107,7 @@ def test_activation_is_an_option(data, model, params):
 
 
 def test_wrong_image_size(data, model, params):
-    pixels = np.zeros((1, model.vision.image_size + model.vision.patch, model.vision.image_size, 3), np.float32)
+    pixels = jnp.zeros((1, model.vision.image_size + model.vision.patch, model.vision.image_size, 3))
     with pytest.raises(ValueError, match="image tower"):
         model.apply({"params": params}, pixels, method="encode_image")
 

@@ -76,7 +76,7 @@ def test_timestep_transform(setup):
 def test_every_step(setup):
     """What the model sees at each step, from the reference's own start and with its own draws of noise."""
     data, times = setup.data, times_of(setup)
-    edit = data.get("in/frame_mask")
+    edit = None if data.get("in/frame_mask") is None else jnp.asarray(data["in/frame_mask"])
 
     @jax.jit
     def step(x, times, noise):

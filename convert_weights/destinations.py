@@ -1,0 +1,88 @@
+"""What is written: a file of a release folder, or an Orbax checkpoint, aside first and then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from convert_weights import safetensors_io, stream
+from convert_weights.stream import Leaf
+from tora_jax import checkpoint
+from tora_jax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def aside(target: str | Path, nbytes: int) -> Iterator[Path]:
+    """A path to write to, which becomes `target` when all went well and vanishes when not.
+
+    Args:
+      target: a file or a folder that is not there yet.
+      nbytes: that will be written, to see beforehand that they fit.
+
+    Raises:
+      UserError: when the target exists, or cannot be written, or the disk is full.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists():
+        raise UserError(f"{target}: exists already; choose another name or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if nbytes > free:
+            raise UserError(f"{target}: needs {_size(nbytes)}, the disk has {_size(free)} free; make room")
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target}: cannot write there ({error.strerror})") from None
+    try:
+        yield folder / target.name
+        os.rename(folder / target.name, target)
+    except Exception as error:
+        if (system := _system_error(error)) is None:
+            raise
+        raise UserError(f"{target}: cannot write {_size(nbytes)} there ({system}); make room or choose another disk") from (
+            None
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _system_error(error: BaseException | None) -> str | None:
+    """What the system says of a full disk. Orbax hides the errno in texts and in causes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error.strerror
+        if (text := next((os.strerror(code) for code in _FULL if os.strerror(code) in str(error)), None)) is not None:
+            return text
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _size(nbytes: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if nbytes < 1000:
+            break
+        nbytes /= 1000
+    else:
+        unit = "GB"
+    return f"{nbytes:.3g} {unit}" if unit != "bytes" else f"{nbytes} bytes"
+
+
+def write_release(path: Path, leaves: Sequence[Leaf]) -> None:
+    """One safetensors file of a release folder, streamed."""
+    by_path = {leaf.path: leaf for leaf in leaves}
+    specs = {path: safetensors_io.Spec(leaf.dtype, leaf.shape) for path, leaf in by_path.items()}
+    specs = {path: specs[path] for path in safetensors_io.file_order(specs)}
+    safetensors_io.write(path, specs, stream.ahead(stream.chain([by_path[path] for path in specs])))
+
+
+def write_orbax(folder: Path, parts: Mapping[str, Sequence[Leaf]], mesh: str | None) -> None:
+    """An Orbax checkpoint of all parts, leaf by leaf, sharded over a mesh where one is named."""
+    arrays = ((f"{part}/{leaf.path}", stream.whole(leaf)) for part, leaves in parts.items() for leaf in leaves)
+    checkpoint.save(folder, arrays, None if mesh is None else checkpoint.make_mesh(mesh))

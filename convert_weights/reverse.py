@@ -1,0 +1,191 @@
+"""The way back: our parameters as a PyTorch-named, PyTorch-shaped safetensors file."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from convert_weights import destinations, kinds, mapping, safetensors_io, stream, t5
+from convert_weights.kinds import Kind
+from convert_weights.mapping import Layout, Move, Rule, Shape
+from convert_weights.measure import Fields
+from convert_weights.safetensors_io import Spec, Tensor
+from tora_jax import checkpoint, release
+from tora_jax.errors import UserError
+
+RECORD = "source.json"
+
+
+class Ours(NamedTuple):
+    """Our parameters of one part, unread.
+
+    Attributes:
+      name: for messages.
+      tensors: parameter path -> tensor.
+      fields: of the model, as `Kind.model` takes them.
+      record: what `Part.record` kept, or empty.
+      left: paths in the same file that are not of this model (extractor and fusers).
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    fields: Fields
+    record: Mapping[str, Any]
+    left: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def open_ours(name: str, kind: Kind) -> Iterator[Ours]:
+    """Finds a kind's parameters in a release folder, in one file of it, or in an Orbax folder.
+
+    Raises:
+      UserError: when they are not there, or do not fit the folder's config.json.
+    """
+    path = Path(name)
+    folder = path.parent if path.is_file() else path
+    config = release.read_config(folder)
+    part = path.stem if path.is_file() else next((p for p in (kind.part, "tora") if p in config), kind.part)
+    if part not in config or (part == "tora" and kind.name != "stdit3"):
+        raise UserError(f"{name}: holds {', '.join(config)}, but no {kind.part}; is --reverse {kind.name} what you want?")
+    section, prefix = (config["tora"]["stdit"], "stdit/") if part == "tora" else (config[part], "")
+    with contextlib.ExitStack() as stack:
+        file = folder / f"{part}.safetensors"
+        if (folder / "params").is_dir():
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent))
+            file = Path(scratch) / file.name
+            _from_orbax(folder / "params", part, file)
+        if not file.is_file():
+            raise UserError(f"{file}: missing; {folder} is no release folder with {part}")
+        held = safetensors_io.read_header(file)
+        tensors = {p.removeprefix(prefix): t for p, t in held.items() if p.startswith(prefix) and "_fuser/" not in p}
+        fields = _fields(kind, section)
+        _check(name, {p: t.shape for p, t in tensors.items()}, kind.shapes(fields))
+        record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
+        left = tuple(p for p in held if p.removeprefix(prefix) not in tensors)
+        yield Ours(name, tensors, fields, record.get(part, {}), left)
+
+
+def _from_orbax(folder: Path, part: str, file: Path) -> None:
+    """Copies a part leaf by leaf into a safetensors file, from which layers can be read one at a time."""
+    tree = checkpoint.shapes(folder)
+    if part not in tree:
+        raise UserError(f"{folder}: holds {', '.join(tree)}, but no {part}")
+    flat = traverse_util.flatten_dict(tree[part], sep="/")
+    specs = {path: Spec(np.dtype(leaf.dtype), leaf.shape) for path, leaf in flat.items()}
+    leaves = (np.asarray(checkpoint.restore(folder, only=f"{part}/{path}")) for path in specs)
+    safetensors_io.write(file, specs, leaves)
+
+
+def _fields(kind: Kind, section: Fields) -> Fields:
+    """A section of config.json as the kind's fields; how to compute (dtype, remat) says nothing about shapes."""
+    fields = {name: value for name, value in section.items() if name not in ("dtype", "remat")}
+    if kind.name == "stdit3":
+        return {**kinds.read_variant(kind, fields.pop("variant")), **fields}
+    return fields
+
+
+def _check(name: str, got: Mapping[str, Shape], want: Mapping[str, Shape]) -> None:
+    if got != want:
+        path = min(p for p in got.keys() | want.keys() if got.get(p) != want.get(p))
+        raise UserError(
+            f"{name}: does not fit its config.json: {path} is {got.get(path, 'missing')}, wanted {want.get(path, 'none')}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The plan
+# ----------------------------------------------------------------------------------------------------------
+
+
+def plan(kind: Kind, ours: Ours) -> list[Move]:
+    """The moves of the checkpoint that these parameters came from, or of one as PyTorch's module would save it."""
+    shapes = {path: tensor.shape for path, tensor in ours.tensors.items()}
+    source = {key: tuple(shape) for key, shape in ours.record.get("keys", {}).items()} or _names(kind, ours, shapes)
+    tied = t5.TIED[1] if kind.name == "t5" and all(key in source for key in t5.TIED) else None
+    return mapping.plan(kind.table, {k: s for k, s in source.items() if k != tied}, shapes)
+
+
+def _names(kind: Kind, ours: Ours, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Source names and shapes out of the table alone: the first rule of several for one leaf."""
+    source: dict[str, Shape] = {}
+    rules = [(rule, mapping.pattern(rule.target)) for rule in kind.table]
+    for path, shape in shapes.items():
+        rule, index = next((rule, m.groupdict()) for rule, regex in rules if (m := regex.fullmatch(path)))
+        stacked = [n for n in re.findall(r"\{(\w+)\}", rule.source) if n not in index]
+        inner = _source_shape(rule, shape[1:] if stacked else shape, ours.fields)
+        for layer in range(shape[0]) if stacked else (0,):
+            source[rule.source.format(**index, **dict.fromkeys(stacked, layer))] = inner
+    return source
+
+
+def _source_shape(rule: Rule, shape: Shape, fields: Fields) -> Shape:
+    if rule.layout is Layout.FLAT:
+        return (1, shape[0], 1, 1, 1)
+    if rule.layout is Layout.PATCH:
+        patch = fields["patch"]
+        return (shape[1], shape[0] // patch**2, 1, patch, patch)
+    axes = rule.layout.axes
+    return tuple(shape[axes.index(i)] for i in range(len(shape))) if axes else shape
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Writing
+# ----------------------------------------------------------------------------------------------------------
+
+
+def write(target: str, kind: Kind, ours: Ours, rules: stream.Rules) -> dict[str, Any]:
+    """Writes the file, streamed, in the order and with the metadata that PyTorch's own tools give it.
+
+    Returns:
+      A report.
+    """
+    places = {
+        key: (move, layer if move.stacked else None) for move in plan(kind, ours) for layer, key in enumerate(move.sources)
+    }
+    keys = ours.record.get("keys", {})
+    if kind.name == "t5" and all(key in keys for key in t5.TIED):
+        places[t5.TIED[1]] = places[t5.TIED[0]]
+    constants = _constants(kind, ours)
+    specs = {key: Spec(array.dtype, array.shape) for key, array in constants.items()}
+    for key, (move, _) in places.items():
+        dtype = rules.dtype or ours.tensors[move.target].dtype
+        shape = tuple(keys.get(key, move.source_shape))
+        specs[key] = Spec(dtype, shape)
+
+    def tensor(key: str) -> np.ndarray:
+        if key in constants:
+            return constants[key]
+        move, layer = places[key]
+        array = rules.apply(ours.name, key, safetensors_io.read(ours.tensors[move.target], layer))
+        return stream.backward(move.layout, array, specs[key].shape)
+
+    specs = {key: specs[key] for key in safetensors_io.file_order(specs)}
+    nbytes = sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in specs.values())
+    with destinations.aside(target, nbytes) as path:
+        safetensors_io.write(path, specs, stream.ahead(map(tensor, specs)), {"format": "pt"})
+    return {
+        "source": ours.name,
+        "tensors": list(specs),
+        "constants": list(constants),
+        "left_out": list(ours.left),
+        "bytes": nbytes,
+    }
+
+
+def _constants(kind: Kind, ours: Ours) -> dict[str, np.ndarray]:
+    """Tensors that PyTorch's module has and our model computes: those of the source, or computed here."""
+    if "carried" in ours.record:
+        return {
+            key: np.frombuffer(base64.b64decode(kept["data"]), safetensors_io.DTYPES[kept["dtype"]]).reshape(kept["shape"])
+            for key, kept in ours.record["carried"].items()
+        }
+    return {key: compute(ours.fields) for key, compute in kind.constants.items()}

@@ -1,0 +1,186 @@
+"""The safetensors format, tensor by tensor: headers without the data, reads of one tensor or one layer of it, and
+a writer that never holds more than it is handed.
+
+A file is eight bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), and the tensors
+one after the other. Every byte of the header is checked here, because the files come from other people.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from tora_jax.errors import UserError
+
+# In the order in which the format's own library sorts them, so that equal contents give equal files.
+DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "I16": np.int16,
+        "U16": np.uint16,
+        "F16": np.float16,
+        "BF16": jnp.bfloat16,
+        "I32": np.int32,
+        "U32": np.uint32,
+        "F32": np.float32,
+        "F64": np.float64,
+        "I64": np.int64,
+        "U64": np.uint64,
+    }.items()
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000  # the format's own limit
+BLOCK = 1 << 26  # bytes in one system call; larger ones are cut short by the kernel at 2 GiB
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: `begin` counts from the start of the file."""
+
+    file: Path
+    begin: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, from its header alone.
+
+    Raises:
+      UserError: when the file is no safetensors file, truncated, or its header is broken in any way.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        if size > 8 and start[8:] != b"{":
+            raise UserError(f"{path}: not a safetensors file (wrong magic); is it the file you meant?")
+        if 8 + length > size or length < 2 or length > LONGEST_HEADER:
+            raise UserError(f"{path}: truncated or broken: the header should have {length} bytes, the file has {size}")
+        header = start[8:] + file.read(length - 1)
+    try:
+        entries = json.loads(header, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: broken header ({error}); get the file again") from None
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: broken header (__metadata__ is no mapping of strings); get the file again")
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
+    _check_places(path, tensors, 8 + length, size)
+    return {name: tensor for name, (tensor, _) in tensors.items()}
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return entries
+
+
+def _tensor(path: Path, name: str, entry: object, data: int) -> tuple[Tensor, int]:
+    """The tensor of one header entry, and the place where it ends."""
+    try:
+        fields = {key: entry[key] for key in ("dtype", "shape", "data_offsets")}
+        whole = all(type(n) is int and n >= 0 for n in (*fields["shape"], *fields["data_offsets"]))
+        begin, end = fields["data_offsets"]
+        dtype = DTYPES.get(fields["dtype"])
+        if len(entry) != 3 or not whole or not isinstance(fields["shape"], list):
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{path}: broken header (entry {name!r}); get the file again") from None
+    if dtype is None:
+        raise UserError(f"{path}: {name!r} has the unknown dtype {fields['dtype']!r}; known are {', '.join(DTYPES)}")
+    return Tensor(path, data + begin, dtype, tuple(fields["shape"])), data + end
+
+
+def _check_places(path: Path, tensors: dict[str, tuple[Tensor, int]], data: int, size: int) -> None:
+    """Tensors must lie one after the other, from the header's end to the file's."""
+    at = data
+    for name, (tensor, end) in sorted(tensors.items(), key=lambda item: (item[1][0].begin, item[1][1])):
+        if tensor.begin != at or end - at != tensor.nbytes:
+            raise UserError(f"{path}: broken header (shape, dtype and place of {name!r} disagree); get the file again")
+        at = end
+    if at > size:
+        raise UserError(f"{path}: truncated: {at - size} of {at} bytes are missing; get the file again")
+    if at < size:
+        raise UserError(f"{path}: broken: {size - at} bytes too many at the end; get the file again")
+
+
+def read(tensor: Tensor, layer: int | None = None) -> np.ndarray:
+    """A tensor, or one layer of its leading axis.
+
+    Raises:
+      UserError: when the file ends early.
+    """
+    shape = tensor.shape if layer is None else tensor.shape[1:]
+    array = np.empty(shape, tensor.dtype)
+    begin = tensor.begin + (layer or 0) * array.nbytes
+    view = memoryview(array.reshape(-1).view(np.uint8))
+    with open(tensor.file, "rb", buffering=0) as file:
+        file.seek(begin)
+        at = 0
+        while at < array.nbytes:
+            count = file.readinto(view[at : at + BLOCK])
+            if not count:
+                raise UserError(f"{tensor.file}: truncated while it was read")
+            at += count
+    return array
+
+
+class Spec(NamedTuple):
+    """What the header says of a tensor that is to be written."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def file_order(specs: Mapping[str, Spec]) -> list[str]:
+    """Names in the order of the format's own library: wide dtypes first, then by name."""
+    ranks = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    return sorted(specs, key=lambda name: (-ranks[specs[name].dtype], name))
+
+
+def write(path: Path, specs: Mapping[str, Spec], parts: Iterable[np.ndarray], metadata: dict | None = None) -> None:
+    """Writes a file: the header, then the parts as they come.
+
+    Args:
+      specs: name -> dtype and shape, in the order in which the tensors come.
+      parts: the tensors' contents in that order; a tensor may come in several parts.
+      metadata: strings for the header.
+
+    Raises:
+      OSError: as the system says.
+    """
+    header, at = {"__metadata__": metadata} if metadata else {}, 0
+    for name, spec in specs.items():
+        end = at + math.prod(spec.shape) * spec.dtype.itemsize
+        header[name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            _write_all(file, np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        written = os.fstat(file.fileno()).st_size
+    if written != 8 + len(text) + at:
+        raise ValueError(f"{path}: {written} bytes written, the header says {8 + len(text) + at}")
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view[:BLOCK]) :]

@@ -1,0 +1,155 @@
+"""Tensors on their way: read, turned, checked, cast, one layer of one leaf at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert_weights.mapping import Layout, Move
+from convert_weights.sources import Source
+from tora_jax.errors import UserError
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}
+FLOATS = (*DTYPES.values(), np.dtype(np.float64))
+
+# Bits of an infinity, the sign shifted out: every NaN is larger.
+_INFINITY = {"float64": 0xFFE << 52, "float32": 0xFF << 24, "float16": 0xF8 << 8, "bfloat16": 0xFF << 8}
+_STRIP = 16  # rows that are turned together, few enough for the cache
+_CHUNK = 1 << 19  # elements that are looked at together
+
+
+class Leaf(NamedTuple):
+    """One parameter that is to be written; `parts` reads it, a stacked one layer by layer."""
+
+    path: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclasses.dataclass
+class Rules:
+    """What to do with the numbers on the way.
+
+    Attributes:
+      dtype: to cast to; None = every byte stays.
+      allow_nonfinite: go on where a tensor holds NaN or Inf.
+      nonfinite: names of the tensors where that was so.
+    """
+
+    dtype: np.dtype | None = None
+    allow_nonfinite: bool = False
+    nonfinite: list[str] = dataclasses.field(default_factory=list)
+
+    def apply(self, where: str, key: str, array: np.ndarray) -> np.ndarray:
+        """Checks and casts.
+
+        Raises:
+          UserError: for NaN or Inf, before the cast or from it.
+        """
+        finite = _is_finite(array)
+        if not finite:
+            if not self.allow_nonfinite:
+                raise UserError(f"{where}: {key} holds NaN or Inf; --allow_nonfinite converts it all the same")
+            self.nonfinite.append(key)
+        if self.dtype is None or self.dtype == array.dtype:
+            return array
+        with np.errstate(over="ignore"):
+            cast = array.astype(self.dtype)
+        if finite and not self.allow_nonfinite and not _is_finite(cast):
+            raise UserError(
+                f"{where}: {key} overflows in {self.dtype.name}; choose another --dtype, or --allow_nonfinite"
+            )
+        return cast
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    limit = _INFINITY[array.dtype.name]
+    bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
+    scratch = np.empty(min(len(bits), _CHUNK), bits.dtype)
+    for start in range(0, len(bits), _CHUNK):
+        chunk = bits[start : start + _CHUNK]
+        if np.left_shift(chunk, 1, out=scratch[: len(chunk)]).max() >= limit:
+            return False
+    return True
+
+
+def turn(array: np.ndarray) -> np.ndarray:
+    """The transpose of a matrix, contiguous. NumPy's own copy is ten times slower on wide 16-bit matrices."""
+    bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), _STRIP):
+        out[:, start : start + _STRIP] = bits[start : start + _STRIP].T
+    return out.view(array.dtype)
+
+
+def forward(layout: Layout, array: np.ndarray) -> np.ndarray:
+    return turn(array) if layout is Layout.LINEAR else layout.forward(array)
+
+
+def backward(layout: Layout, array: np.ndarray, source_shape: tuple[int, ...]) -> np.ndarray:
+    return turn(array) if layout is Layout.LINEAR else layout.backward(array, source_shape)
+
+
+def dtype_problems(source: Source, moves: Sequence[Move], dtype: np.dtype | None) -> list[str]:
+    """A line for each tensor that is no floating-point one, and for each leaf that would mix dtypes."""
+    problems = []
+    for move in moves:
+        found = {key: source.dtypes[key] for key in move.sources}
+        problems += [f"! {key}: {d.name}, not floating point" for key, d in found.items() if d not in FLOATS]
+        if dtype is None and len(set(found.values())) > 1:
+            names = ", ".join(sorted({d.name for d in found.values()}))
+            problems.append(f"! {move.target}: its layers are {names}; give --dtype")
+    return problems
+
+
+def leaves(source: Source, moves: Sequence[Move], rules: Rules, prefix: str = "") -> list[Leaf]:
+    """The parameters that a plan fills, unread."""
+
+    def leaf(move: Move) -> Leaf:
+        def part(key: str) -> np.ndarray:
+            return forward(move.layout, rules.apply(source.name, key, source.read(key)))
+
+        dtype = rules.dtype or source.dtypes[move.sources[0]]
+        return Leaf(prefix + move.target, dtype, move.target_shape, lambda: map(part, move.sources))
+
+    return [leaf(move) for move in moves]
+
+
+def whole(leaf: Leaf) -> np.ndarray:
+    """The leaf as one array."""
+    out = np.empty(leaf.shape, leaf.dtype)
+    at = 0
+    for part in leaf.parts():
+        flat = np.ascontiguousarray(part).reshape(-1)
+        out.reshape(-1)[at : at + len(flat)] = flat
+        at += len(flat)
+    return out
+
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one made in a thread while the last is used: reading overlaps writing."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, items, end)
+        while (item := pending.result()) is not end:
+            pending = pool.submit(next, items, end)
+            yield item
+
+
+def chain(leaves: Sequence[Leaf]) -> Iterator[np.ndarray]:
+    """All parts of all leaves, in order."""
+    return itertools.chain.from_iterable(leaf.parts() for leaf in leaves)
