@@ -40,7 +40,13 @@ def tiny_config() -> dict:
     }
     return {
         "tora": {
-            "stdit": {"variant": "1x16x2/2", "caption_channels": 8, "caption_length": 12, "base_resolution": 64.0},
+            "stdit": {
+                "variant": "1x16x2/2",
+                "caption_channels": 8,
+                "caption_length": 12,
+                "base_resolution": 64.0,
+                "dtype": "float32",
+            },
             "motion_features": 8,
         },
         "vae": vae,

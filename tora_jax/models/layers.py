@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-Dtype = jnp.dtype | type
+Dtype = jnp.dtype | type | str  # "bfloat16", as configs have it, is fine
 
 
 def dense(features: int, *, dtype: Dtype, name: str, kernel_init: Callable | None = None, bias: bool = True):
