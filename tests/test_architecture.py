@@ -17,6 +17,8 @@ MODELS = {
     "tora": {"layers", "motion_fuser", "stdit", "trajectory_extractor"},
     "t5": {"layers"},
     "clip": {"layers"},
+    "raft": {"layers"},
+    "i3d": set(),
 }
 # Beside `errors`, which everyone may import. "models.*": any model.
 ALLOWED = {
