@@ -68,6 +68,22 @@ def test_kept_frames_stay_and_edited_frames_start_late(data, noise):
     np.testing.assert_allclose(x[:, 1:], data[:, 1:] + 1, atol=1e-4)
 
 
+@pytest.mark.parametrize(("side", "frames"), [(64, 5), (64, 3), (128, 5), (512, 15), (1280, 60)])
+def test_frames_to_generate_move_from_the_first_step(side, frames):
+    """Rounding in the timestep transform must not leave them behind."""
+    times = rectified_flow.sampling_times(3, side, side, frames)
+    assert (np.diff(times) <= 0).all()
+    masks = []
+
+    def predict(x, timestep, frame_mask):
+        masks.append(np.asarray(frame_mask))
+        return x[None]
+
+    edit, x = jnp.array([[0.0, 1.0]]), jnp.zeros((1, 2, 1, 1, 1))
+    rectified_flow.sampling_step(predict, x, times[:3], 1.0, edit=edit, noise=x)
+    np.testing.assert_array_equal(masks[0], [[False, True]])
+
+
 def test_guidance_formula():
     full, no_text, no_motion = jax.random.normal(jax.random.key(4), (3, *SHAPE))
     g, w = 7.0, 2.5

@@ -84,6 +84,16 @@ class TestFusers:
         np.testing.assert_array_equal(mixed[1], base[1])
         assert np.abs(mixed[0] - base[0]).max() > 1e-3
 
+    def test_passes_of_guidance_share_features(self, fuser, placement):
+        model, params = init(fuser, placement)
+        params, arguments = shaken(params), inputs()
+        features = model.apply({"params": params}, arguments.pop("motion"), method="extract")
+        twice = {name: jnp.concatenate([value] * 2) for name, value in arguments.items()}
+        denoise = jax.jit(functools.partial(model.apply, method="denoise"))
+        got = denoise({"params": params}, features=features, **twice)
+        want = denoise({"params": params}, features=jnp.concatenate([features] * 2, axis=1), **twice)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
     def test_every_block_listens(self, fuser, placement):
         """Each fuser's parameters have a gradient, in every pair of blocks."""
         model, params = init(fuser, placement)

@@ -96,7 +96,8 @@ def sampling_times(
     """
     t = np.asarray([(1 - i / num_steps) * NUM_TIMESTEPS for i in range(num_steps)], np.float32)
     if transform:
-        t = transform_timesteps(t, height, width, latent_frames)
+        # At some small sizes rounding gives 1000.0001, and a frame with edit ratio 1 would miss the first step.
+        t = np.minimum(transform_timesteps(t, height, width, latent_frames), np.float32(NUM_TIMESTEPS))
     return np.concatenate([[NUM_TIMESTEPS], t, [0]]).astype(np.float32)
 
 

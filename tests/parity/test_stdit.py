@@ -21,8 +21,7 @@ def model_of(config: dict) -> STDiT:
 
 
 def arguments(x, config: dict) -> dict:
-    batch = {k: jnp.full(len(x), float(config[k])) for k in ("fps", "height", "width")}
-    return {**batch}
+    return {k: jnp.full(len(x), float(config[k])) for k in ("fps", "height", "width")}
 
 
 def params_shape(model: STDiT):

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import einops
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tora_jax.models.layers import Dtype, dense
+from tora_jax.models.layers import Dtype, attention, dense
 
 EPS = 1e-5
 LEGACY_EOS = 2  # what transformers' configs of OpenAI's models say by mistake; the real id is the largest one
@@ -45,7 +44,7 @@ class CLIPBlock(nn.Module):
             einops.rearrange(dense(width, dtype=self.dtype, name=name)(y), "b l (k d) -> b l k d", k=self.num_heads)
             for name in "qkv"
         )
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+        y = attention(q, k, v, causal=self.causal)
         x = x + dense(width, dtype=self.dtype, name="proj")(einops.rearrange(y, "b l k d -> b l (k d)"))
         y = dense(self.mlp_dim, dtype=self.dtype, name="fc1")(_layer_norm("norm2")(x))
         return x + dense(width, dtype=self.dtype, name="fc2")(_activation(self.activation, y)), None

@@ -41,6 +41,7 @@ def layer_norm(x: Float[Array, "*l c"], eps: float = 1e-6) -> Float[Array, "*l c
 
 
 def modulate(x: Float[Array, "*l c"], shift: Array, scale: Array) -> Float[Array, "*l c"]:
+    """adaLN's modulation, with a scale around zero."""
     return x * (1 + scale) + shift
 
 
@@ -74,10 +75,21 @@ def attention(
     k: Float[Array, "b n k d"],
     v: Float[Array, "b n k d"],
     key_mask: Bool[Array, "b n"] | None = None,
+    *,
+    bias: Float[Array, "1 k l n"] | None = None,
+    scale: float | None = None,
+    causal: bool = False,
 ) -> Float[Array, "b l k d"]:
-    """Softmax attention, the softmax in float32. `key_mask`: True = may be attended to."""
+    """Softmax attention, the softmax in float32: the one room for attention of all models.
+
+    Args:
+      key_mask: True = may be attended to.
+      bias: added to the scores.
+      scale: of the scores; None = 1 / sqrt(d).
+      causal: a query sees no key after it.
+    """
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal)
 
 
 def rotate(x: Float[Array, "b l k d"], base: float = 10000.0) -> Float[Array, "b l k d"]:

@@ -33,25 +33,27 @@ class MotionFuser(nn.Module):
     def __call__(
         self,
         hidden: Float[Array, "b t s c"],
-        features: Float[Array, "b t h w m"],
+        features: Float[Array, "b2 t h w m"],
         has_motion: Bool[Array, "b"] | None = None,
     ) -> Float[Array, "b t s c"]:
         """Fuses.
 
         Args:
           hidden: the block's input tokens, s = h * w.
-          features: the motion features of this block.
+          features: the motion features of this block. Their batch may be smaller and divide b: then it is repeated,
+            as for the passes of guidance, which share a trajectory.
           has_motion: False = null trajectory: that sample's hidden states pass through untouched, bit for bit.
             None = all True.
         """
         h, w = features.shape[2:4]
         width = hidden.shape[-1]
+        repeats = hidden.shape[0] // features.shape[0]
         if self.form == "adaptive_norm":
             gamma, beta = (
-                einops.rearrange(self._scale_or_shift(features, width, name), "b t h w c -> b t (h w) c")
+                einops.repeat(self._scale_or_shift(features, width, name), "b t h w c -> (r b) t (h w) c", r=repeats)
                 for name in ("gamma", "beta")
             )
-            fused = gamma * hidden + beta + hidden
+            fused = gamma.astype(jnp.float32) * hidden + beta.astype(jnp.float32) + hidden
         elif self.form == "cross_attention":
             cross = CrossAttention(
                 self.num_heads,
@@ -62,11 +64,12 @@ class MotionFuser(nn.Module):
             )
             per_frame = cross(
                 einops.rearrange(hidden, "b t s c -> (b t) s c"),
-                einops.rearrange(features, "b t h w m -> (b t) (h w) m"),
+                einops.repeat(features, "b t h w m -> (r b t) (h w) m", r=repeats),
             )
             fused = einops.rearrange(per_frame, "(b t) s c -> b t s c", b=hidden.shape[0]) + hidden
         elif self.form == "extra_channels":
             grid = einops.rearrange(hidden, "b t (h w) c -> b t h w c", h=h, w=w)
+            features = einops.repeat(features, "b t h w m -> (r b) t h w m", r=repeats)
             both = jnp.concatenate([grid, features.astype(grid.dtype)], axis=-1)
             update = self._spatial_conv(both, width, "conv", zero=True)
             fused = einops.rearrange(update, "b t h w c -> b t (h w) c") + hidden

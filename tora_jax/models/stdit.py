@@ -196,7 +196,7 @@ class STDiT(nn.Module):
         text_mask: Bool[Array, "b n"] | None = None,
         drop_text: Bool[Array, "b"] | None = None,
         frame_mask: Bool[Array, "b t"] | None = None,
-        features: Float[Array, "depth b t h2 w2 m"] | None = None,
+        features: Float[Array, "depth b2 t h2 w2 m"] | None = None,
         has_motion: Bool[Array, "b"] | None = None,
     ) -> Float[Array, "b t h w c2"]:
         """Predicts the velocity.
@@ -212,7 +212,8 @@ class STDiT(nn.Module):
             reference). None = all False.
           frame_mask: True = a frame to generate; False = a clean, given frame, treated as timestep 0. None is
             the same as all True.
-          features: motion features of the extractor, already on the patch grid. None = no trajectory at all.
+          features: motion features of the extractor, already on the patch grid; their batch divides b, see
+            `MotionFuser`. None = no trajectory at all.
           has_motion: see `MotionFuser`.
 
         Returns:

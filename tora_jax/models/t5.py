@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import einops
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tora_jax.models.layers import Dtype, RMSNorm
+from tora_jax.models.layers import Dtype, RMSNorm, attention
 
 
 def relative_bucket(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "length length"]:
@@ -50,7 +49,7 @@ class SelfAttention(nn.Module):
             einops.rearrange(linear(inner, name, fan_in, self.dtype)(x), "b n (k d) -> b n k d", k=self.num_heads)
             for name, fan_in in (("q", width * self.head_dim), ("k", width), ("v", width))
         )
-        x = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask[:, None, None, :], scale=1.0)
+        x = attention(q, k, v, mask, bias=bias, scale=1.0)
         return linear(width, "o", inner, self.dtype)(einops.rearrange(x, "b n k d -> b n (k d)"))
 
 
