@@ -61,7 +61,7 @@ def sampling() -> dict:
         "aspect_ratio": "16:9",
         "height": 0,
         "width": 0,
-        "num_frames": "51",
+        "num_frames": 51,
         "fps": 24.0,
         "steps": 30,
         "guidance": 7.0,

@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "depth": 2,
         "dtype": "float32",
     }
-    config.sampling = {**common.sampling(), "height": 128, "width": 128, "num_frames": "17", "fps": 8.0}
+    config.sampling = {**common.sampling(), "height": 128, "width": 128, "num_frames": 17, "fps": 8.0}
     return config.lock()
 
 

@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from absl import logging
+
 from convert_weights import safetensors_io, stream
 from convert_weights.stream import Leaf
-from tora_jax import checkpoint
+from tora_jax import checkpoint, sharding
 from tora_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,7 +38,7 @@ def aside(target: str | Path, nbytes: int) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if nbytes > free:
-            raise UserError(f"{target}: needs {_size(nbytes)}, the disk has {_size(free)} free; make room")
+            raise UserError(f"{target}: needs {readable(nbytes)}, the disk has {readable(free)} free; make room")
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise UserError(f"{target}: cannot write there ({error.strerror})") from None
@@ -46,9 +48,8 @@ def aside(target: str | Path, nbytes: int) -> Iterator[Path]:
     except Exception as error:
         if (system := _system_error(error)) is None:
             raise
-        raise UserError(f"{target}: cannot write {_size(nbytes)} there ({system}); make room or choose another disk") from (
-            None
-        )
+        message = f"{target}: cannot write {readable(nbytes)}: {system}; make room or choose another disk"
+        raise UserError(message) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -64,14 +65,10 @@ def _system_error(error: BaseException | None) -> str | None:
     return None
 
 
-def _size(nbytes: int) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if nbytes < 1000:
-            break
-        nbytes /= 1000
-    else:
-        unit = "GB"
-    return f"{nbytes:.3g} {unit}" if unit != "bytes" else f"{nbytes} bytes"
+def readable(nbytes: int) -> str:
+    """Bytes for people."""
+    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB")) if nbytes >= u), (10**3, "kB"))
+    return f"{nbytes / unit:.1f} {name}"
 
 
 def write_release(path: Path, leaves: Sequence[Leaf]) -> None:
@@ -85,4 +82,9 @@ def write_release(path: Path, leaves: Sequence[Leaf]) -> None:
 def write_orbax(folder: Path, parts: Mapping[str, Sequence[Leaf]], mesh: str | None) -> None:
     """An Orbax checkpoint of all parts, leaf by leaf, sharded over a mesh where one is named."""
     arrays = ((f"{part}/{leaf.path}", stream.whole(leaf)) for part, leaves in parts.items() for leaf in leaves)
-    checkpoint.save(folder, arrays, None if mesh is None else checkpoint.make_mesh(mesh))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each thread that meets a full disk
+    try:
+        checkpoint.save(folder, arrays, None if mesh is None else sharding.make_mesh(mesh))
+    finally:
+        logging.set_verbosity(verbosity)

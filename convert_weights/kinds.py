@@ -12,18 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from convert_weights import clip, mapping, measure, stdit3, t5, vae
-from convert_weights.measure import Fields
-from convert_weights.sources import Source
 from tora_jax.configs import common
+
+from convert_weights import clip, mapping, measure, raft, stdit3, t5, vae
+from convert_weights.measure import Fields
+from convert_weights.sources import Source, parse_json
 from tora_jax.errors import UserError
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.clip import CLIP, CLIPText, CLIPVision
 from tora_jax.models.clip import clip as released_clip
+from tora_jax.models.raft import RAFT
 from tora_jax.models.stdit import SIZES, STDiT, parse_variant
 from tora_jax.models.t5 import T5Encoder
 from tora_jax.models.video_vae import VideoVAE
+from tora_jax.release import tuples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +110,17 @@ def _t5(fields: Fields):
     return _shapes(T5Encoder(**fields), ids, ids > 0)
 
 
+def _raft(fields: Fields):
+    module = RAFT(**tuples(fields))
+    frame = jnp.zeros((1, *(8 * 2**module.corr_levels,) * 2, 3))
+    return _shapes(module, frame, frame)
+
+
 def _clip(fields: Fields):
     rest = {name: value for name, value in fields.items() if name not in ("text", "vision")}
     module = CLIP(CLIPText(**fields["text"]), CLIPVision(**fields["vision"]), **rest)
     size = module.vision.image_size
     return _shapes(module, jnp.zeros((1, module.text.max_length), jnp.int32), jnp.zeros((1, size, size, 3)))
-
-
-def tuples(value: Any) -> Any:
-    """Lists, as JSON gives them, into the tuples that module fields want."""
-    if isinstance(value, Mapping):
-        return {k: tuples(v) for k, v in value.items()}
-    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _rotary_frequencies(fields: Fields) -> np.ndarray:
@@ -134,6 +135,11 @@ def _released_clip(variant: str) -> Fields:
         f.name: getattr(t, f.name) for f in dataclasses.fields(t) if f.name not in ("dtype", "parent", "name")
     }
     return {"text": tower(model.text), "vision": tower(model.vision), "features": model.features}
+
+
+def _defaults(module: type[nn.Module]) -> Fields:
+    """The fields of a module and their defaults, but for how it computes."""
+    return {f.name: f.default for f in dataclasses.fields(module) if f.name not in ("dtype", "parent", "name")}
 
 
 _RELEASED_STDIT = {name: {**size._asdict(), "base_resolution": 512.0} for name, size in SIZES.items()}
@@ -191,6 +197,16 @@ KINDS = {
             beside={"relative_max_distance": "relative_attention_max_distance"},
         ),
         Kind(
+            name="raft",
+            part="raft",
+            table=raft.TABLE,
+            ignored=raft.IGNORED,
+            measure=measure.raft,
+            model=_raft,
+            released={"large": _defaults(RAFT)},
+            needs=("corr_levels", "corr_radius"),
+        ),
+        Kind(
             name="clip",
             part="clip",
             table=clip.TABLE,
@@ -230,12 +246,8 @@ def read_variant(kind: Kind, variant: str) -> Fields:
     if variant in kind.released:
         return kind.released[variant]
     if variant.startswith("{") or variant.endswith(".json"):
-        try:
-            fields = json.loads(variant if variant.startswith("{") else Path(variant).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--variant {variant}: not valid JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"--variant {variant}: should hold a JSON object of fields")
+        text = variant if variant.startswith("{") else Path(variant).read_text(encoding="utf-8")
+        fields = parse_json(text, "--variant")
         if kind.name == "stdit3" and "variant" in fields:
             fields = {**fields, **_stdit_size(fields.pop("variant"))}
         return fields

@@ -130,3 +130,30 @@ def clip(shapes: Shapes) -> Fields:
         ),
         **_known(features=_size(shapes, r"text_projection\.weight")),
     }
+
+
+def raft(shapes: Shapes) -> Fields:
+    def encoder(name: str) -> list[int] | None:
+        levels = _count(shapes, rf"{name}_encoder\.layer([0-9]+)\.") or 1
+        inner = (rf"layer{i}\.[0-9]+\.convnormrelu[0-9]+\.0" for i in range(1, levels))
+        sizes = [_size(shapes, rf"{name}_encoder\.{part}\.bias") for part in (r"convnormrelu\.0", *inner, "conv")]
+        return None if None in sizes else sizes
+
+    def motion(kind: str) -> list[int] | None:
+        convolution = r"update_block\.motion_encoder\.conv" + kind
+        count = _count(shapes, convolution + "([0-9]+)") or 1
+        sizes = [_size(shapes, rf"{convolution}{i}\.0\.bias") for i in range(1, count)]
+        return sizes if sizes and None not in sizes else None
+
+    gate = _size(shapes, r"update_block\.recurrent_block\.convgru[0-9]+\.conv[zrq]\.bias")
+    out = _size(shapes, r"update_block\.motion_encoder\.conv\.0\.bias")
+    return _known(
+        feature_layers=encoder("feature"),
+        context_layers=encoder("context"),
+        motion_corr_layers=motion("corr"),
+        motion_flow_layers=motion("flow"),
+        motion_features=None if out is None else out + 2,  # the flow itself is appended
+        hidden=gate,
+        flow_hidden=_size(shapes, r"update_block\.flow_head\.conv1\.bias"),
+        mask_hidden=_size(shapes, r"mask_predictor\.convrelu\.0\.bias"),
+    )

@@ -44,8 +44,11 @@ class Ours(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_ours(name: str, kind: Kind) -> Iterator[Ours]:
+def open_ours(name: str, kind: Kind, scratch: Path) -> Iterator[Ours]:
     """Finds a kind's parameters in a release folder, in one file of it, or in an Orbax folder.
+
+    Args:
+      scratch: a folder in which the part of an Orbax checkpoint may lie meanwhile.
 
     Raises:
       UserError: when they are not there, or do not fit the folder's config.json.
@@ -55,13 +58,14 @@ def open_ours(name: str, kind: Kind) -> Iterator[Ours]:
     config = release.read_config(folder)
     part = path.stem if path.is_file() else next((p for p in (kind.part, "tora") if p in config), kind.part)
     if part not in config or (part == "tora" and kind.name != "stdit3"):
-        raise UserError(f"{name}: holds {', '.join(config)}, but no {kind.part}; is --reverse {kind.name} what you want?")
+        raise UserError(f"{name}: holds {', '.join(config)}, but no {kind.part} to turn into a {kind.name} checkpoint")
     section, prefix = (config["tora"]["stdit"], "stdit/") if part == "tora" else (config[part], "")
     with contextlib.ExitStack() as stack:
         file = folder / f"{part}.safetensors"
         if (folder / "params").is_dir():
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent))
-            file = Path(scratch) / file.name
+            scratch.mkdir(parents=True, exist_ok=True)
+            meanwhile = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=scratch))
+            file = Path(meanwhile) / file.name
             _from_orbax(folder / "params", part, file)
         if not file.is_file():
             raise UserError(f"{file}: missing; {folder} is no release folder with {part}")
@@ -96,9 +100,8 @@ def _fields(kind: Kind, section: Fields) -> Fields:
 def _check(name: str, got: Mapping[str, Shape], want: Mapping[str, Shape]) -> None:
     if got != want:
         path = min(p for p in got.keys() | want.keys() if got.get(p) != want.get(p))
-        raise UserError(
-            f"{name}: does not fit its config.json: {path} is {got.get(path, 'missing')}, wanted {want.get(path, 'none')}"
-        )
+        have, wanted = got.get(path, "missing"), want.get(path, "none")
+        raise UserError(f"{name}: does not fit its config.json: {path} is {have}, wanted {wanted}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,7 +152,9 @@ def write(target: str, kind: Kind, ours: Ours, rules: stream.Rules) -> dict[str,
       A report.
     """
     places = {
-        key: (move, layer if move.stacked else None) for move in plan(kind, ours) for layer, key in enumerate(move.sources)
+        key: (move, layer if move.stacked else None)
+        for move in plan(kind, ours)
+        for layer, key in enumerate(move.sources)
     }
     keys = ours.record.get("keys", {})
     if kind.name == "t5" and all(key in keys for key in t5.TIED):
@@ -185,7 +190,9 @@ def _constants(kind: Kind, ours: Ours) -> dict[str, np.ndarray]:
     """Tensors that PyTorch's module has and our model computes: those of the source, or computed here."""
     if "carried" in ours.record:
         return {
-            key: np.frombuffer(base64.b64decode(kept["data"]), safetensors_io.DTYPES[kept["dtype"]]).reshape(kept["shape"])
+            key: np.frombuffer(base64.b64decode(kept["data"]), safetensors_io.DTYPES[kept["dtype"]]).reshape(
+                kept["shape"]
+            )
             for key, kept in ours.record["carried"].items()
         }
     return {key: compute(ours.fields) for key, compute in kind.constants.items()}

@@ -58,7 +58,7 @@ def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "
       UserError: when it is not there, not whole, or not safe to read.
     """
     path = _locate(name)
-    files, index = (_of_folder(path) if path.is_dir() else ((path,), None))
+    files, index = _of_folder(path) if path.is_dir() else ((path,), None)
     config, tokenizer = {}, None
     if path.is_dir():
         config = _json(path / "config.json") if (path / "config.json").is_file() else {}
@@ -176,11 +176,23 @@ def _merge(path: Path, parts: list[Mapping]) -> dict:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not valid JSON (no UTF-8)") from None
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """An object in JSON; `name` says in messages where it stands.
+
+    Raises:
+      UserError: when it is something else.
+    """
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object")
+        raise UserError(f"{name}: should hold a JSON object")
     return value
 
 
@@ -204,7 +216,10 @@ def _unpickle(path: Path) -> dict[str, np.ndarray]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch raises whatever the damage happens to cause
-        raise UserError(f"{path}: torch.load(weights_only=True) refuses it ({str(error).splitlines()[0]})") from None
+        # Not in torch's words: they recommend to load it unsafely.
+        unsafe = "weights_only" in str(error)
+        why = "it holds more than tensors, which may be code" if unsafe else str(error).split(". ")[0].splitlines()[0]
+        raise UserError(f"{path}: torch.load(weights_only=True) refuses it: {why}; get it as safetensors") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a state dict (a mapping of names to tensors)")
     bits = torch.bfloat16, torch.int16

@@ -21,6 +21,7 @@ FLOATS = (*DTYPES.values(), np.dtype(np.float64))
 # Bits of an infinity, the sign shifted out: every NaN is larger.
 _INFINITY = {"float64": 0xFFE << 52, "float32": 0xFF << 24, "float16": 0xF8 << 8, "bfloat16": 0xFF << 8}
 _STRIP = 16  # rows that are turned together, few enough for the cache
+ALIGNMENT = 64
 _CHUNK = 1 << 19  # elements that are looked at together
 
 
@@ -94,11 +95,23 @@ def turn(array: np.ndarray) -> np.ndarray:
 
 
 def forward(layout: Layout, array: np.ndarray) -> np.ndarray:
-    return turn(array) if layout is Layout.LINEAR else layout.forward(array)
+    """`Layout.forward` by way of `turn`: every layout that moves axes puts the source's first one last."""
+    if not layout.axes:
+        return layout.forward(array)
+    count, *rest = array.shape
+    turned = turn(array.reshape(count, -1)).reshape(*rest, count)
+    order = (*(axis - 1 for axis in layout.axes[:-1]), len(rest))
+    return turned.transpose(order).reshape(layout.shape(array.shape))
 
 
 def backward(layout: Layout, array: np.ndarray, source_shape: tuple[int, ...]) -> np.ndarray:
-    return turn(array) if layout is Layout.LINEAR else layout.backward(array, source_shape)
+    """The inverse of `forward`."""
+    if not layout.axes:
+        return layout.backward(array, source_shape)
+    count, *rest = source_shape
+    order = (*(axis - 1 for axis in layout.axes[:-1]), len(rest))
+    turned = array.reshape([source_shape[axis] for axis in layout.axes]).transpose(np.argsort(order))
+    return turn(turned.reshape(-1, count)).reshape(source_shape)
 
 
 def dtype_problems(source: Source, moves: Sequence[Move], dtype: np.dtype | None) -> list[str]:
@@ -127,8 +140,10 @@ def leaves(source: Source, moves: Sequence[Move], rules: Rules, prefix: str = ""
 
 
 def whole(leaf: Leaf) -> np.ndarray:
-    """The leaf as one array."""
-    out = np.empty(leaf.shape, leaf.dtype)
+    """The leaf as one array, aligned so that JAX on the CPU takes it without a copy."""
+    memory = np.empty(leaf.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    out = memory[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
     at = 0
     for part in leaf.parts():
         flat = np.ascontiguousarray(part).reshape(-1)

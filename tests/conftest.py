@@ -60,7 +60,7 @@ def tiny_config() -> dict:
             "aspect_ratio": "16:9",
             "height": 32,
             "width": 48,
-            "num_frames": "5",
+            "num_frames": 5,
             "fps": 8.0,
             "steps": 3,
             "guidance": 7.0,
@@ -72,9 +72,9 @@ def tiny_config() -> dict:
 
 @pytest.fixture(scope="session")
 def tiny_models(tiny_config):
-    from tora_jax import generate
+    from tora_jax import chain
 
-    return generate.load(tiny_config)
+    return chain.load(tiny_config)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_default_run(sample):
     assert report["settings"]["prompt"] == "a red star."
     assert report["settings"]["steps"] == 3
     assert report["versions"]["jax"]
-    assert report["seconds"].keys() == {"text", "motion", "sample", "decode"}
+    assert report["seconds"].keys() == {"load", "text", "motion", "sample", "decode"}
     assert all(s.keys() == {"run", "compile"} for s in report["seconds"].values())
 
 
@@ -145,6 +146,10 @@ BAD = {
     "unknown flag": ("--stepz=3", None, "steps"),
     "unknown config field": ("--config.sampling.stepz=3", None, "Did you mean"),
     "unknown config": ("--config=absent.py", None, "absent.py"),
+    "unknown argument of a config": (f"--config={ROOT}/configs/tora.py:buckt=1", None, "buckt"),
+    "broken config": ("--config=bad.py", "def get_config(:", "bad.py"),
+    "config that raises": ("--config=bad.py", "def get_config():\n    return 1 / 0", "bad.py"),
+    "unknown fuser": ("--config.tora.fuser=foo", None, "foo"),
     "stray word": ("extra", None, "extra"),
 }
 
@@ -161,6 +166,26 @@ def test_a_mistake_is_one_line(sample, tmp_path, case):
     assert outcome.stderr.startswith("sample.py: error: ")
     assert message in outcome.stderr
     assert not any(name.endswith((".mp4", ".json")) and "bad" not in name for name in outcome.files)
+
+
+def test_config_with_an_argument(sample):
+    config = f"--config={ROOT}/configs/tora.py:runlocal"
+    assert "steps is 0" in sample(config, "--steps=0", weights=None).stderr
+    assert "steps is 0" in sample(config.replace("runlocal", "variant=2x16x2/2"), "--steps=0", weights=None).stderr
+
+
+@pytest.mark.parametrize("section", [{}, {"extra": 1}, {"steps": "many"}, 3])
+def test_sampling_section_of_a_release(sample, tiny_release, tmp_path, section):
+    folder = tmp_path / "edited"
+    shutil.copytree(tiny_release, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sampling": section}))
+    outcome = sample("--steps=1", "--num_frames=1", "--height=32", "--width=32", weights=folder)
+    if section == {} or section == {"steps": "many"}:  # a flag wins over what the section says
+        assert outcome.code == 0, outcome.stderr
+    else:
+        assert outcome.code == 2
+        assert "sampling should hold" in outcome.stderr
 
 
 def test_points_off_the_canvas_are_clipped_with_a_warning(sample):

@@ -1,12 +1,15 @@
 """The chain from prompt, tracks and images to pixels, on tiny random models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tora_jax import generate, release, trajectory
+from tora_jax import chain, generate, rectified_flow, release, text, trajectory
 from tora_jax.errors import UserError
+from tora_jax.models.tora import Tora
 from tora_jax.models.video_vae import latent_of
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "steps": 2}
@@ -26,8 +29,7 @@ def trained(tiny_models):
 
     params = dict(tiny_models.params)
     params["tora"] = jax.tree_util.tree_map_with_path(shake, params["tora"])
-    fields = {f: getattr(tiny_models, f) for f in ("tora", "vae", "motion_vae", "t5", "tokenizer", "origin")}
-    return generate.Models(**fields, params=params)
+    return dataclasses.replace(tiny_models, params=params)
 
 
 def run(models, **changes):
@@ -98,7 +100,7 @@ def test_given_images_fill_their_latents(tiny_models, num_frames):
 
 
 def test_sizes_are_cut_to_whole_cells(tiny_models, tracks):
-    images = {0: np.zeros((37, 44, 3), np.uint8)}
+    images = {0: np.zeros((*generate.video_size(tiny_models, 37, 44), 3), np.uint8)}
     result = run(tiny_models, tracks=tracks, images=images, height=37, width=44)
     assert result.video.shape == result.motion.shape == (5, 32, 40, 3)
 
@@ -121,6 +123,7 @@ def test_an_exception_from_progress_stops(tiny_models):
         ({"num_frames": 0}, "num_frames is 0"),
         ({"steps": 0}, "steps is 0"),
         ({"height": 8}, "too small"),
+        ({"width": 0}, "width is 0"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"trajectory_guidance": float("inf")}, "trajectory_guidance is inf"),
         ({"fps": 0.0}, "fps is 0"),
@@ -137,7 +140,7 @@ def test_wrong_values(tiny_models, changes, message):
 
 class TestRelease:
     def test_round_trip(self, tiny_release, tiny_models, tracks):
-        models = generate.load(release.read_config(tiny_release), tiny_release)
+        models = chain.load(weights=tiny_release)
         assert models.origin == str(tiny_release)
         assert {p.name for p in tiny_release.parent.iterdir()} == {"tiny"}
         np.testing.assert_array_equal(run(models, tracks=tracks).video, run(tiny_models, tracks=tracks).video)
@@ -150,7 +153,7 @@ class TestRelease:
         stdit = {**tiny_config["tora"]["stdit"], "variant": "1x32x2/2"}
         other = {**tiny_config, "tora": {**tiny_config["tora"], "stdit": stdit}}
         with pytest.raises(UserError, match="another size"):
-            generate.load(other, tiny_release)
+            chain.load(other, tiny_release)
 
     @pytest.mark.parametrize(
         "name", ["config.json", "tora.safetensors", "vae.safetensors", "t5.safetensors", "tokenizer.model"]
@@ -167,12 +170,110 @@ class TestRelease:
         else:
             (broken / name).write_bytes(content[: len(content) // 2] if fault == "truncated" else b"")
         with pytest.raises(UserError, match=name) as error:
-            generate.load(release.read_config(broken), broken)
+            chain.load(weights=broken)
         assert "\n" not in str(error.value)
 
 
-def test_unknown_config_field(tiny_config):
-    with pytest.raises(UserError, match="fuzer"):
-        generate.load({**tiny_config, "tora": {**tiny_config["tora"], "fuzer": "adaptive_norm"}})
-    with pytest.raises(UserError, match="t5"):
-        generate.load({k: v for k, v in tiny_config.items() if k != "t5"})
+def changed(config, path, value):
+    """A copy of a nested dict with one leaf, "a.b.c", changed; None deletes it."""
+    name, _, rest = path.partition(".")
+    if rest:
+        return {**config, name: changed(config[name], rest, value)}
+    return {**{k: v for k, v in config.items() if k != name}, **({} if value is None else {name: value})}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("t5", None, "no section t5"),
+        ("t5", 3, "t5 should hold"),
+        ("tora.fuzer", "x", "did you mean fuser"),
+        ("tora.stdit.varient", "XL/2", "did you mean variant"),
+        ("tora.stdit.fuser", "x", "no field 'fuser'"),
+        ("vae.spatial.chanels", (4, 4), "did you mean channels"),
+        ("vae.spatial", None, "spatial"),
+        ("tora.fuser", "sideways", "unknown fuser 'sideways'"),
+        ("tora.placement", "above", "unknown placement 'above'"),
+        ("tora.stdit.variant", "XXL", "unknown variant 'XXL'"),
+        ("tora.stdit.variant", "7x3x2/2", "multiple"),
+        ("tora.stdit.remat", "sometimes", "sometimes"),
+        ("tora.stdit.dtype", "bfloat17", "bfloat17"),
+        ("tora.stdit.caption_channels", 16, "make them equal"),
+        ("tora.stdit.in_channels", 8, "8"),
+        ("vae.spatial.norm_groups", 3, "config"),
+        ("vae.temporal.temporal_downsample", (True,), "temporal_downsample"),
+        ("vae.micro_frame_size", 9, "micro_frame_size"),
+        ("t5.vocab_size", 100, "1024 pieces"),
+        ("t5.dtype", "float16", "float16"),
+    ],
+)
+def test_configs_that_make_no_model(tiny_config, path, value, message):
+    with pytest.raises(UserError, match=message) as error:
+        chain.load(changed(tiny_config, path, value))
+    assert "\n" not in str(error.value)
+
+
+def told(models, **changes):
+    """What the denoiser is told at each step; one that predicts ones stands in for it."""
+    calls = []
+
+    class Recorder(Tora):
+        def apply(self, variables, x, timestep, *, method, **conditions):
+            if method == "extract":
+                return x
+            calls.append({"x": np.asarray(x), "timestep": np.asarray(timestep), **conditions})
+            return jnp.ones((*x.shape[:-1], 8))
+
+    with jax.disable_jit():
+        run(dataclasses.replace(models, tora=Recorder({"variant": "1x16x2/2"})), **changes)
+    return calls
+
+
+def test_what_the_denoiser_is_told(tiny_models, tracks):
+    prompt = "two green stars"
+    calls = told(tiny_models, prompt=prompt, tracks=tracks, trajectory_guidance=2.0, fps=10.0, height=37)
+    times = rectified_flow.sampling_times(2, 37, 48, 2)
+    _, mask = tiny_models.tokenizer([text.clean(prompt)])
+    assert len(calls) == SIZE["steps"]
+    for call, time in zip(calls, times[1:-1], strict=True):
+        np.testing.assert_allclose(call["timestep"], [time] * 3)
+        np.testing.assert_array_equal(call["drop_text"], [False, True, False])
+        np.testing.assert_array_equal(call["has_motion"], [True, True, False])
+        np.testing.assert_array_equal(call["text_mask"], np.repeat(mask, 3, 0))  # the null caption keeps the mask
+        np.testing.assert_array_equal(call["fps"], [10] * 3)
+        np.testing.assert_array_equal(call["height"], [37] * 3)  # as asked for, though the video has 32
+        np.testing.assert_array_equal(call["width"], [48] * 3)
+        assert call["text"].shape == (3, 12, 8)
+        assert call["frame_mask"] is None
+        assert call["features"].shape[0] == 1  # shared by the passes
+
+
+def test_what_the_denoiser_is_told_of_a_negative_prompt(tiny_models):
+    call, *_ = told(tiny_models, prompt="two green stars", negative_prompt="waves")
+    _, mask = tiny_models.tokenizer([text.clean("two green stars"), text.clean("waves")])
+    np.testing.assert_array_equal(call["drop_text"], [False, False])
+    np.testing.assert_array_equal(call["text_mask"], mask)
+    assert (call["text"][0] != call["text"][1]).any()
+    assert call["features"] is None
+    assert call["has_motion"] is None
+
+
+def test_what_the_denoiser_is_told_of_a_single_frame(tiny_models):
+    call, *_ = told(tiny_models, num_frames=1, guidance=1.0)
+    np.testing.assert_array_equal(call["fps"], [120])
+
+
+def test_a_given_image_stays_while_the_rest_is_made(tiny_models):
+    calls = told(tiny_models, images={0: picture(0)})
+    alone = jnp.asarray(picture(0), jnp.float32)[None, None] / 127.5 - 1
+    latent = tiny_models.vae.apply({"params": tiny_models.params["vae"]}, alone, method="encode")
+    for call in calls:
+        np.testing.assert_array_equal(call["frame_mask"], [[False, True]] * 2)
+        np.testing.assert_allclose(call["x"][:, 0], np.repeat(latent[:, 0], 2, 0), atol=1e-5)
+    assert (calls[0]["x"][:, 1] != calls[1]["x"][:, 1]).any()
+
+
+def test_damaged_weights_are_found_out(tiny_models):
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), tiny_models.params["tora"])
+    with pytest.raises(UserError, match="not finite"):
+        run(dataclasses.replace(tiny_models, params={**tiny_models.params, "tora": params}))

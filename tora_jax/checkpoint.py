@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,52 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as orbax
 
 from tora_jax.errors import UserError
+from tora_jax.sharding import sharding_by_size
 
-AXES = ("data", "fsdp", "seq", "tensor")
-BATCH_BYTES = 1 << 30  # leaves that Orbax gets together: a call for each small leaf is slow, all at once is large
-
-
-def parse_mesh(spec: str) -> dict[str, int]:
-    """ "data=8,fsdp=4" -> the size of each axis of AXES; those left out are 1.
-
-    Raises:
-      UserError: for another axis, or a size that is no whole number above 0.
-    """
-    sizes = dict.fromkeys(AXES, 1)
-    for part in filter(None, spec.split(",")):
-        name, _, size = part.partition("=")
-        if name not in sizes or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--mesh {spec}: {part!r} should be one of {', '.join(AXES)} with a size, such as fsdp=4")
-        sizes[name] = int(size)
-    return sizes
-
-
-def make_mesh(spec: str) -> Mesh:
-    """The mesh of `parse_mesh` over all processes' devices.
-
-    Raises:
-      UserError: when there are fewer devices.
-    """
-    sizes = parse_mesh(spec)
-    count, devices = math.prod(sizes.values()), jax.devices()
-    if count > len(devices):
-        raise UserError(f"--mesh {spec}: wants {count} devices, there are {len(devices)}")
-    return Mesh(np.array(devices[:count]).reshape(tuple(sizes.values())), AXES)
-
-
-def sharding_by_size(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """fsdp on the longest axis that it divides, tensor on the longest of the others; the rest is replicated."""
-    axes: list[str | None] = [None] * len(shape)
-    for name in ("fsdp", "tensor"):
-        size = mesh.shape[name]
-        free = [i for i, length in enumerate(shape) if axes[i] is None and length % size == 0]
-        if size > 1 and free:
-            axes[max(free, key=lambda i: shape[i])] = name
-    return NamedSharding(mesh, PartitionSpec(*axes))
+BATCH_BYTES = 1 << 29  # leaves that Orbax gets together: a call for each small leaf is slow, all at once is large
+CHUNK_BYTES = 1 << 28  # of a file's chunk, several of which the writer copies at a time
 
 
 def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mesh | None = None) -> None:
@@ -70,14 +31,20 @@ def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mes
       FileExistsError: when the folder is there.
     """
     folder = Path(folder).absolute()
-    batch: dict[str, jax.Array | np.ndarray] = {}
-    for path, array in leaves:
-        if batch and sum(a.nbytes for a in batch.values()) + array.nbytes > BATCH_BYTES:
+    options = orbax.Context()
+    options.array.saving.use_compression = False  # random mantissas do not get smaller, only slower
+    options.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    batch: dict[str, jax.Array] = {}
+    with options:
+        for path, array in leaves:
+            batch[path] = _place(array, mesh)
+            del array  # before the next one is made
+            if sum(placed.nbytes for placed in batch.values()) >= BATCH_BYTES:
+                orbax.partial.save(folder, traverse_util.unflatten_dict(batch, sep="/"))
+                batch = {}
+        if batch:
             orbax.partial.save(folder, traverse_util.unflatten_dict(batch, sep="/"))
-            batch = {}
-        batch[path] = _place(array, mesh)
-    orbax.partial.save(folder, traverse_util.unflatten_dict(batch, sep="/"))
-    orbax.partial.finalize(folder)
+        orbax.partial.finalize(folder)
 
 
 def _place(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
@@ -100,7 +67,7 @@ def shapes(folder: str | Path) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def restore(folder: str | Path, mesh: Mesh | None = None, only: str | None = None) -> dict[str, Any]:
+def restore(folder: str | Path, mesh: Mesh | None = None, only: str | None = None) -> Any:
     """Reads a checkpoint.
 
     Args:

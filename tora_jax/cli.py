@@ -10,6 +10,7 @@ import platform
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from tora_jax import draw, generate, release, trajectory, video_io
+from tora_jax import chain, draw, generate, release, trajectory, video_io
+from tora_jax.configs import common
 from tora_jax.data import buckets
 from tora_jax.errors import UserError
 
@@ -35,60 +37,61 @@ def sample(argv: list[str] | None = None) -> None:
     """Runs the command and exits: 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
     argv = sys.argv if argv is None else argv
     name = Path(argv[0]).name
-    show = warnings.showwarning
+    with warnings.catch_warnings():
+        show = warnings.showwarning
 
-    def show_ours(message, category, *where, **to) -> None:
-        """Ours are for the user, in one line; those of libraries are for developers, who ask for them with -W."""
-        if category is UserWarning:
-            print(f"{name}: warning: {message}", file=sys.stderr)
-        else:
-            show(message, category, *where, **to)
+        def show_ours(message, category, *where, **to) -> None:
+            """Ours are for the user, in one line; those of libraries are for developers, who ask for them with -W."""
+            if category is UserWarning:
+                print(f"{name}: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **to)
 
-    warnings.showwarning = show_ours
-    try:
-        _sample(argv)
-    except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        warnings.showwarning = show_ours
+        try:
+            _sample(argv)
+        except UserError as error:
+            print(f"{name}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print(f"\n{name}: stopped; nothing was written", file=sys.stderr)
+            sys.exit(130)
 
 
 def _sample(argv: list[str]) -> None:
     args = _parse(argv)
     config = _config(args)
-    settings = _settings(args, config["sampling"])
+    settings = _settings(args, config.get("sampling", {}))
     out = _output(args.out)
     trajectories = [] if args.no_trajectory else _trajectories(settings["trajectory"])
-    _use_compilation_cache()
-
-    size = settings["height"], settings["width"]
-    images = {}
-    for path, frame in ((args.image, 0), (args.last_image, settings["num_frames"] - 1)):
-        if path:
-            images[frame] = video_io.resize_crop(video_io.read_image(path), *size)
     if args.image and args.last_image and settings["num_frames"] == 1:
         raise UserError("--image and --last_image name the same frame of a video of one frame; give one of them")
+    given = {0: args.image, settings["num_frames"] - 1: args.last_image}
+    pictures = {frame: video_io.read_image(path) for frame, path in given.items() if path}
+    _use_compilation_cache()
 
-    models = generate.load(config, args.weights, settings["seed"])
+    seconds: dict[str, dict[str, float]] = {}
+    with generate.timed(seconds, "load"):
+        models = chain.load(config, args.weights, settings["seed"])
     if args.weights is None:
         print(f"{models.origin}: no --weights given, so the video will be noise", file=sys.stderr)
+    size = generate.video_size(models, settings["height"], settings["width"])
+    images = {frame: video_io.resize_crop(picture, *size) for frame, picture in pictures.items()}
     tracks = trajectory.tracks(trajectories, settings["num_frames"]) if trajectories else None
-    names = ("prompt", "negative_prompt", "height", "width", "num_frames", "fps", "steps", "seed")
     with tqdm(total=settings["steps"], desc="sampling", unit="step", disable=args.quiet) as bar:
         result = generate.generate(
             models,
-            tracks=tracks,
-            images=images,
-            guidance=settings["guidance"],
-            trajectory_guidance=settings["trajectory_guidance"],
+            settings["prompt"],
+            tracks,
+            images,
+            negative_prompt=settings["negative_prompt"],
             progress=lambda _: bar.update(),
-            **{name: settings[name] for name in names},
+            **{name: settings[name] for name in generate.CHECKED},
         )
-    _write(out, result, tracks, {"settings": settings, "weights": models.origin})
+    seconds.update(result.seconds)
+    _write(out, result, tracks, {"settings": settings, "weights": models.origin, "seconds": seconds})
     if not args.quiet:
-        spent = ", ".join(f"{part} {s['run']:.1f}+{s['compile']:.1f}" for part, s in result.seconds.items())
+        spent = ", ".join(f"{part} {s['run']:.1f}+{s['compile']:.1f}" for part, s in seconds.items())
         print(f"wrote {out} (seconds, run+compile: {spent})")
 
 
@@ -102,20 +105,26 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     try:
         _define(values, argv)
         rest = values(argv)
-    except UserError:
-        raise
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, SyntaxError) as error:
-        # All that a wrong flag, a wrong name in the config or a broken config file raises.
-        raise UserError(" ".join(str(error.args[0] if error.args else error).split())) from None
-    file = config_flags.get_config_filename(values["config"])
-    if not Path(file).is_file():
-        raise UserError(f"--config {file}: no such file")
+        values.config.keys()  # config_flags keeps what went wrong in a config file until it is used
+    except flags.Error as error:
+        raise UserError(_last_line(error)) from None
+    except Exception as error:  # a wrong name after --config., or whatever a config file of the user's own raises
+        file = next((arg for arg in argv if arg.startswith(("--config=", "-config="))), "--config")
+        missing = isinstance(error, OSError)
+        raise UserError(f"{file}: {'no such file' if missing else _last_line(error)}") from None
     if values.help:
         print(USAGE + values.get_help(include_special_flags=False))
         sys.exit(0)
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags start with --, see --help")
     return values
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong, of a message that may hold a whole traceback, or another message as Python quotes it."""
+    text = str(error.args[0] if error.args else type(error).__name__).replace("\\n", "\n").replace("\\'", "'")
+    lines = [line.strip().strip("'") for line in text.splitlines() if line.strip()]
+    return lines[-1].removeprefix("ValueError: ") if lines else type(error).__name__
 
 
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -151,28 +160,34 @@ def _config(args: flags.FlagValues) -> dict[str, Any]:
     if args.weights is None or not args["config"].using_default_value:
         config = args.config
     else:
-        config = ConfigDict(release.read_config(args.weights)).lock()
+        config = ConfigDict(release.read_config(args.weights))
         try:
             config.update_from_flattened_dict(config_flags.get_override_values(args["config"]))
         except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{args.weights}: its config has no such field: {' '.join(str(error).split())}") from None
-    if "sampling" not in config:
-        raise UserError("the config has no sampling section; see configs/common.py")
+            raise UserError(f"{args.weights}: --config.NAME does not fit its config ({_last_line(error)})") from None
     return config.to_dict()
 
 
-def _settings(args: flags.FlagValues, defaults: dict[str, Any]) -> dict[str, Any]:
+def _settings(args: flags.FlagValues, section: Any) -> dict[str, Any]:
     """The sampling section of the config under the flags, sizes resolved to pixels and frames."""
-    given = {name: args[name].value for name in defaults if args[name].value is not None}
+    known = common.sampling()
+    if not isinstance(section, dict) or section.keys() - known.keys():
+        raise UserError(f"config: sampling should hold {', '.join(known)}")
+    defaults = {**known, **section}
+    given = {name: args[name].value for name in known if args[name].value is not None}
     settings = {**defaults, **given}
+    for name, value in known.items():
+        kind = (int, str) if name == "num_frames" else (int, float) if isinstance(value, float) else type(value)
+        if not isinstance(release.tuples(settings[name]), kind) or isinstance(settings[name], bool):
+            raise UserError(f"config: sampling.{name} is {settings[name]!r}; it should be like {value!r}")
     by_name, by_pixels = {"resolution", "aspect_ratio"} & given.keys(), {"height", "width"} & given.keys()
     if by_name and by_pixels:
         raise UserError("give --resolution with --aspect_ratio, or --height with --width, not both")
     if len(by_pixels) == 1:
         raise UserError("--height and --width belong together; give both")
-    if "aspect_ratio" in given and not settings["resolution"]:
+    if by_name and not settings["resolution"]:
         raise UserError("--aspect_ratio needs --resolution, such as 240p")
-    if by_name or (settings["resolution"] and not by_pixels):
+    if by_name or not (settings["height"] and settings["width"]):
         size = buckets.image_size(settings["resolution"], settings["aspect_ratio"])
         settings["height"], settings["width"] = size
     del settings["resolution"], settings["aspect_ratio"]
@@ -191,22 +206,22 @@ def _presets() -> list[str]:
     return sorted(Path(item.name).stem for item in folder.iterdir())
 
 
-def _trajectories(sources: list[str]) -> list[np.ndarray]:
+def _trajectories(sources: Sequence[str]) -> list[np.ndarray]:
     folder = Path(str(resources.files("tora_jax").joinpath("assets/trajectories")))
     paths = [folder / f"{s}.txt" if s in _presets() and not Path(s).exists() else Path(s) for s in sources]
     return [points for path in paths for points in trajectory.load(path)]
 
 
 def _output(name: str) -> Path:
-    """The output path, with its folder made and tried, before the long work starts."""
+    """The output path, tried before the long work starts; `_write` makes the folders that are missing."""
     out = Path(name)
     if out.suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"--out {name}: a video is written; end the name in .mp4 or .gif")
     if out.is_dir():
         raise UserError(f"--out {name}: this is a folder; name a file")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        exists = next(folder for folder in out.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=exists):
             pass
     except OSError as error:
         raise UserError(f"--out {name}: cannot write there ({error.strerror})") from None
@@ -223,11 +238,12 @@ def _write(out: Path, result: generate.Result, tracks: np.ndarray | None, report
     report = {
         **report,
         "files": [path.name for path in videos],
-        "seconds": {part: {k: round(v, 3) for k, v in s.items()} for part, s in result.seconds.items()},
+        "seconds": {part: {k: round(v, 3) for k, v in s.items()} for part, s in report["seconds"].items()},
         "versions": {name: importlib.metadata.version(name) for name in ("tora_jax", "jax", "flax", "numpy")},
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         aside = {path: stack.enter_context(video_io.write_atomic(path)) for path in (*videos, out.with_suffix(".json"))}
         for path, frames in videos.items():

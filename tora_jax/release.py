@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,13 @@ def save(folder: str | Path, config: dict, params: dict[str, Any], tokenizer: Pa
         raise
 
 
+def tuples(value: Any) -> Any:
+    """Lists, as JSON gives them, into tuples: fields of Linen modules must be hashable."""
+    if isinstance(value, Mapping):
+        return {k: tuples(v) for k, v in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The config of a release folder.
 
@@ -82,7 +90,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: should hold an object with the model's fields")
-    return config
+    return tuples(config)
 
 
 def load(folder: str | Path) -> Release:

@@ -19,16 +19,17 @@ class Setup:
     def __init__(self, name):
         self.data = golden.load(name)
         self.config = self.data.config
-        self.model = model_of(self.config["stdit"])
+        self.model = model_of(self.config["stdit"], self.data.params)
         self.params = load_params(self.model, self.data.params)
         self.text = jnp.asarray(self.data["in/y"])
-        self.text_mask = jnp.asarray(self.data["in/y_mask"], bool)
+        mask = self.data.get("in/y_mask")
+        self.text_mask = None if mask is None else jnp.asarray(mask, bool)
         self.frames = latent_frames(self.config["num_frames"])
 
     def apply(self, x, timestep, frame_mask=None, drop_text=None):
         """The model on a batch that holds the captions once or more."""
         times = len(x) // len(self.text)
-        tile = lambda a: jnp.concatenate([a] * times)  # noqa: E731
+        tile = lambda a: None if a is None else jnp.concatenate([a] * times)  # noqa: E731
         return self.model.apply(
             {"params": self.params},
             x,
@@ -36,7 +37,7 @@ class Setup:
             tile(self.text),
             text_mask=tile(self.text_mask),
             drop_text=drop_text,
-            frame_mask=None if frame_mask is None else tile(frame_mask),
+            frame_mask=tile(frame_mask),
             **arguments(x, self.config),
         )
 

@@ -10,9 +10,12 @@ from tests.parity import golden
 from tora_jax.models.stdit import STDiT
 
 
-def model_of(config: dict) -> STDiT:
+def model_of(config: dict, params: dict) -> STDiT:
+    """The model of a file's config; the patch and the channels stand in its patch embedding [c, in, 1, p, p]."""
+    _, in_channels, _, patch, _ = params["x_embedder.proj.weight"].shape
     return STDiT(
-        variant=f"{config['depth']}x{config['hidden_size']}x{config['num_heads']}/2",
+        variant=f"{config['depth']}x{config['hidden_size']}x{config['num_heads']}/{patch}",
+        in_channels=in_channels,
         caption_channels=config["caption_channels"],
         caption_length=config["model_max_length"],
         qk_norm=config.get("qk_norm", True),
@@ -44,7 +47,7 @@ def channels_last(x):
 )
 def test_output(name):
     data = golden.load(name)
-    model = model_of(data.config)
+    model = model_of(data.config, data.params)
     params = load_params(model, data.params)
     x = channels_last(data["in/x"])
     masks = {
@@ -58,7 +61,7 @@ def test_output(name):
 def test_round_trip():
     """Converting and reverting gives back every byte."""
     data = golden.load("stdit3_odd_frame_mask")
-    shapes = {k: v.shape for k, v in mapping.flatten(params_shape(model_of(data.config))).items()}
+    shapes = {k: v.shape for k, v in mapping.flatten(params_shape(model_of(data.config, data.params))).items()}
     moves = mapping.plan(stdit3.TABLE, {k: v.shape for k, v in data.params.items()}, shapes)
     state = mapping.revert(moves, mapping.convert(moves, data.params.__getitem__))
     assert state.keys() == data.params.keys()

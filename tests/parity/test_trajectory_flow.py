@@ -35,7 +35,8 @@ def test_maps_and_colours(case):
     maps = flow.released_maps(GOLDEN[f"points/{case}"], height, width)
     golden.assert_close(maps, GOLDEN[f"flow/{case}"], 1e-5)
     assert not maps[0].any()
-    level = np.abs(flow.flow_to_rgb(maps).astype(int) - GOLDEN[f"rgb/{case}"])
+    # From the golden flow: at the wheel's seam, the sign of a rounding error of 1e-20 decides between two colours.
+    level = np.abs(flow.flow_to_rgb(GOLDEN[f"flow/{case}"]).astype(int) - GOLDEN[f"rgb/{case}"])
     assert level.max() <= 1
 
 

@@ -83,6 +83,8 @@ def pipeline_case(data):
         temporal=temporal_fields(config["temporal"]),
         micro_frame_size=config["micro_frame_size"] or 0,
         spatial_scaling=config["spatial"]["scaling"],
+        latent_shift=tuple(data["params/shift"].ravel().tolist()),
+        latent_scale=tuple(data["params/scale"].ravel().tolist()),
         frame_batch=4,
     )
     return model, data[f"in/x_{config['frames'][0]}"], VIDEO_VAE, VIDEO_VAE_IGNORED

@@ -66,6 +66,9 @@ class ResBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Clip -> features of the latent's grid."""
+
+    filters: int
     widths: tuple[int, ...]
     strides: tuple[tuple[int, int], ...]  # (time, space) between level i and level i + 1
     num_res_blocks: int
@@ -77,7 +80,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w _"]) -> Float[Array, "b t4 h2 w2 c"]:
         norm = (self.norm_groups, self.causal_norm)
-        x = CausalConv(self.widths[0], use_bias=False, dtype=self.dtype, name="conv_in")(x)
+        x = CausalConv(self.filters, use_bias=False, dtype=self.dtype, name="conv_in")(x)
         for i, (width, stride) in enumerate(zip(self.widths, (*self.strides, (1, 1)), strict=True)):
             for j in range(self.num_res_blocks):
                 x = ResBlock(width, *norm, self.dtype, name=f"level_{i}_block_{j}")(x)
@@ -90,6 +93,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Features of the latent's grid -> clip."""
+
     widths: tuple[int, ...]
     strides: tuple[tuple[int, int], ...]
     num_res_blocks: int
@@ -181,7 +186,7 @@ class CausalVAE(nn.Module):
             self.norm_groups,
             self.causal_norm,
         )
-        self.encoder = Encoder(*shape, 2 * self.inner_channels, self.dtype)
+        self.encoder = Encoder(self.filters, *shape, 2 * self.inner_channels, self.dtype)
         self.decoder = Decoder(*shape, self.channels, self.dtype)
         self.quant_conv = CausalConv(2 * self.latent_channels, kernel=1, dtype=self.dtype)
         self.post_quant_conv = CausalConv(self.inner_channels, kernel=1, dtype=self.dtype)

@@ -175,7 +175,9 @@ class ScalarEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b"]) -> Float[Array, "*b c"]:
-        frequencies = np.exp(-np.log(10000.0) * np.arange(128) / 128).astype(np.float32)
+        # The exponent rounded to float32 as in the reference: times a timestep of 1000, its last bit is seen.
+        exponent = np.float32(-np.log(10000.0)) * np.arange(128, dtype=np.float32) / np.float32(128)
+        frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
         angle = x.astype(jnp.float32)[..., None] * frequencies
         x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1).astype(self.dtype)
         x = nn.silu(dense(self.features, dtype=self.dtype, name="fc1", kernel_init=self.kernel_init)(x))

@@ -1,0 +1,209 @@
+"""Converts PyTorch checkpoints to ours and back.
+
+  python -m convert_weights stdit3 hpcai-tech/OpenSora-STDiT-v3 weights/stdit
+  python -m convert_weights tora --stdit3 SRC --vae SRC --t5 SRC weights/tora
+  python -m convert_weights stdit3 weights/tora stdit3.safetensors --reverse
+
+docs/convert.md describes every flag and every message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from convert_weights import destinations, kinds, parts, release_folder, reverse, sources, stream
+from convert_weights.mapping import ConversionError
+from tora_jax import sharding
+from tora_jax.errors import UserError
+
+PARTS = {"stdit": "stdit3", "vae": "vae", "motion_vae": "vae", "t5": "t5"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command. Returns 0, 2 after a user's mistake (told on stderr), or 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parser().parse_args(argv)
+        args.command = f"python -m convert_weights {shlex.join([*argv, '--allow_pickle'])}"
+        start = time.perf_counter()
+        report = _run(args)
+        _tell(args, report, time.perf_counter() - start)
+    except (UserError, ConversionError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'cannot read or write'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("\nconvert_weights: stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"convert_weights: error: {message}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m convert_weights --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--dtype", choices=stream.DTYPES, help="cast to this; unset: every byte stays")
+    add("--variant", help="the model's size: a released name, or fields as JSON or a JSON file; unset: from the file")
+    add("--orbax", action="store_true", help="write an Orbax checkpoint in place of safetensors")
+    add("--mesh", help="write it sharded, such as fsdp=4 (implies --orbax)")
+    add("--tokenizer", type=Path, help="sentencepiece model for T5, where none lies beside its weights")
+    add("--dry_run", action="store_true", help="print the mapping and every problem; reads headers only")
+    add("--report", type=Path, help="write what was done as JSON")
+    add("--allow_nonfinite", action="store_true", help="convert NaN and Inf too")
+    add("--allow_pickle", action="store_true", help="read pickles, with torch.load(weights_only=True)")
+
+    parser = _Parser(prog="convert_weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="kind", required=True, metavar="{" + ",".join([*kinds.KINDS, "tora"]) + "}")
+    for kind in kinds.KINDS.values():
+        one = commands.add_parser(kind.name, parents=[common], help=f"released: {', '.join(kind.released)}")
+        one.add_argument("src", metavar="SRC", help="a file, a folder with shards and their index, or a cached hub id")
+        one.add_argument("dst", metavar="DST", help="a folder that is not there yet; with --reverse a file")
+        one.add_argument("--reverse", action="store_true", help="from ours to PyTorch-named safetensors")
+    whole = commands.add_parser("tora", parents=[common], help="all parts in one release folder")
+    for part, kind in PARTS.items():
+        flag = "--stdit3" if part == "stdit" else f"--{part}"
+        optional = "; unset: starts as the video VAE" if part == "motion_vae" else ""
+        whole.add_argument(flag, dest=part, metavar="SRC", required=not optional, help=f"{kind} checkpoint{optional}")
+    whole.add_argument("dst", metavar="DST", help="a folder that is not there yet")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    args.orbax = args.orbax or args.mesh is not None
+    if args.mesh is not None:
+        _ask_for_devices(math.prod(sharding.parse_mesh(args.mesh).values()))
+    rules = stream.Rules(stream.DTYPES.get(args.dtype), args.allow_nonfinite)
+    if args.tokenizer is not None and not args.tokenizer.is_file():
+        raise UserError(f"--tokenizer {args.tokenizer}: no such file")
+    if args.kind == "tora":
+        report = _tora(args, rules)
+    elif args.reverse:
+        report = _reverse(args, rules)
+    else:
+        part = _plan(args, args.kind, args.src, args.variant, rules)
+        tokenizer = (args.tokenizer or part.source.tokenizer) if args.kind == "t5" else None
+        report = (
+            _dry_run([part])
+            if args.dry_run
+            else release_folder.write_part(args.dst, part, rules, tokenizer, args.orbax, args.mesh)
+        )
+    return {**report, "nonfinite": rules.nonfinite}
+
+
+def _ask_for_devices(count: int) -> None:
+    # It refuses where JAX runs already, in the program that called main, with devices of its own.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _plan(args: argparse.Namespace, kind: str, src: str, variant: str | None, rules: stream.Rules) -> parts.Part:
+    source = sources.open_source(src, args.allow_pickle, args.command)
+    part = parts.make(kinds.KINDS[kind], source, variant, rules.dtype)
+    if part.variant == "own sizes":
+        released = ", ".join(part.kind.released)
+        print(f"convert_weights: note: {src}: none of the released sizes of {kind} ({released})", file=sys.stderr)
+    return part
+
+
+def _tora(args: argparse.Namespace, rules: stream.Rules) -> dict[str, Any]:
+    variants = _variants(args.variant)
+    planned = {
+        part: _plan(args, kind, getattr(args, part), variants.get(part), rules)
+        for part, kind in PARTS.items()
+        if getattr(args, part) is not None
+    }
+    if args.dry_run:
+        return _dry_run(list(planned.values()))
+    tokenizer = args.tokenizer or planned["t5"].source.tokenizer
+    if tokenizer is None:
+        names = " or ".join(sources.TOKENIZERS)
+        raise UserError(f"{args.t5}: no {names} in the folder of the text encoder; name it with --tokenizer FILE")
+    return release_folder.write_tora(args.dst, planned, rules, tokenizer, args.orbax, args.mesh)
+
+
+def _variants(variant: str | None) -> dict[str, str]:
+    """--variant of the tora command: the denoiser's, or JSON with a section for each part."""
+    if variant is None:
+        return {}
+    fields = sources.parse_json(variant, "--variant") if variant.startswith("{") else {"stdit": variant}
+    if odd := sorted(fields.keys() - PARTS.keys()):
+        raise UserError(f"--variant: {odd[0]!r} is no part; parts are {', '.join(PARTS)}")
+    return {part: value if isinstance(value, str) else json.dumps(value) for part, value in fields.items()}
+
+
+def _reverse(args: argparse.Namespace, rules: stream.Rules) -> dict[str, Any]:
+    unused = [f"--{flag}" for flag in ("variant", "mesh", "tokenizer") if getattr(args, flag) is not None]
+    if unused:
+        raise UserError(f"{unused[0]} means nothing with --reverse")
+    kind = kinds.KINDS[args.kind]
+    with reverse.open_ours(args.src, kind, Path(args.dst).absolute().parent) as ours:
+        if args.dry_run:
+            for move in reverse.plan(kind, ours):
+                for key in move.sources:
+                    print(f"{move.target} -> {key}")
+            return {"dry_run": True}
+        return reverse.write(args.dst, kind, ours, rules)
+
+
+def _dry_run(planned: list[parts.Part]) -> dict[str, Any]:
+    for part in planned:
+        for move in part.moves:
+            for layer, key in enumerate(move.sources):
+                shape, dtype = list(part.source.shapes[key]), part.source.dtypes[key].name
+                place = f"{move.target}[{layer}]" if move.stacked else move.target
+                print(f"{key} {shape} {dtype} -> {place} {list(move.target_shape[move.stacked :])}")
+        for key in part.ignored:
+            print(f"{key}: ignored, our model computes it or does without")
+    if wrong := [part for part in planned if part.problems]:
+        raise ConversionError("\n".join(part.complaint() for part in wrong))
+    return {"dry_run": True, "parts": [part.report() for part in planned]}
+
+
+def _tell(args: argparse.Namespace, report: dict[str, Any], seconds: float) -> None:
+    """A line for people and, where --report asks for it, all of it as JSON."""
+    versions = {name: importlib.metadata.version(name) for name in ("tora_jax", "jax", "orbax-checkpoint")}
+    arguments = {name: str(value) for name, value in vars(args).items() if value is not None and name != "command"}
+    report = {"arguments": arguments, **report, "seconds": round(seconds, 3), "versions": versions}
+    if args.report is not None:
+        text = (json.dumps(report, indent=2) + "\n").encode()
+        if args.report.is_file():
+            args.report.unlink()  # of an earlier run
+        with destinations.aside(args.report, len(text)) as path:
+            path.write_bytes(text)
+    if args.dry_run:
+        print("dry run: everything fits; nothing was written")
+        return
+    new = f", {len(report['new'])} tensors new (untrained)" if report.get("new") else ""
+    odd = f", NaN or Inf in {', '.join(report['nonfinite'])}" if report["nonfinite"] else ""
+    print(f"wrote {args.dst}: {destinations.readable(report['bytes'])} in {seconds:.1f} s{new}{odd}")
+
+
+def _stop(*_) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # so that what lies aside is removed
+    jax.config.update("jax_platforms", "cpu")  # the work is the host's
+    sys.exit(main())
