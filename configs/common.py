@@ -1,6 +1,6 @@
 """What the configs share. A config file holds only what differs from here.
 
-`--config configs/tora.py:bucket=480p` calls `get_config("bucket=480p")`; `--config.sampling.steps=10` changes one
+`--config configs/tora.py:variant=3B/2` calls `get_config("variant=3B/2")`; `--config.sampling.steps=10` changes one
 value. Configs are locked: a wrong name ends with the right one.
 """
 

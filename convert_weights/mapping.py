@@ -18,9 +18,10 @@ import enum
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
+from flax import traverse_util
 
 Shape = tuple[int, ...]
 
@@ -101,22 +102,14 @@ class Move:
     target_shape: Shape
 
 
-def flatten(tree) -> dict[str, object]:
+def flatten(tree: Mapping) -> dict[str, Any]:
     """A parameter tree as a flat dict, path joined by "/" -> leaf."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in flat}
+    return traverse_util.flatten_dict(tree, sep="/")
 
 
-def unflatten(flat: Mapping[str, object]) -> dict:
-    """The inverse of `flatten` for trees of dicts."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def pattern(source: str) -> re.Pattern[str]:

@@ -85,8 +85,3 @@ VIDEO_VAE = [
     Rule("shift", "shift", Layout.FLAT),
     Rule("scale", "scale", Layout.FLAT),
 ]
-
-# Nothing in these checkpoints is without a place.
-AUTOENCODER_KL_IGNORED: list[str] = []
-CAUSAL_VAE_IGNORED: list[str] = []
-VIDEO_VAE_IGNORED: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mes
             if sum(placed.nbytes for placed in batch.values()) >= BATCH_BYTES:
                 orbax.partial.save(folder, traverse_util.unflatten_dict(batch, sep="/"))
                 batch = {}
+                gc.collect()  # Orbax leaves cycles that hold the arrays
         if batch:
             orbax.partial.save(folder, traverse_util.unflatten_dict(batch, sep="/"))
         orbax.partial.finalize(folder)

@@ -12,11 +12,8 @@ import pytest
 from convert_weights.mapping import convert, flatten, from_state_dict, plan, revert
 from convert_weights.vae import (
     AUTOENCODER_KL,
-    AUTOENCODER_KL_IGNORED,
     CAUSAL_VAE,
-    CAUSAL_VAE_IGNORED,
     VIDEO_VAE,
-    VIDEO_VAE_IGNORED,
 )
 from tests.parity import golden
 from tora_jax.models.autoencoder_kl import AutoencoderKL
@@ -68,12 +65,12 @@ def run(model, params, method: str, x, **static):
 
 def spatial_case(data):
     model = AutoencoderKL(**spatial_fields(data.config, data.config["latent_channels"]))
-    return model, data["in/x"], AUTOENCODER_KL, AUTOENCODER_KL_IGNORED
+    return model, data["in/x"], AUTOENCODER_KL
 
 
 def temporal_case(data):
     model = CausalVAE(**temporal_fields(data.config))
-    return model, data[f"in/x_{data.config['frames'][0]}"], CAUSAL_VAE, CAUSAL_VAE_IGNORED
+    return model, data[f"in/x_{data.config['frames'][0]}"], CAUSAL_VAE
 
 
 def pipeline_case(data):
@@ -87,7 +84,7 @@ def pipeline_case(data):
         latent_scale=tuple(data["params/scale"].ravel().tolist()),
         frame_batch=4,
     )
-    return model, data[f"in/x_{config['frames'][0]}"], VIDEO_VAE, VIDEO_VAE_IGNORED
+    return model, data[f"in/x_{config['frames'][0]}"], VIDEO_VAE
 
 
 CASES = {"autoencoder_kl": spatial_case, "vae_temporal": temporal_case, "video_vae_pipeline": pipeline_case}
@@ -96,8 +93,8 @@ CASES = {"autoencoder_kl": spatial_case, "vae_temporal": temporal_case, "video_v
 def load(name: str):
     """The golden file, our model of its sizes, and its weights as our parameters."""
     data = golden.load(name)
-    model, x, table, ignored = CASES[name](data)
-    return data, model, from_state_dict(table, data.params, shapes(model, x), ignored)
+    model, x, table = CASES[name](data)
+    return data, model, from_state_dict(table, data.params, shapes(model, x))
 
 
 def frame_counts(name: str) -> list[int]:
@@ -136,9 +133,9 @@ def test_video_vae(frames):
 @pytest.mark.parametrize("name", CASES)
 def test_weights_go_back_unchanged(name):
     data = golden.load(name)
-    model, x, table, ignored = CASES[name](data)
+    model, x, table = CASES[name](data)
     target = {path: leaf.shape for path, leaf in flatten(shapes(model, x)).items()}
-    moves = plan(table, {k: v.shape for k, v in data.params.items()}, target, ignored)
+    moves = plan(table, {k: v.shape for k, v in data.params.items()}, target)
     back = revert(moves, convert(moves, data.params.__getitem__))
     assert back.keys() == data.params.keys()
     for key, array in data.params.items():
@@ -156,7 +153,7 @@ def test_real_checkpoint_fits():
     _, target = full_size()
     keys = golden.checkpoint_keys("opensora_vae_v1_2")
     sizes = {path: leaf.shape for path, leaf in flatten(target).items()}
-    moves = plan(VIDEO_VAE, keys, sizes, VIDEO_VAE_IGNORED)
+    moves = plan(VIDEO_VAE, keys, sizes)
     assert {key for move in moves for key in move.sources} == set(keys)
     assert sum(math.prod(s) for s in sizes.values()) == sum(math.prod(s) for s in keys.values())
 
@@ -171,7 +168,7 @@ def test_video_vae_full():
         for key, shape in keys.items()
     }
     model, target = full_size()
-    params = from_state_dict(VIDEO_VAE, state, target, VIDEO_VAE_IGNORED)
+    params = from_state_dict(VIDEO_VAE, state, target)
     x = golden.procedural_input("in/x", data.config["x"], seed) * np.float32(data.config["x_factor"])
     z = run(model, params, "encode", channels_last(x))
     golden.assert_close(channels_first(z), data["out/z"], 1e-4)
