@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             if args.dry_run
             else release_folder.write_part(args.dst, part, rules, tokenizer, args.orbax, args.mesh)
         )
-    return {**report, "nonfinite": rules.nonfinite}
+    return {**report, "nonfinite": sorted(rules.nonfinite)}
 
 
 def _ask_for_devices(count: int) -> None:

@@ -76,7 +76,7 @@ def write_release(path: Path, leaves: Sequence[Leaf]) -> None:
     by_path = {leaf.path: leaf for leaf in leaves}
     specs = {path: safetensors_io.Spec(leaf.dtype, leaf.shape) for path, leaf in by_path.items()}
     specs = {path: specs[path] for path in safetensors_io.file_order(specs)}
-    safetensors_io.write(path, specs, stream.ahead(stream.chain([by_path[path] for path in specs])))
+    safetensors_io.write(path, specs, stream.ahead(part for path in specs for part in by_path[path].parts))
 
 
 def write_orbax(folder: Path, parts: Mapping[str, Sequence[Leaf]], mesh: str | None) -> None:

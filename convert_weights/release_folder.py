@@ -114,7 +114,7 @@ def _fresh(model: Tora, have: Mapping[str, tuple[int, ...]], dtype: np.dtype | N
 
     def leaf(path: str, value: jax.Array) -> Leaf:
         array = np.asarray(value).astype(dtype or np.float32)
-        return Leaf(path, array.dtype, array.shape, lambda: iter([array]))
+        return Leaf(path, array.dtype, array.shape, (lambda: array,))
 
     return [leaf(path, value) for path, value in values.items()]
 

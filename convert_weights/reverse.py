@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import re
 import tempfile
@@ -176,7 +177,9 @@ def write(target: str, kind: Kind, ours: Ours, rules: stream.Rules) -> dict[str,
     specs = {key: specs[key] for key in safetensors_io.file_order(specs)}
     nbytes = sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in specs.values())
     with destinations.aside(target, nbytes) as path:
-        safetensors_io.write(path, specs, stream.ahead(map(tensor, specs)), {"format": "pt"})
+        safetensors_io.write(
+            path, specs, stream.ahead(functools.partial(tensor, key) for key in specs), {"format": "pt"}
+        )
     return {
         "source": ours.name,
         "tensors": list(specs),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,16 +23,17 @@ FLOATS = (*DTYPES.values(), np.dtype(np.float64))
 _INFINITY = {"float64": 0xFFE << 52, "float32": 0xFF << 24, "float16": 0xF8 << 8, "bfloat16": 0xFF << 8}
 _STRIP = 16  # rows that are turned together, few enough for the cache
 ALIGNMENT = 64
+AHEAD = 2  # tensors
 _CHUNK = 1 << 19  # elements that are looked at together
 
 
 class Leaf(NamedTuple):
-    """One parameter that is to be written; `parts` reads it, a stacked one layer by layer."""
+    """One parameter that is to be written; calling `parts` reads it, a stacked one layer by layer."""
 
     path: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    parts: Callable[[], Iterator[np.ndarray]]
+    parts: tuple[Callable[[], np.ndarray], ...]
 
     @property
     def nbytes(self) -> int:
@@ -134,7 +136,9 @@ def leaves(source: Source, moves: Sequence[Move], rules: Rules, prefix: str = ""
             return forward(move.layout, rules.apply(source.name, key, source.read(key)))
 
         dtype = rules.dtype or source.dtypes[move.sources[0]]
-        return Leaf(prefix + move.target, dtype, move.target_shape, lambda: map(part, move.sources))
+        return Leaf(
+            prefix + move.target, dtype, move.target_shape, tuple(functools.partial(part, key) for key in move.sources)
+        )
 
     return [leaf(move) for move in moves]
 
@@ -145,26 +149,24 @@ def whole(leaf: Leaf) -> np.ndarray:
     start = -memory.ctypes.data % ALIGNMENT
     out = memory[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
     at = 0
-    for part in leaf.parts():
-        flat = np.ascontiguousarray(part).reshape(-1)
+    for part in leaf.parts:
+        flat = np.ascontiguousarray(part()).reshape(-1)
         out.reshape(-1)[at : at + len(flat)] = flat
         at += len(flat)
     return out
 
 
-T = TypeVar("T")
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, the next one made in a thread while the last is used: reading overlaps writing."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(next, items, end)
-        while (item := pending.result()) is not end:
-            pending = pool.submit(next, items, end)
-            yield item
-
-
-def chain(leaves: Sequence[Leaf]) -> Iterator[np.ndarray]:
-    """All parts of all leaves, in order."""
-    return itertools.chain.from_iterable(leaf.parts() for leaf in leaves)
+def ahead(calls: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """The calls' results in order, AHEAD of them made while one is used: reading, turning and writing overlap."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        pending: collections.deque = collections.deque()
+        try:
+            for call in calls:
+                pending.append(pool.submit(call))
+                if len(pending) > AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -176,7 +176,7 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | None = N
     init = functools.partial(init_params, parts)
     try:
         shapes = jax.eval_shape(init, jax.random.key(0))
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"config: these values make no model: {str(error).strip().splitlines()[0]}") from None
     released = None if weights is None else release.load(weights)
     pieces = released.tokenizer if released else resources.files("tora_jax").joinpath("assets/tokenizer.model")

@@ -7,10 +7,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,41 @@ def sample(argv: list[str] | None = None) -> None:
 
         warnings.showwarning = show_ours
         try:
-            _sample(argv)
+            with _remembered_interrupts() as check_interrupt:
+                _sample(argv, check_interrupt)
         except UserError as error:
             print(f"{name}: error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"\n{name}: stopped; nothing was written", file=sys.stderr)
-            sys.exit(130)
+            print(f"\n{name}: stopped; nothing was written", file=sys.stderr, flush=True)
+            os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
 
 
-def _sample(argv: list[str]) -> None:
+@contextlib.contextmanager
+def _remembered_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C raises KeyboardInterrupt as always, and again from the function that this yields.
+
+    Python drops an exception raised inside a garbage-collection callback, and JAX has one: a Ctrl-C that falls
+    there would be lost.
+    """
+    seen = []
+
+    def remember(signal_number, frame):
+        seen.append(signal_number)
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = _parse(argv)
     config = _config(args)
     settings = _settings(args, config.get("sampling", {}))
@@ -78,6 +104,11 @@ def _sample(argv: list[str]) -> None:
     size = generate.video_size(models, settings["height"], settings["width"])
     images = {frame: video_io.resize_crop(picture, *size) for frame, picture in pictures.items()}
     tracks = trajectory.tracks(trajectories, settings["num_frames"]) if trajectories else None
+
+    def progress(step: int) -> None:
+        bar.update(step - bar.n)
+        check_interrupt()
+
     with tqdm(total=settings["steps"], desc="sampling", unit="step", disable=args.quiet) as bar:
         result = generate.generate(
             models,
@@ -85,9 +116,10 @@ def _sample(argv: list[str]) -> None:
             tracks,
             images,
             negative_prompt=settings["negative_prompt"],
-            progress=lambda _: bar.update(),
+            progress=progress,
             **{name: settings[name] for name in generate.CHECKED},
         )
+    check_interrupt()
     seconds.update(result.seconds)
     _write(out, result, tracks, {"settings": settings, "weights": models.origin, "seconds": seconds})
     if not args.quiet:
