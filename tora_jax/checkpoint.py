@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mes
     options.array.saving.use_compression = False  # random mantissas do not get smaller, only slower
     options.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     batch: dict[str, jax.Array] = {}
-    with options:
+    with options, _waiting_on_failure():
         for path, array in leaves:
             batch[path] = _place(array, mesh)
             del array  # before the next one is made
@@ -47,6 +49,19 @@ def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mes
         if batch:
             orbax.partial.save(folder, traverse_util.unflatten_dict(batch, sep="/"))
         orbax.partial.finalize(folder)
+
+
+@contextlib.contextmanager
+def _waiting_on_failure() -> Iterator[None]:
+    """Lets Orbax's other threads end when one fails, so that they write nothing after the caller has cleaned up."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    except BaseException:
+        for thread in set(threading.enumerate()) - before:
+            if not thread.name.startswith(("ThreadPoolExecutor", "asyncio")):  # these wait for more work
+                thread.join(timeout=10)
+        raise
 
 
 def _place(array: np.ndarray, mesh: Mesh | None) -> jax.Array:

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from benchmarks import checkpoints
 from convert_weights.__main__ import main
+from tests.converting import CASES, stdit_variant, write_source
 from tests.parity import golden, test_clip, test_rectified_flow, test_stdit, test_vae
-from tests.test_convert import CASES, stdit_variant, write_source
 from tora_jax import rectified_flow, release
 from tora_jax.models.stdit import STDiT
 from tora_jax.models.t5 import T5Encoder
