@@ -218,7 +218,7 @@ def told(models, **changes):
     calls = []
 
     class Recorder(Tora):
-        def apply(self, variables, x, timestep, *, method, **conditions):
+        def apply(self, variables, x, timestep=None, *, method, **conditions):
             if method == "extract":
                 return x
             calls.append({"x": np.asarray(x), "timestep": np.asarray(timestep), **conditions})
