@@ -149,6 +149,17 @@ BAD = {
     "unknown argument of a config": (f"--config={ROOT}/configs/tora.py:buckt=1", None, "buckt"),
     "broken config": ("--config=bad.py", "def get_config(:", "bad.py"),
     "config that raises": ("--config=bad.py", "def get_config():\n    return 1 / 0", "bad.py"),
+    "missing image for one frame": ("--image=absent.png --num_frames=1", None, "absent.png"),
+    "report over the trajectory": ("--trajectory=bad.json --out=bad.mp4", "[[1, 2], [3, 4]]", "overwrite bad.json"),
+    "output under a broken link": ("--out=link/x.mp4", None, "link is no folder"),
+    "unknown field in a section": ("--config.tora.stdit.qk_nrm=False", None, 'Did you mean "qk_norm"'),
+    "line break in a name": ("--trajectory=a\x0bb\x1b", None, "no such trajectory"),
+    "slow clock": ("--fps=0.0001", None, "fps"),
+    "endless steps": (f"--steps={10**9}", None, "million"),
+    "huge guidance": ("--guidance=1e308", None, "guidance"),
+    "huge size": (f"--height={10**15} --width=64", None, "at most"),
+    "name too long": (f"--weights={'a' * 300}", None, "too long"),
+    "config without a ConfigDict": ("--config=bad.py", "def get_config():\n    return {}", "ConfigDict"),
     "unknown fuser": ("--config.tora.fuser=foo", None, "foo"),
     "stray word": ("extra", None, "extra"),
 }
@@ -160,7 +171,8 @@ def test_a_mistake_is_one_line(sample, tmp_path, case):
     if content is not None:
         name = arguments.split("=")[1].split("/")[0]
         write(name, content)
-    outcome = sample(*arguments.split())
+    (tmp_path / "link").symlink_to("nowhere")
+    outcome = sample(*arguments.split(" "))
     assert outcome.code == 2
     assert outcome.stderr.count("\n") == 1, outcome.stderr
     assert outcome.stderr.startswith("sample.py: error: ")
@@ -194,6 +206,17 @@ def test_points_off_the_canvas_are_clipped_with_a_warning(sample):
     assert outcome.code == 0
     assert "path.txt: 2 of 2 points" in outcome.stderr
     assert outcome.stderr.count("warning") == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"a.b": 1}', "[1]"])
+def test_broken_config_of_a_release(sample, tiny_release, tmp_path, text):
+    folder = tmp_path / "edited"
+    shutil.copytree(tiny_release, folder)
+    (folder / "config.json").write_text(text)
+    outcome = sample(weights=folder)
+    assert outcome.code == 2
+    assert outcome.stderr.count("\n") == 1
+    assert "edited" in outcome.stderr
 
 
 @pytest.mark.parametrize("weights", ["absent", "."])

@@ -126,6 +126,7 @@ def test_an_exception_from_progress_stops(tiny_models):
         ({"width": 0}, "width is 0"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"trajectory_guidance": float("inf")}, "trajectory_guidance is inf"),
+        ({"steps": 10**9}, "million"),
         ({"fps": 0.0}, "fps is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"tracks": np.zeros((1, 4, 2), np.float32)}, "one point a frame"),
@@ -273,7 +274,8 @@ def test_a_given_image_stays_while_the_rest_is_made(tiny_models):
     assert (calls[0]["x"][:, 1] != calls[1]["x"][:, 1]).any()
 
 
-def test_damaged_weights_are_found_out(tiny_models):
-    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), tiny_models.params["tora"])
+@pytest.mark.parametrize("part", ["tora", "vae"])
+def test_damaged_weights_are_found_out(tiny_models, part):
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), tiny_models.params[part])
     with pytest.raises(UserError, match="not finite"):
-        run(dataclasses.replace(tiny_models, params={**tiny_models.params, "tora": params}))
+        run(dataclasses.replace(tiny_models, params={**tiny_models.params, part: params}))

@@ -81,11 +81,12 @@ class Models:
 
     @functools.cached_property
     def decode(self) -> Callable:
-        """Latents -> uint8 video."""
+        """Latents -> uint8 video, and whether all of it was finite."""
 
         def decode(num_frames, params, latents):
             video = _apply(self.vae, params, latents, num_frames, method="decode")
-            return jnp.round(jnp.clip(video, -1, 1) * 127.5 + 127.5).astype(jnp.uint8)
+            pixels = jnp.round(jnp.clip(video, -1, 1) * 127.5 + 127.5).astype(jnp.uint8)
+            return pixels, jnp.isfinite(video).all()
 
         return jax.jit(decode, static_argnums=0)
 
@@ -121,13 +122,13 @@ def modules(config: Mapping[str, Any]) -> dict[str, nn.Module]:
     config = release.tuples(config)
     if missing := [part for part in PARTS if part not in config]:
         raise UserError(f"the config has no section {', '.join(missing)}; it needs {', '.join(PARTS)}")
-    for section, kind in SECTIONS.items():
+    for section in SECTIONS:
         fields = functools.reduce(lambda at, name: at.get(name), section.split("."), config)
         if fields is None and section.endswith("spatial"):
             continue  # the causal VAE works on pixels
         if not isinstance(fields, Mapping):
             raise UserError(f"config: {section} should hold the fields of a model")
-        known = {f.name for f in dataclasses.fields(kind)} - {"name", "parent"} - OWN.get(section, set())
+        known = _fields(section)
         for name in sorted(fields.keys() - known):
             close = difflib.get_close_matches(name, known, 1) or sorted(known)
             raise UserError(f"config: {section} has no field {name!r}; did you mean {', '.join(close)}?")
@@ -135,6 +136,15 @@ def modules(config: Mapping[str, Any]) -> dict[str, nn.Module]:
         return {part: kind(**config[part]) for part, kind in PARTS.items()}
     except TypeError as error:
         raise UserError(f"config: {error}") from None
+
+
+def _fields(section: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(SECTIONS[section])} - {"name", "parent"} - OWN.get(section, set())
+
+
+def field_names() -> set[str]:
+    """Names of all fields that the sections of a config may have."""
+    return set().union(*map(_fields, SECTIONS))
 
 
 def init_params(parts: Mapping[str, nn.Module], key: jax.Array) -> dict[str, Any]:

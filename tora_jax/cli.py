@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.metadata
 import json
 import os
@@ -53,11 +54,20 @@ def sample(argv: list[str] | None = None) -> None:
             with _remembered_interrupts() as check_interrupt:
                 _sample(argv, check_interrupt)
         except UserError as error:
-            print(f"{name}: error: {error}", file=sys.stderr)
-            sys.exit(2)
+            message = str(error)
+        except OSError as error:
+            message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            first = str(error).partition("\n")[0] or "out of memory"
+            message = f"the device gave up ({first}); a smaller size or fewer frames need less memory"
         except KeyboardInterrupt:
             print(f"\n{name}: stopped; nothing was written", file=sys.stderr, flush=True)
             os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
+        else:
+            return
+    message = "".join(c if c.isprintable() else " " for c in message)
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -88,12 +98,13 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = _parse(argv)
     config = _config(args)
     settings = _settings(args, config.get("sampling", {}))
-    out = _output(args.out)
-    trajectories = [] if args.no_trajectory else _trajectories(settings["trajectory"])
+    sources = [] if args.no_trajectory else _trajectory_paths(settings["trajectory"])
+    out = _output(args.out, [*sources, *filter(None, (args.image, args.last_image))], args.weights)
+    trajectories = [points for path in sources for points in trajectory.load(path)]
     if args.image and args.last_image and settings["num_frames"] == 1:
         raise UserError("--image and --last_image name the same frame of a video of one frame; give one of them")
-    given = {0: args.image, settings["num_frames"] - 1: args.last_image}
-    pictures = {frame: video_io.read_image(path) for frame, path in given.items() if path}
+    given = [(0, args.image), (settings["num_frames"] - 1, args.last_image)]
+    pictures = {frame: video_io.read_image(path) for frame, path in given if path}
     _use_compilation_cache()
 
     seconds: dict[str, dict[str, float]] = {}
@@ -137,13 +148,19 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     try:
         _define(values, argv)
         rest = values(argv)
-        values.config.keys()  # config_flags keeps what went wrong in a config file until it is used
+        config = values.config
+        config.keys()  # config_flags keeps what went wrong in a config file until it is used
+        if not isinstance(config, ConfigDict):
+            raise TypeError("get_config should return a ConfigDict")
     except flags.Error as error:
         raise UserError(_last_line(error)) from None
     except Exception as error:  # a wrong name after --config., or whatever a config file of the user's own raises
         file = next((arg for arg in argv if arg.startswith(("--config=", "-config="))), "--config")
-        missing = isinstance(error, OSError)
-        raise UserError(f"{file}: {'no such file' if missing else _last_line(error)}") from None
+        message = "no such file" if isinstance(error, OSError) else _last_line(error)
+        if (field := message.strip("'\"")).isidentifier():  # what config_flags says of a field that is not there
+            close = difflib.get_close_matches(field, chain.field_names() | common.sampling().keys(), 1)
+            message = f"no field {field!r}" + (f'. Did you mean "{close[0]}"?' if close else "")
+        raise UserError(f"{file}: {message}") from None
     if values.help:
         print(USAGE + values.get_help(include_special_flags=False))
         sys.exit(0)
@@ -192,10 +209,12 @@ def _config(args: flags.FlagValues) -> dict[str, Any]:
     if args.weights is None or not args["config"].using_default_value:
         config = args.config
     else:
-        config = ConfigDict(release.read_config(args.weights))
         try:
+            config = ConfigDict(release.read_config(args.weights))
             config.update_from_flattened_dict(config_flags.get_override_values(args["config"]))
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{args.weights}: --config.NAME does not fit its config ({_last_line(error)})") from None
     return config.to_dict()
 
@@ -238,13 +257,12 @@ def _presets() -> list[str]:
     return sorted(Path(item.name).stem for item in folder.iterdir())
 
 
-def _trajectories(sources: Sequence[str]) -> list[np.ndarray]:
+def _trajectory_paths(sources: Sequence[str]) -> list[Path]:
     folder = Path(str(resources.files("tora_jax").joinpath("assets/trajectories")))
-    paths = [folder / f"{s}.txt" if s in _presets() and not Path(s).exists() else Path(s) for s in sources]
-    return [points for path in paths for points in trajectory.load(path)]
+    return [folder / f"{s}.txt" if s in _presets() and not os.path.lexists(s) else Path(s) for s in sources]
 
 
-def _output(name: str) -> Path:
+def _output(name: str, inputs: Sequence[str | Path], weights: str | None) -> Path:
     """The output path, tried before the long work starts; `_write` makes the folders that are missing."""
     out = Path(name)
     if out.suffix.lower() not in (".mp4", ".gif"):
@@ -252,21 +270,36 @@ def _output(name: str) -> Path:
     if out.is_dir():
         raise UserError(f"--out {name}: this is a folder; name a file")
     try:
-        exists = next(folder for folder in out.absolute().parents if folder.exists())
+        exists = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+        if not exists.is_dir():
+            raise NotADirectoryError(None, f"{exists} is no folder")
         with tempfile.TemporaryFile(dir=exists):
             pass
     except OSError as error:
         raise UserError(f"--out {name}: cannot write there ({error.strerror})") from None
+    taken = {Path(path).resolve() for path in inputs}
+    for path in _outputs(out).values():
+        if path.resolve() in taken:
+            raise UserError(f"--out {name}: would overwrite {path}, which is read; choose another name")
+    if weights is not None and Path(weights).resolve() in out.resolve().parents:
+        raise UserError(f"--out {name}: lies in the folder of the weights; choose another place")
     return out
+
+
+def _outputs(out: Path) -> dict[str, Path]:
+    """All that is written: the video, the one with the trajectories, the flow map, the report."""
+    named = {part: out.with_stem(f"{out.stem}_{part}") for part in ("trajectory", "flow")}
+    return {"video": out, **named, "report": out.with_suffix(".json")}
 
 
 def _write(out: Path, result: generate.Result, tracks: np.ndarray | None, report: dict[str, Any]) -> None:
     """All files or none: each is written aside, and all are renamed at the end."""
     fps = report["settings"]["fps"]
-    videos = {out: result.video}
+    paths = _outputs(out)
+    videos = {paths["video"]: result.video}
     if tracks is not None:
-        videos[out.with_stem(f"{out.stem}_trajectory")] = draw.draw_tracks(result.video, tracks)
-        videos[out.with_stem(f"{out.stem}_flow")] = result.motion
+        videos[paths["trajectory"]] = draw.draw_tracks(result.video, tracks)
+        videos[paths["flow"]] = result.motion
     report = {
         **report,
         "files": [path.name for path in videos],
@@ -277,10 +310,10 @@ def _write(out: Path, result: generate.Result, tracks: np.ndarray | None, report
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        aside = {path: stack.enter_context(video_io.write_atomic(path)) for path in (*videos, out.with_suffix(".json"))}
+        aside = {path: stack.enter_context(video_io.write_atomic(path)) for path in (*videos, paths["report"])}
         for path, frames in videos.items():
             video_io.write_video(aside[path], frames, fps)
-        aside[out.with_suffix(".json")].write_text(json.dumps(report, indent=2) + "\n")
+        aside[paths["report"]].write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _use_compilation_cache() -> None:

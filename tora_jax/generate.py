@@ -131,13 +131,14 @@ def generate(
             x.block_until_ready()
             if progress is not None:
                 progress(i + 1)
-        if not jnp.isfinite(x).all():
-            raise UserError(
-                f"{models.origin}: the latents are not finite; the weights are damaged, or the guidance too large"
-            )
 
     with part("decode"):
-        video = np.asarray(models.decode(num_frames, params["vae"], x)[0])
+        video, finite = models.decode(num_frames, params["vae"], x)
+        if not finite:
+            raise UserError(
+                f"{models.origin}: the video is not finite; the weights are damaged, or the guidance too large"
+            )
+        video = np.asarray(video[0])
     return Result(video, motion, seconds)
 
 
@@ -154,6 +155,7 @@ def video_size(models: Models, height: int, width: int) -> tuple[int, int]:
     return height // cell * cell, width // cell * cell
 
 
+LARGEST = 16384  # frames, or pixels a side: past any memory, and in the range of float32 whole numbers
 CHECKED = ("num_frames", "steps", "height", "width", "fps", "guidance", "trajectory_guidance", "seed")
 
 
@@ -166,11 +168,16 @@ def check_settings(*, num_frames, steps, height, width, fps, guidance, trajector
     for name, value in (("num_frames", num_frames), ("steps", steps), ("height", height), ("width", width)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
+    for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
+        if value > LARGEST:
+            raise UserError(f"{name} is {value}; it must be at most {LARGEST}")
+    if steps > 10**6:
+        raise UserError(f"steps is {steps}; it must be at most a million (30 are usual)")
     for name, value in (("guidance", guidance), ("trajectory_guidance", trajectory_guidance)):
-        if not math.isfinite(value):
-            raise UserError(f"{name} is {value}; give a finite number (1 = off)")
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise UserError(f"fps is {fps}; give a number above 0, at most 1000")
+        if not abs(value) <= 1e4:  # NaN too
+            raise UserError(f"{name} is {value}; give a number up to 10000 (1 = off)")
+    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
+        raise UserError(f"fps is {fps}; give a number from 0.01 to 1000")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; give a whole number from 0 to 4294967295")
 

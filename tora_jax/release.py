@@ -86,7 +86,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no config.json inside, so this is no release folder")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: should hold an object with the model's fields")
@@ -124,3 +124,5 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
         return traverse_util.unflatten_dict(load_file(path), sep="/")
     except SafetensorError as error:
         raise UserError(f"{path}: broken or truncated ({error})") from None
+    except (AttributeError, TypeError, KeyError, ValueError) as error:  # names or number formats that JAX has not
+        raise UserError(f"{path}: holds tensors that cannot be read ({error})") from None

@@ -73,8 +73,8 @@ def write_video(path: str | os.PathLike, frames: Frames, fps: float | int) -> No
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [t, h, w, 3]")
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise UserError(f"{path}: fps is {fps}; it must be above 0, at most 1000")
+    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
+        raise UserError(f"{path}: fps is {fps}; it must be from 0.01 to 1000")
     writers = {".mp4": _write_mp4, ".gif": _write_gif}
     suffix = Path(path).suffix.lower()
     if suffix not in writers:
@@ -86,7 +86,7 @@ def write_video(path: str | os.PathLike, frames: Frames, fps: float | int) -> No
 def _write_mp4(path: Path, frames: Frames, fps: float | int) -> None:
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(str(path), "w", format="mp4", options=options) as container:
+    with av.open(str(path.absolute()), "w", format="mp4", options=options) as container:
         stream = container.add_stream(
             "libx264",
             rate=Fraction(fps).limit_denominator(1001),
@@ -195,7 +195,9 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; Pillow's own conversion clips it
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel, of no known range")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips it
         return Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
