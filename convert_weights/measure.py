@@ -84,10 +84,14 @@ def causal_vae(shapes: Shapes, prefix: str = "") -> Fields:
 
 
 def video_vae(shapes: Shapes) -> Fields:
-    return {
+    fields = {
         "spatial": autoencoder_kl(shapes, r"spatial_vae\.module\."),
         "temporal": causal_vae(shapes, r"temporal_vae\."),
     }
+    channels = _size(shapes, "shift", 1)
+    if channels not in (None, 4):  # only their number counts: the checkpoint brings the values
+        fields |= {"latent_shift": [0.0] * channels, "latent_scale": [1.0] * channels}
+    return fields
 
 
 def t5(shapes: Shapes) -> Fields:
