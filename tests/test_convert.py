@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert_weights import sources
+from convert_weights import measure, sources
 from convert_weights.__main__ import main
 from tests.converting import CASES, contents, refused, shard, write_source
 from tests.parity import golden
@@ -234,3 +234,8 @@ def test_tora(released, tmp_path):
     cli.sample(["sample.py", "--weights", str(tmp_path / "ours"), "--out", str(out), *size])
     assert out.stat().st_size > 0
     assert json.loads(out.with_suffix(".json").read_text())["weights"] == str(tmp_path / "ours")
+
+
+def test_any_number_of_latent_channels_is_read_off_the_file():
+    assert len(measure.video_vae({"shift": (1, 8, 1, 1, 1)})["latent_shift"]) == 8
+    assert "latent_shift" not in measure.video_vae({"shift": (1, 4, 1, 1, 1)})

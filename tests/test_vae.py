@@ -277,3 +277,13 @@ def test_log_variance_is_clipped():
     variables["params"]["quant_conv"]["bias"] = np.float32([0, 0, 0, 0, 99, -99, 99, -99])
     _, logvar = jitted(model, "encode")(variables, x)
     np.testing.assert_array_equal(np.unique(logvar), [-30, 20])
+
+
+def test_the_first_convolution_has_the_bare_width():
+    """Whatever the first level multiplies it by, as in the reference: the first res block widens."""
+    model = CausalVAE(
+        filters=8, channel_multipliers=(2, 2), num_res_blocks=1, norm_groups=2, temporal_downsample=(True,)
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2, 4, 4, 4)))["params"]["encoder"]
+    assert shapes["conv_in"]["conv"]["kernel"].shape == (3, 3, 3, 4, 8)
+    assert "shortcut" in shapes["level_0_block_0"]
