@@ -1,0 +1,179 @@
+"""What trains, and how: leaves by regex, schedule, AdamW, accumulation, moving average.
+
+Parameters are plain nested dicts; here a leaf goes by its path, names joined by "/" ("tora/stdit/t_block/kernel").
+Regexes must match the whole path, the first that does decides, and one that decides nothing is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jaxtyping import Array
+
+from tora_jax.errors import UserError
+
+# The reference keeps the null caption as a buffer; shift and scale of the VAEs are statistics of their latents.
+NEVER = re.compile(r"(.*/)?null_caption|(vae|motion_vae)/(shift|scale)")
+
+
+def match(paths: Iterable[str], rules: Sequence[tuple[str, Any]], default: Any, what: str) -> dict[str, Any]:
+    """The value of the first (regex, value) that fits a whole path, for each path.
+
+    Args:
+      default: for paths that no regex fits.
+      what: name of the rules in messages.
+
+    Raises:
+      UserError: for a broken regex, or one that decides nothing.
+    """
+    try:
+        compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    except re.error as error:
+        raise UserError(f"{what}: {error.pattern!r} is no regular expression ({error})") from None
+    found, idle = {}, dict(rules)
+    for path in paths:
+        found[path] = default
+        for regex, value in compiled:
+            if regex.fullmatch(path):
+                found[path] = value
+                idle.pop(regex.pattern, None)
+                break
+    if idle:
+        raise UserError(
+            f"{what}: {', '.join(map(repr, idle))} matches no parameter, or none that the patterns before it leave; "
+            f"patterns match whole paths such as {next(iter(found), 'none')}"
+        )
+    return found
+
+
+def select(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, bool]:
+    """Which leaves train, by path.
+
+    Args:
+      params: nested dict of arrays or shapes.
+      patterns: regexes of what trains; one that starts with "!" freezes. What none fits is frozen, and so is NEVER.
+
+    Raises:
+      UserError: when a pattern decides nothing, or nothing trains.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    rules = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in patterns]
+    chosen = match((path for path in flat if not NEVER.fullmatch(path)), rules, False, "train")
+    if not any(chosen.values()):
+        raise UserError(f"train: {list(patterns)} leaves nothing to train")
+    return {path: chosen.get(path, False) for path in flat}
+
+
+def split(params: Mapping[str, Any], patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Cuts a tree into what `select` chooses and the rest: two flat dicts, path -> leaf, for `join`.
+
+    Gradients, the optimizer's state and the average exist for the first alone; the second cannot change.
+    """
+    chosen = select(params, patterns)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return ({k: v for k, v in flat.items() if chosen[k]}, {k: v for k, v in flat.items() if not chosen[k]})
+
+
+def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that `split` cut."""
+    return traverse_util.unflatten_dict({**frozen, **trained}, sep="/")
+
+
+def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """Step (from 0) -> learning rate: linear warm-up, then constant or a cosine.
+
+    The warm-up is the reference's, lr (k + 1) / (warmup + 1) at step k.
+
+    Args:
+      config: lr, warmup (steps), decay ("constant" or "cosine"), final (share of lr at the end of the cosine).
+      steps: of the whole training.
+
+    Raises:
+      UserError: for another decay.
+    """
+    lr, warmup, final = config["lr"], config["warmup"], config["final"]
+    if config["decay"] not in ("constant", "cosine"):
+        raise UserError(f"decay {config['decay']!r}: choose constant or cosine")
+    if config["decay"] == "constant":
+        final = 1.0
+
+    def rate(step):
+        done = jnp.clip((step - warmup) / max(1, steps - warmup), 0, 1)
+        cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        return lr * jnp.minimum(1, (step + 1) / (warmup + 1)) * cosine
+
+    return rate
+
+
+def make(config: Mapping[str, Any], trained: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+    """The optimizer of `trained`, the first dict of `split`.
+
+    Args:
+      config: what `schedule` reads, and
+        optimizer: "adamw" (b1, b2, eps; eps stands beside the root) or "sgd" (plain);
+        clip: largest global norm of the gradient, 0 = any;
+        weight_decay, lr_multipliers: tuples of (regex, number); no match = 0 and 1. Decay is decoupled, times lr.
+      trained: arrays or shapes.
+      steps: of the whole training.
+
+    Raises:
+      UserError: for an unknown name, or a regex that decides nothing.
+    """
+    if config["optimizer"] not in ("adamw", "sgd"):
+        raise UserError(f"optimizer {config['optimizer']!r}: choose adamw or sgd")
+    decays = match(trained, config["weight_decay"], 0.0, "weight_decay")
+    multipliers = match(trained, config["lr_multipliers"], 1.0, "lr_multipliers")
+
+    def decay_and_scale(updates, params):
+        return {k: multipliers[k] * (u + decays[k] * params[k] if decays[k] else u) for k, u in updates.items()}
+
+    return optax.chain(
+        optax.clip_by_global_norm(config["clip"]) if config["clip"] else optax.identity(),
+        optax.scale_by_adam(config["b1"], config["b2"], config["eps"])
+        if config["optimizer"] == "adamw"
+        else optax.identity(),
+        optax.stateless(decay_and_scale),
+        optax.scale_by_learning_rate(schedule(config, steps)),
+    )
+
+
+def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """The mean of `function` over `parts` micro-batches, one after the other.
+
+    For means over samples this is `function(batch)` but for rounding, with the activations of one part. What is random
+    belongs into the batch, as a key for each sample.
+
+    Args:
+      function: batch -> tree of arrays: losses, metrics, gradients.
+      batch: tree of arrays [b, ...], b a multiple of `parts`. Part i takes the samples i, i + parts, ...: each device
+        keeps its samples.
+
+    Raises:
+      UserError: when the batch cannot be cut so.
+    """
+    if parts == 1:
+        return function(batch)
+    size = len(jax.tree.leaves(batch)[0])
+    if size % parts:
+        raise UserError(f"a batch of {size} cannot be accumulated in {parts} equal parts")
+    cut = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, cut)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def ema_init(trained: Mapping[str, Array]) -> dict[str, Array]:
+    """The average before the first step: a float32 copy (the trained leaves may be donated)."""
+    return {path: jnp.array(leaf, jnp.float32) for path, leaf in trained.items()}
+
+
+def ema_update(ema: Mapping[str, Array], trained: Mapping[str, Array], decay: float | Array) -> dict[str, Array]:
+    """The exponential moving average after a step, in float32; the reference's decay is 0.99."""
+    return {path: decay * mean + (1 - decay) * trained[path].astype(jnp.float32) for path, mean in ema.items()}
