@@ -325,8 +325,8 @@ class Sprites(tfds.core.GeneratorBasedBuilder):
                     "video": tfds.features.Tensor(shape=(), dtype=np.object_),
                     "fps": tfds.features.Scalar(np.float32),
                     "caption": text(),
-                    "tracks": tfds.features.Tensor(shape=(None, None, 2), dtype=np.float32),
-                    "visible": tfds.features.Tensor(shape=(None, None), dtype=np.bool_),
+                    "tracks": tfds.features.Tensor(shape=(None, None, 2), dtype=np.float32, encoding="zlib"),
+                    "visible": tfds.features.Tensor(shape=(None, None), dtype=np.bool_, encoding="zlib"),
                     "labels": tfds.features.Tensor(shape=(None, None, None), dtype=np.uint8, encoding="zlib"),
                     "objects": tfds.features.Sequence(
                         {"shape": text(), "colour": text(), "fill": text(), "size": np.float32}
