@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -19,6 +22,7 @@ from PIL import Image, ImageOps
 from tora_jax.errors import UserError
 
 Frames = UInt8[np.ndarray, "t h w 3"]
+Source = str | os.PathLike | bytes
 
 MAX_PIXELS = 100_000_000  # of a still; a small file can claim any size
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -116,12 +120,49 @@ def _write_gif(path: Path, frames: Frames, fps: float | int) -> None:
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
 
 
-def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[Frames, float]:
+class VideoInfo(NamedTuple):
+    """Frames, their height and width in pixels as they are shown (upright), and frames per second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def probe(source: Source) -> VideoInfo:
+    """What a video file says of itself, and the size of its first frame, which is decoded.
+
+    Args:
+      source: path, or the file's bytes.
+
+    Raises:
+      UserError: as `read_video`, as far as the header and the first frame show it.
+    """
+    with _open_video(source, decoded := []) as (container, stream):
+        count = stream.frames
+        for frame in container.decode(stream):
+            decoded.append(_upright(frame))
+            break
+        if not count:  # not every container says it
+            container.seek(0)
+            count = sum(packet.pts is not None for packet in container.demux(stream))
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+    if not decoded or not fps:
+        raise UserError(f"{_name(source)}: has no video frames; give a video file")
+    return VideoInfo(count, *decoded[0].shape[:2], fps)
+
+
+def read_video(
+    source: Source, max_frames: int | None = None, only: range | None = None, strict: bool = False
+) -> tuple[Frames, float]:
     """Decodes a video, turned upright.
 
     Args:
-      path: any format FFmpeg reads.
-      max_frames: stop after so many; None reads all, which must fit in memory.
+      source: path, or the bytes, of any format FFmpeg reads.
+      max_frames: stop after so many.
+      only: the numbers of the frames that are wanted, rising; the others are decoded, but not converted, and what
+        follows the last one is not read.
+      strict: what is otherwise a warning is an error.
 
     Returns:
       uint8 [t, h, w, 3] RGB, and frames per second (the average rate).
@@ -132,42 +173,60 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[
     Raises:
       UserError: the file is missing, is no video, has no frame, is cut off, or changes its size midway.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such video file; check the path")
+    name, only = _name(source), range(max_frames or sys.maxsize) if only is None else only
     frames: list[np.ndarray] = []
-    damaged, cut_off = 0, False
+    seen, damaged, cut_off = 0, 0, False
+    with _open_video(source, frames) as (container, stream):
+        declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
+        for packet in container.demux(stream):
+            if seen > only[-1]:
+                break
+            if packet.size:
+                cut_off = packet.is_corrupt  # the demuxer's word for a last packet with bytes missing
+            for frame in packet.decode():
+                damaged += frame.is_corrupt
+                if seen in only:
+                    frames.append(_upright(frame))
+                seen += 1
+    if cut_off:
+        raise UserError(f"{name}: is cut off after frame {seen} of {declared}; get the complete file")
+    if not frames or not rate:
+        raise UserError(f"{name}: has no video frames; give a video file")
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"{name}: changes its frame size midway; cut or re-encode it to one size")
+    expected = min(declared, only[-1] + 1)
+    if seen < expected or damaged:
+        problem = f"{name}: {seen} of {expected} frames decoded, {damaged} of them damaged; the file may be broken"
+        if strict:
+            raise UserError(problem)
+        warnings.warn(problem, stacklevel=2)
+    return np.stack(frames), float(rate)
+
+
+def _name(source: Source) -> str:
+    return "video" if isinstance(source, bytes) else str(source)
+
+
+@contextlib.contextmanager
+def _open_video(source: Source, frames: list) -> Iterator[tuple]:
+    """The container and its video stream; faults inside become `UserError`, which counts the `frames` so far."""
+    name = _name(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise UserError(f"{name}: no such video file; check the path")
     try:
-        with av.open(str(path)) as container:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
             if not container.streams.video:
-                raise UserError(f"{path}: has no video in it; give a video file")
+                raise UserError(f"{name}: has no video in it; give a video file")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
-            for packet in container.demux(stream):
-                if max_frames is not None and len(frames) >= max_frames:
-                    break
-                if packet.size:
-                    cut_off = packet.is_corrupt  # the demuxer's word for a last packet with bytes missing
-                for frame in packet.decode():
-                    damaged += frame.is_corrupt
-                    array = _convert(frame, "rgb24").to_ndarray()
-                    frames.append(np.rot90(array, round(frame.rotation / 90)))
+            yield container, stream
     except (OSError, av.FFmpegError) as e:
         where = f"after frame {len(frames)}" if frames else "as a video"
-        raise UserError(f"{path}: cannot be decoded {where} ({e.strerror}); is the file complete?") from e
-    frames = frames[:max_frames]
-    if cut_off:
-        raise UserError(f"{path}: is cut off after frame {len(frames)} of {declared}; get the complete file")
-    if not frames or not rate:
-        raise UserError(f"{path}: has no video frames; give a video file")
-    if len({frame.shape for frame in frames}) > 1:
-        raise UserError(f"{path}: changes its frame size midway; cut or re-encode it to one size")
-    expected = declared if max_frames is None else min(declared, max_frames)
-    if len(frames) < expected or damaged:
-        counts = f"{len(frames)} of {expected} frames decoded, {damaged} of them damaged"
-        warnings.warn(f"{path}: {counts}; the file may be broken", stacklevel=2)
-    return np.stack(frames), float(rate)
+        raise UserError(f"{name}: cannot be decoded {where} ({e.strerror}); is the file complete?") from e
+
+
+def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+    return np.rot90(_convert(frame, "rgb24").to_ndarray(), round(frame.rotation / 90))
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
@@ -205,6 +264,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def cover(old_height: int, old_width: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """How `resize_crop` scales and cuts: the scaled (height, width), and (top, left) of the part that is kept."""
+    scale = max(height / old_height, width / old_width)
+    new_height, new_width = max(round(old_height * scale), height), max(round(old_width * scale), width)
+    return new_height, new_width, round((new_height - height) / 2), round((new_width - width) / 2)
+
+
 def resize_crop(
     images: UInt8[np.ndarray, "*t h w 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "*t height width 3"]:
@@ -213,9 +279,9 @@ def resize_crop(
     Source: what Open-Sora does to reference images (opensora/datasets/utils.py, resize_crop_to_fill).
     """
     old_height, old_width = images.shape[-3:-1]
-    scale = max(height / old_height, width / old_width)
-    new_height, new_width = max(round(old_height * scale), height), max(round(old_width * scale), width)
-    top, left = round((new_height - height) / 2), round((new_width - width) / 2)
+    new_height, new_width, top, left = cover(old_height, old_width, height, width)
+    if (new_height, new_width) == (old_height, old_width):
+        return images[..., top : top + height, left : left + width, :]
     resized = [
         np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
         for image in images.reshape(-1, old_height, old_width, 3)

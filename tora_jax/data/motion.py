@@ -1,0 +1,102 @@
+"""Motion inputs of training clips: dense flow, or a few tracks."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from tora_jax import flow
+from tora_jax.data import sprites
+
+KINDS = ("none", "dense", "sparse", "mixed")
+ORIGINS = ("given", "flow")  # of sparse tracks
+GRID = 32 / 480  # of the start points, as a share of the shorter side: Tora's 32 pixels at 480p
+
+Video = UInt8[np.ndarray, "t h w 3"]
+Labels = UInt8[np.ndarray, "t h w"]
+Flow = Float[np.ndarray, "t h w 2"]
+Tracks = Float[np.ndarray, "n t 2"]
+Visible = Bool[np.ndarray, "n t"]
+
+
+def dense_flow(video: Video, labels: Labels | None = None, tracks: Tracks | None = None) -> Flow:
+    """Flow between the frames, in pixels, in the form of `flow`: frame 0 is zero.
+
+    Exact from labels and tracks where both are given (objects that only translate), else OpenCV's DIS.
+    """
+    if labels is not None and tracks is not None:
+        return sprites.dense_flow(labels, tracks)
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    maps = np.zeros((*video.shape[:3], 2), np.float32)
+    for j in range(1, len(video)):
+        maps[j] = search.calc(grey[j - 1], grey[j], None)
+    return maps
+
+
+def choose_tracks(rng: np.random.Generator, tracks: Tracks, visible: Visible, most: int) -> tuple[Tracks, Visible]:
+    """1 to `most` of those tracks that are seen moving; all of them, if there are fewer, and none if there is none."""
+    moves = (np.abs(np.diff(tracks, axis=1)).max(-1) > 0) & visible[:, 1:] & visible[:, :-1]
+    seen = np.flatnonzero(moves.any(-1))
+    chosen = np.sort(rng.permutation(seen)[: rng.integers(1, most + 1)])
+    return tracks[chosen], visible[chosen]
+
+
+def draw_tracks(
+    rng: np.random.Generator, maps: Flow, most: int, labels: Labels | None = None
+) -> tuple[Tracks, Visible]:
+    """1 to `most` tracks that follow the flow, from points of the first frame.
+
+    The points are drawn from a grid, with a probability proportional to the length of the path that starts
+    there, and with labels only inside the objects (from all their pixels, where no point of the grid is inside
+    a moving one). Where nothing moves there are none.
+
+    Source: Tora, section 4.1, with the mean over the clip in place of one frame's flow: what pauses at first,
+    moves, too.
+    """
+    height, width = maps.shape[1:3]
+    step = max(round(GRID * min(height, width)), 1)
+    y, x = np.mgrid[step // 2 : height : step, step // 2 : width : step].reshape(2, -1)
+    if labels is not None:
+        moving = np.isin(labels[0], np.unique(labels[:-1][(maps[1:] != 0).any(-1)])) & (labels[0] > 0)
+        inside = moving[y, x]
+        y, x = (y[inside], x[inside]) if inside.any() else np.nonzero(moving)
+    points = (np.stack([x, y], -1) + 0.5) / (width, height)
+    tracks, visible = flow.follow(maps[1:], points.astype(np.float32))
+    lengths = np.linalg.norm(np.diff(tracks, axis=1) * (width, height), axis=-1).sum(-1)
+    count = min(int(rng.integers(1, most + 1)), np.count_nonzero(lengths))
+    if not count:
+        return tracks[:0], visible[:0]
+    chosen = rng.choice(len(points), count, replace=False, p=lengths / lengths.sum())
+    return tracks[chosen], visible[chosen]
+
+
+def motion_maps(
+    rng: np.random.Generator,
+    kind: str,
+    origin: str,
+    max_tracks: int,
+    video: Video,
+    labels: Labels | None = None,
+    tracks: Tracks | None = None,
+    visible: Visible | None = None,
+) -> Video:
+    """A motion input as RGB maps.
+
+    Args:
+      kind: "dense", "sparse" or, half and half, "mixed".
+      origin: of sparse tracks: "given" with the clip, or followed through its "flow" (where none are given, too).
+      max_tracks: of sparse tracks, how many at most.
+      visible: where a track is seen; None = everywhere.
+    """
+    if kind == "mixed":
+        kind = ("dense", "sparse")[rng.integers(2)]
+    if kind == "dense":
+        return flow.flow_to_rgb(dense_flow(video, labels, tracks))
+    if origin == "given" and tracks is not None:
+        visible = np.ones(tracks.shape[:2], bool) if visible is None else visible
+        chosen = choose_tracks(rng, tracks, visible, max_tracks)
+    else:
+        chosen = draw_tracks(rng, dense_flow(video, labels, tracks), max_tracks, labels)
+    return flow.flow_to_rgb(flow.displacement_maps(chosen[0], *video.shape[1:3], chosen[1]))

@@ -1,0 +1,155 @@
+"""Where clips come from: TFDS folders in ArrayRecord (no TensorFlow), plain folders of videos, precomputed sets.
+
+A record is a dict. Of a clip: `video` (bytes or a path), `caption`, and where they are known `fps`, `tracks`,
+`visible`, `labels`; see `sprites`. Of a precomputed set: see `precompute`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from tora_jax import video_io
+from tora_jax.errors import UserError
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+SCAN_THREADS = 8
+
+
+class Source(Protocol):
+    """Records by number. They are read in threads and, pickled, in other processes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def name(self, index: int) -> str:
+        """Of a record, for people: its file, or its number in one."""
+        ...
+
+
+class Records:
+    """One split of a TFDS folder."""
+
+    def __init__(self, folder: Path, split: str):
+        import tensorflow_datasets as tfds  # takes a second to import, and folders of videos do without
+
+        self.folder, self.split = folder, split
+        builder = tfds.builder_from_directory(folder)
+        if split.split("[")[0] not in builder.info.splits:
+            raise UserError(f"{folder}: has no split {split!r}; there are {', '.join(builder.info.splits)}")
+        self.features = frozenset(builder.info.features)
+        self._records = builder.as_data_source(split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = dict(self._records[index])
+        record["caption"] = record["caption"].decode()
+        return record
+
+    def name(self, index: int) -> str:
+        return f"{self.folder} {self.split} record {index}"
+
+
+class VideoFolder:
+    """Videos, each with its caption in a .txt of the same name beside it, or in `labels/` beside `videos/`.
+
+    The second form is that of the released Tora's training data. A split is a folder of that name inside; where
+    there is none, all of the folder is the split "train".
+
+    Raises:
+      UserError: a video has no caption (the message names the file), or the split is not there.
+    """
+
+    features = frozenset({"video", "caption"})
+
+    def __init__(self, folder: Path, split: str):
+        if (folder / split).is_dir():
+            folder = folder / split
+        elif split != "train":
+            raise UserError(f"{folder}: has no split {split!r}; put its clips into {folder / split}")
+        videos, captions = folder, folder
+        if (folder / "videos").is_dir():
+            videos, captions = folder / "videos", folder / "labels"
+        self.folder = folder
+        self.files = sorted(path for path in videos.iterdir() if path.suffix.lower() in VIDEOS)
+        self.captions = [captions / f"{path.stem}.txt" for path in self.files]
+        for video, caption in zip(self.files, self.captions, strict=True):
+            if not caption.is_file():
+                raise UserError(f"{video}: has no caption; write one into {caption}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        caption = self.captions[index].read_text(encoding="utf-8", errors="replace").strip()
+        return {"video": self.files[index], "caption": caption}
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+
+class Joined:
+    """Several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = tuple(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[which], index - int(self._ends[which]) + len(self.sources[which])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        source, place = self._place(index)
+        return source[place]
+
+    def name(self, index: int) -> str:
+        source, place = self._place(index)
+        return source.name(place)
+
+
+def open_folder(folder: str | Path, split: str) -> Source:
+    """A folder as a source, by what lies in it.
+
+    Args:
+      folder: one with TFDS's dataset_info.json (or with one folder of a version that has it), or a `VideoFolder`.
+      split: "train", "validation" ...; of TFDS folders also parts, such as "train[:10%]".
+
+    Raises:
+      UserError: it is neither, or has no such split.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one with a data set or with videos")
+    found = [path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}dataset_info.json")]
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds several data sets; choose one of {', '.join(map(str, found))}")
+    if found:
+        return Records(found[0], split)
+    return VideoFolder(folder, split)
+
+
+def scan(source: Source) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
+    """`video_io.VideoInfo` of each clip, zeros where it cannot be read; and of those, why."""
+
+    def one(index: int) -> video_io.VideoInfo | UserError:
+        try:
+            return video_io.probe(source[index]["video"])
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        found = list(pool.map(one, range(len(source))))
+    damaged = {index: str(info) for index, info in enumerate(found) if isinstance(info, UserError)}
+    return np.array([(0,) * 4 if index in damaged else info for index, info in enumerate(found)], float), damaged
