@@ -1,17 +1,29 @@
-"""Parameters in Orbax's format: written leaf by leaf, read by each process where its own shards lie."""
+"""Orbax's format. Parameters alone: written leaf by leaf, read by each process where its own shards lie.
+The state of a training: `Manager`, over Orbax's CheckpointManager.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import gc
+import json
+import logging
+import math
+import shutil
+import signal
 import threading
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as orbax
 
@@ -20,6 +32,7 @@ from tora_jax.sharding import sharding_by_size
 
 BATCH_BYTES = 1 << 29  # leaves that Orbax gets together: a call for each small leaf is slow, all at once is large
 CHUNK_BYTES = 1 << 28  # of a file's chunk, several of which the writer copies at a time
+SIZES = "sizes.json"  # in a checkpoint of a training: file -> bytes
 
 
 def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mesh | None = None) -> None:
@@ -112,3 +125,282 @@ def restore(folder: str | Path, mesh: Mesh | None = None, only: str | None = Non
     for name in only.split("/") if only else ():
         params = params[name]
     return params
+
+
+class Restored(NamedTuple):
+    """What `Manager.restore` gives.
+
+    Attributes:
+      state: like the target.
+      data: what this process gave `Manager.save` as the position of its data; None when another number of processes
+        saved it, for then it means nothing.
+      step: that it was saved at.
+    """
+
+    state: Any
+    data: Any
+    step: int
+
+
+@dataclasses.dataclass
+class Manager:
+    """Keeps the state of a training in a folder, one checkpoint a step; they appear whole or not at all.
+
+    Saving goes on in the background while the training does; an error of it is raised by the next call. All processes
+    make the same calls. `with` closes it.
+
+    Attributes:
+      folder: made if need be.
+      keep: number of newest checkpoints that stay.
+      best: metric of which the lowest stays too; "" = none.
+    """
+
+    folder: str | Path
+    keep: int
+    best: str = ""
+
+    def __post_init__(self):
+        self.folder = Path(self.folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        logging.getLogger("absl").addFilter(_not_a_traceback_of_orbax)
+        self._stop = threading.Event()
+        self._handler = None
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+        self._saved: int | None = None
+        self._put_aside(self._truncated())
+        options = ocp.CheckpointManagerOptions(
+            best_fn=self._metric,  # has the metrics written; what stays is the policy's to say
+            preservation_policy=_Keep(self),
+            cleanup_tmp_directories=True,  # of a process that was killed while saving
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sizes),
+        )
+        state = ocp.PyTreeCheckpointHandler(use_compression=False)  # as in `save`
+        handlers = {"state": state, "data": ocp.JsonCheckpointHandler()}
+        self._orbax = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _metric(self, metrics: Mapping[str, float] | None) -> float:
+        value = (metrics or {}).get(self.best, math.inf)
+        return value if math.isfinite(value) else math.inf
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, upwards, with the one that is being saved."""
+        return sorted(self._orbax.all_steps())
+
+    def save(self, step: int, state: Any, data: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts to save; arrays are copied before it returns, and may be donated then.
+
+        Args:
+          step: number of steps done; a second call for the same one does nothing.
+          state: tree of arrays and numbers.
+          data: position of this process's data, as JSON can hold it: the state of a Grain iterator.
+          metrics: name -> number, where measured.
+
+        Raises:
+          UserError: when the disk is full, now or while the checkpoint before this one was written.
+        """
+        if step == self._saved:
+            return
+        positions = _from_all_processes(json.dumps(data))
+        with self._full_disk():
+            self._orbax.wait_until_finished()
+            self._saved = step
+            arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(positions))
+            self._orbax.save(step, args=arguments, metrics=dict(metrics or {}), force=True)
+
+    def restore(self, target: Any, step: int | None = None) -> Restored | None:
+        """Reads a checkpoint, on whatever mesh the target lies.
+
+        Args:
+          target: tree of arrays, or of shapes with shardings (no sharding = the first device).
+          step: None = the newest that can be read; broken ones are passed over with a warning and put aside as
+            "<step>.broken".
+
+        Returns:
+          None when the folder holds no checkpoint.
+
+        Raises:
+          UserError: when no checkpoint (or not that of `step`) can be read into the target.
+        """
+        single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def abstract(leaf: Any) -> Any:
+            if not hasattr(leaf, "shape"):
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or single)
+
+        target = jax.tree.map(abstract, target)
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)),
+            data=ocp.args.JsonRestore(),
+        )
+        self._wait()
+        if step is not None and step not in self.steps():
+            raise UserError(f"{self.folder}: holds no checkpoint of step {step}, but of {self.steps()}")
+        broken: dict[int, str] = {}
+        for candidate in reversed(self.steps()) if step is None else [step]:
+            try:
+                self._check_fit(candidate, target)
+                found, failure = self._orbax.restore(candidate, args=arguments), ""
+            except UserError:
+                raise
+            except Exception as error:  # a damaged file may raise anything
+                found, failure = None, str(error).strip().partition("\n")[0] or type(error).__name__
+            failures = [f for f in _from_all_processes(failure) if f]
+            if failures:
+                broken[candidate] = failures[0]
+                continue
+            if broken:
+                self._put_aside(broken)
+                self._orbax.reload()
+            if len(found.data) != jax.process_count():
+                warnings.warn(
+                    f"{self.folder}: saved by {len(found.data)} processes; the data starts anew", stacklevel=2
+                )
+                return Restored(found.state, None, candidate)
+            return Restored(found.state, json.loads(found.data[jax.process_index()]), candidate)
+        if broken:
+            failure = f"the checkpoint of step {max(broken)} cannot be read ({broken[max(broken)]})"
+            raise UserError(f"{self.folder}: {failure}" + (", nor any older one" if len(broken) > 1 else ""))
+        if aside := sorted(folder.name for folder in self.folder.glob("*.broken")):
+            raise UserError(
+                f"{self.folder}: holds broken checkpoints alone ({', '.join(aside)}); remove them to start anew"
+            )
+        return None
+
+    def _check_fit(self, step: int, target: Any) -> None:
+        trees = self._orbax.item_metadata(step)["state"].tree, jax.eval_shape(_without_keys, target)
+        flat = (ocp.tree.to_flat_dict(tree, sep="/") for tree in trees)
+        stored, wanted = ({k: getattr(leaf, "shape", ()) for k, leaf in tree.items() if leaf != {}} for tree in flat)
+        if differ := sorted(path for path in stored.keys() | wanted.keys() if stored.get(path) != wanted.get(path)):
+            path = differ[0]
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {step} is of another config: {path} is "
+                f"{stored.get(path, 'missing')}, this config wants {wanted.get(path, 'none')} "
+                f"({len(differ)} leaves differ)"
+            )
+
+    def _write_sizes(self) -> None:
+        """Lists the files of a checkpoint in it, before it gets its name; Orbax goes on with those at its top."""
+        for folder in self.folder.glob(f"{self._saved}.*tmp*") if jax.process_index() == 0 else ():
+            sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.glob("*/**/*") if f.is_file()}
+            (folder / SIZES).write_text(json.dumps(sizes))
+
+    def _truncated(self) -> dict[int, str]:
+        """Step -> what is wrong, for checkpoints with files that miss or have another size than when written."""
+
+        def size(file: Path) -> int | None:
+            return file.stat().st_size if file.is_file() else None
+
+        wrong = {}
+        for listed in sorted(self.folder.glob(f"*/{SIZES}"), reverse=True):
+            folder = listed.parent
+            try:
+                sizes = json.loads(listed.read_text())
+            except ValueError:
+                sizes = {SIZES: -1}
+            differ = [file for file, bytes in sizes.items() if size(folder / file) != bytes]
+            if differ and folder.name.isdecimal():
+                wrong[int(folder.name)] = f"{differ[0]} is missing or truncated"
+        return wrong
+
+    def _put_aside(self, broken: Mapping[int, str]) -> None:
+        multihost_utils.sync_global_devices("broken checkpoints are found")
+        for step, failure in broken.items():
+            warnings.warn(f"{self.folder}/{step}: broken, passed over ({failure})", stacklevel=4)
+            if jax.process_index() == 0:
+                aside = self.folder / f"{step}.broken"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
+        multihost_utils.sync_global_devices("broken checkpoints are aside")
+
+    def best_step(self) -> int | None:
+        """The step whose `best` metric is the lowest; None when none has it."""
+        self._wait()
+        found = [(self._metric(self._orbax.metrics(step)), step) for step in self.steps()]
+        value, step = min(found, default=(math.inf, None))
+        return step if math.isfinite(value) else None
+
+    def preempted(self, step: int) -> bool:
+        """Whether to save and stop now, because SIGTERM came. Ask after each step.
+
+        With several processes, SIGTERM to one is enough, and all are told at the same step.
+        """
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._stop.is_set()
+
+    def close(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+          UserError: when the disk is full.
+        """
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+        self._wait()
+        self._orbax.close()
+
+    def _wait(self) -> None:
+        with self._full_disk():
+            self._orbax.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._saved = None
+            if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(
+                sign in str(error) for sign in ("No space left", "ENOSPC", "Disk quota exceeded")
+            ):
+                raise
+            self._orbax.reload()  # it has forgotten those that it meant to delete afterwards
+            whole = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.folder}: no space left; whole are the checkpoints of steps {whole}") from error
+
+
+@dataclasses.dataclass
+class _Keep:
+    """Orbax's policy of what stays: the newest, and the best."""
+
+    manager: Manager
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        stay = {info.step for info in checkpoints[-self.manager.keep :]}
+        value, best = min((self.manager._metric(info.metrics), info.step) for info in checkpoints)
+        if math.isfinite(value):
+            stay.add(best)
+        return [info.step in stay for info in checkpoints]
+
+
+def _without_keys(state: Any) -> Any:
+    """Random keys as the numbers that they are stored as."""
+
+    def numbers(leaf: Any) -> Any:
+        is_key = jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return jax.tree.map(numbers, state)
+
+
+def _from_all_processes(text: str) -> list[str]:
+    """The text of each process."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(data.size)).ravel()
+    padded = multihost_utils.process_allgather(np.pad(data, (0, lengths.max() - data.size)))
+    return [row[:length].tobytes().decode() for row, length in zip(padded, lengths, strict=True)]
+
+
+def _not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs hundreds of lines for what it then raises."""
+    return not (record.exc_info and "orbax" in record.pathname)
