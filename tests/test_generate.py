@@ -59,6 +59,27 @@ def test_the_seed_decides(tiny_models, tracks):
     assert (first != other).any()
 
 
+def test_a_batch_is_its_clips_one_by_one(trained, tracks):
+    """With prompts, seeds and tracks of their own, and an image for one of them; differences are of rounding."""
+    prompts, seeds, images = ["a red star.", "two green waves.", "a blue disc."], [1, 2, 3], [{}, {0: picture(0)}, {}]
+    paths = [tracks, np.concatenate([tracks, tracks[..., ::-1]]), tracks[:, ::-1]]
+    settings = {**SIZE, "guidance": 3.0, "trajectory_guidance": 2.0}
+    batch = generate.generate_batch(trained, prompts, paths, images, seeds=seeds, **settings)
+    for i, result in enumerate(batch):
+        alone = run(trained, prompt=prompts[i], tracks=paths[i], images=images[i], seed=seeds[i], **settings)
+        np.testing.assert_array_equal(result.motion, alone.motion)
+        assert np.abs(result.video.astype(int) - alone.video).max() <= 1
+        assert np.abs(result.video.astype(int) - batch[i - 1].video).max() > 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seeds": [0]}, {"tracks": []}, {"images": [{}] * 3}, {"prompts": [], "seeds": []}]
+)
+def test_a_batch_with_something_missing(tiny_models, changes):
+    with pytest.raises(UserError, match="one for each video"):
+        generate.generate_batch(tiny_models, **{"prompts": ["a", "b"], "seeds": [0, 1], **SIZE, **changes})
+
+
 def test_trajectory_reaches_the_video(tiny_models, trained, tracks):
     """Not through an untrained fuser, but through a trained one; and so does its guidance."""
     np.testing.assert_array_equal(run(tiny_models, tracks=tracks).video, run(tiny_models).video)

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from tora_jax.errors import UserError
 from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.video_vae import latent_frames, latent_of
 
+Tracks = Float[np.ndarray, "n t 2"]
+Images = Mapping[int, UInt8[np.ndarray, "h w 3"]]
+
 IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
 
 
@@ -33,7 +37,7 @@ class Result:
     Attributes:
       video: uint8 [t, h, w, 3].
       motion: the trajectory map that the model saw, uint8 [t, h, w, 3]; None without a trajectory.
-      seconds: part -> {"run": seconds, "compile": seconds}; compilation is not in "run".
+      seconds: part -> {"run": seconds, "compile": seconds} of the whole batch; compilation is not in "run".
     """
 
     video: UInt8[np.ndarray, "t h w 3"]
@@ -44,9 +48,24 @@ class Result:
 def generate(
     models: Models,
     prompt: str,
-    tracks: Float[np.ndarray, "n t 2"] | None = None,
-    images: Mapping[int, UInt8[np.ndarray, "h w 3"]] | None = None,
+    tracks: Tracks | None = None,
+    images: Images | None = None,
     *,
+    seed: int = 0,
+    **settings: Any,
+) -> Result:
+    """Makes a video: `generate_batch` for one, whose arguments these are."""
+    given = None if tracks is None else [tracks], None if images is None else [images]
+    return generate_batch(models, [prompt], *given, seeds=[seed], **settings)[0]
+
+
+def generate_batch(
+    models: Models,
+    prompts: Sequence[str],
+    tracks: Sequence[Tracks] | None = None,
+    images: Sequence[Images] | None = None,
+    *,
+    seeds: Sequence[int],
     height: int,
     width: int,
     num_frames: int,
@@ -55,76 +74,82 @@ def generate(
     guidance: float = 7.0,
     trajectory_guidance: float = 1.0,
     negative_prompt: str = "",
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Result:
-    """Makes a video.
+) -> list[Result]:
+    """Makes videos, all at once; each comes out as it does alone, but for rounding.
 
     Args:
       models: of `chain.load`.
-      prompt: a caption, not cleaned yet.
-      tracks: one (x, y) for each frame, in 0..1 of the frame (`trajectory.tracks`); None = plain Open-Sora, the
-        fusers are left out.
-      images: frame number -> a picture, of the size `video_size` gives, that this frame shall show.
+      prompts: a caption for each video, not cleaned yet.
+      tracks: for each video one (x, y) for each frame, in 0..1 of the frame (`trajectory.tracks`); None = plain
+        Open-Sora, the fusers are left out.
+      images: for each video, frame number -> a picture, of the size `video_size` gives, that this frame shall show.
+      seeds: of each video's noise. The same seed gives the same pixels on the same machine.
       height, width: pixels, as the model is told; the video has `video_size` of them.
       num_frames, fps: length and speed.
       steps: of the sampler.
       guidance: weight of the caption; 1 = none.
       trajectory_guidance: extra weight of the trajectory; 1 = none. Another value costs a third pass.
       negative_prompt: takes the null caption's place under guidance.
-      seed: of the noise. The same seed gives the same pixels on the same machine.
       progress: called after each step with the number of steps done; an exception from it (or Ctrl-C) stops the
         generation.
 
     Raises:
       UserError: for a value out of its range.
     """
-    check_settings(
-        num_frames=num_frames,
-        steps=steps,
-        height=height,
-        width=width,
-        fps=fps,
-        guidance=guidance,
-        trajectory_guidance=trajectory_guidance,
-        seed=seed,
-    )
+    for seed in seeds:
+        check_settings(
+            num_frames=num_frames,
+            steps=steps,
+            height=height,
+            width=width,
+            fps=fps,
+            guidance=guidance,
+            trajectory_guidance=trajectory_guidance,
+            seed=seed,
+        )
     size = video_size(models, height, width)
-    _check_inputs(tracks, images, num_frames, size)
+    images = [{}] * len(prompts) if images is None else [given or {} for given in images]
+    _check_inputs(prompts, tracks, images, seeds, num_frames, size)
     seconds: dict[str, dict[str, float]] = {}
     part = functools.partial(timed, seconds)
-    key_start, key_steps = jax.random.split(jax.random.key(seed))
+    keys = [jax.random.split(jax.random.key(seed)) for seed in seeds]
     params, vae = models.params, models.vae
     frames = latent_frames(num_frames, vae.micro_frame_size, vae.time_factor)
     channels = models.tora.stdit.get("in_channels", STDiT.in_channels)
     shape = (1, frames, *(side // vae.space_factor for side in size), channels)
 
     with part("text"):
-        conditions = _conditions(models, prompt, negative_prompt, guidance, trajectory_guidance, tracks)
-        batch = len(conditions["text"])
+        conditions = _conditions(models, prompts, negative_prompt, guidance, trajectory_guidance, tracks)
+        rows = len(conditions["text"])
         told = {"fps": IMAGE_FPS if num_frames == 1 else fps, "height": height, "width": width}
-        conditions.update({name: jnp.full(batch, value, jnp.float32) for name, value in told.items()})
+        conditions.update({name: jnp.full(rows, value, jnp.float32) for name, value in told.items()})
 
-    motion, features = None, None
+    motion, features = [None] * len(prompts), None
     if tracks is not None:
         with part("motion"):
-            maps = flow.displacement_maps(np.asarray(tracks), *size)
-            motion = flow.flow_to_rgb(maps)
-            features = jax.block_until_ready(models.extract(params, jnp.asarray(flow.flow_to_color(maps))[None]))
+            maps = [flow.displacement_maps(np.asarray(track), *size) for track in tracks]
+            motion = [flow.flow_to_rgb(each) for each in maps]
+            colors = jnp.asarray(np.stack([flow.flow_to_color(each) for each in maps]))
+            features = jax.block_until_ready(models.extract(params, colors))
 
-    placed = {}
-    if images:
+    placed = [{}] * len(prompts)
+    if any(images):
         with part("images"):
-            placed = _encode_images(models, images, num_frames)
+            placed = [_encode_images(models, given, num_frames) for given in images]
 
     with part("sample"):
-        x, edit = jax.random.normal(key_start, shape), jnp.ones(shape[:2]) if placed else None
-        for latent, image in placed.items():
-            x, edit = x.at[:, latent].set(image), edit.at[:, latent].set(0)
+        x = jnp.concatenate([jax.random.normal(start, shape) for start, _ in keys])
+        edit = jnp.ones(x.shape[:2]) if any(images) else None
+        for row, latents in enumerate(placed):
+            for latent, image in latents.items():
+                x, edit = x.at[row, latent].set(image[0]), edit.at[row, latent].set(0)
         weights = jnp.float32(guidance), jnp.float32(trajectory_guidance)
         times = rectified_flow.sampling_times(steps, height, width, frames)
         for i in range(steps):
-            noise = None if edit is None else rectified_flow.step_noise(key_steps, i, shape)
+            noise = None
+            if edit is not None:
+                noise = jnp.concatenate([rectified_flow.step_noise(key, i, shape) for _, key in keys])
             window = jnp.asarray(times[i : i + 3])
             x = models.step(params["tora"], x, window, *weights, conditions, features, edit, noise)
             # Waiting here keeps the progress bar honest, and Ctrl-C within one step.
@@ -133,13 +158,13 @@ def generate(
                 progress(i + 1)
 
     with part("decode"):
-        video, finite = models.decode(num_frames, params["vae"], x)
+        videos, finite = models.decode(num_frames, params["vae"], x)
         if not finite:
             raise UserError(
                 f"{models.origin}: the video is not finite; the weights are damaged, or the guidance too large"
             )
-        video = np.asarray(video[0])
-    return Result(video, motion, seconds)
+        videos = np.asarray(videos)
+    return [Result(*each, seconds) for each in zip(videos, motion, strict=True)]
 
 
 def video_size(models: Models, height: int, width: int) -> tuple[int, int]:
@@ -182,32 +207,41 @@ def check_settings(*, num_frames, steps, height, width, fps, guidance, trajector
         raise UserError(f"seed is {seed}; give a whole number from 0 to 4294967295")
 
 
-def _check_inputs(tracks, images, num_frames: int, size: tuple[int, int]) -> None:
-    if tracks is not None and np.shape(tracks)[1:] != (num_frames, 2):
-        raise UserError(f"tracks of shape {np.shape(tracks)}; they need [n, {num_frames}, 2], one point a frame")
-    for frame, image in (images or {}).items():
+def _check_inputs(prompts, tracks, images, seeds, num_frames: int, size: tuple[int, int]) -> None:
+    counts = [len(prompts), len(seeds), len(images), len(prompts if tracks is None else tracks)]
+    if len(set(counts)) > 1 or not prompts:
+        raise UserError(f"prompts, seeds, images and tracks are {counts}; there must be one for each video")
+    for shape in map(np.shape, tracks or ()):
+        if shape[1:] != (num_frames, 2):
+            raise UserError(f"tracks of shape {shape}; they need [n, {num_frames}, 2], one point a frame")
+    for frame, image in (item for given in images for item in given.items()):
         if not 0 <= frame < num_frames:
             raise UserError(f"an image is given for frame {frame}; the video has frames 0 to {num_frames - 1}")
         if image.shape != (*size, 3):
             raise UserError(f"the image for frame {frame} has shape {image.shape}; it needs the video's size, {size}")
 
 
-def _conditions(models, prompt, negative_prompt, guidance, trajectory_guidance, tracks) -> dict[str, Array]:
-    """What the denoiser is told in each pass of `rectified_flow.guide`, stacked along the batch."""
-    negative = 1 if negative_prompt else 0
-    prompts = [prompt, negative_prompt][: 1 + negative]
-    ids, mask = models.tokenizer([text.clean(caption) for caption in prompts])
+def _conditions(models, prompts, negative_prompt, guidance, trajectory_guidance, tracks) -> dict[str, Array]:
+    """What the denoiser is told in each pass of `rectified_flow.guide`, pass after pass, stacked along the batch."""
+    captions = [*prompts, negative_prompt] if negative_prompt else prompts
+    ids, mask = models.tokenizer([text.clean(caption) for caption in captions])
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)
     embedded = models.encode_text(models.params["t5"], ids, mask)
     third = tracks is not None and trajectory_guidance != 1
     passes = 3 if third else 1 if guidance == 1 else 2
     # The null caption keeps the prompt's own mask, as in the reference; a negative prompt brings its own.
-    rows = np.array([0, negative, 0])[:passes]
+    count = len(prompts)
+    each = np.arange(count)
+    rows = np.concatenate([each, np.full(count, count) if negative_prompt else each, each][:passes])
+
+    def per_pass(*values: bool) -> Array:
+        return jnp.repeat(jnp.asarray(values[:passes]), count)
+
     return {
         "text": embedded[rows],
         "text_mask": mask[rows],
-        "drop_text": jnp.asarray([False, not negative_prompt, False][:passes]),
-        "has_motion": None if tracks is None else jnp.asarray([True, True, False][:passes]),
+        "drop_text": per_pass(False, not negative_prompt, False),
+        "has_motion": None if tracks is None else per_pass(True, True, False),
     }
 
 
