@@ -45,6 +45,9 @@ class TestSelection:
             "tora/stdit/blocks/spatial/kernel",
         }
 
+    def test_patterns_may_overlap_where_they_agree(self):
+        assert trained_paths(["tora/.*", "tora/extractor/.*"]) == trained_paths(["tora/.*"])
+
     def test_buffers_never_train(self):
         everything = trained_paths([".*"])
         assert {"vae/conv/scale", "tora/stdit/blocks/spatial/kernel"} < everything
@@ -55,7 +58,7 @@ class TestSelection:
         ("patterns", "message"),
         [
             (["extractor/.*"], "extractor/"),  # patterns match whole paths
-            (["tora/.*", "tora/extractor/.*"], "before it"),
+            (["tora/.*", "!tora/extractor/.*"], "before it"),
             (["vae/shift"], "vae/shift"),
             (["tora/("], "no regular expression"),
             (["!tora/.*"], "nothing to train"),

@@ -1,7 +1,7 @@
 """What trains, and how: leaves by regex, schedule, AdamW, accumulation, moving average.
 
 Parameters are plain nested dicts; here a leaf goes by its path, names joined by "/" ("tora/stdit/t_block/kernel").
-Regexes must match the whole path, the first that does decides, and one that decides nothing is an error.
+Regexes must fit the whole path, the first that does decides, and one that never has its way is an error.
 """
 
 from __future__ import annotations
@@ -30,24 +30,21 @@ def match(paths: Iterable[str], rules: Sequence[tuple[str, Any]], default: Any, 
       what: name of the rules in messages.
 
     Raises:
-      UserError: for a broken regex, or one that decides nothing.
+      UserError: for a broken regex, or one that never has its way.
     """
     try:
         compiled = [(re.compile(pattern), value) for pattern, value in rules]
     except re.error as error:
         raise UserError(f"{what}: {error.pattern!r} is no regular expression ({error})") from None
-    found, idle = {}, dict(rules)
+    found, idle = {}, {regex.pattern for regex, _ in compiled}
     for path in paths:
-        found[path] = default
-        for regex, value in compiled:
-            if regex.fullmatch(path):
-                found[path] = value
-                idle.pop(regex.pattern, None)
-                break
+        fitting = [(regex, value) for regex, value in compiled if regex.fullmatch(path)]
+        found[path] = fitting[0][1] if fitting else default
+        idle -= {regex.pattern for regex, value in fitting if value == found[path]}
     if idle:
         raise UserError(
-            f"{what}: {', '.join(map(repr, idle))} matches no parameter, or none that the patterns before it leave; "
-            f"patterns match whole paths such as {next(iter(found), 'none')}"
+            f"{what}: {', '.join(sorted(map(repr, idle)))} fits no parameter, or only what patterns before it decide "
+            f"otherwise; patterns fit whole paths, such as {next(iter(found), 'none')}"
         )
     return found
 
@@ -60,7 +57,7 @@ def select(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, bool
       patterns: regexes of what trains; one that starts with "!" freezes. What none fits is frozen, and so is NEVER.
 
     Raises:
-      UserError: when a pattern decides nothing, or nothing trains.
+      UserError: when a pattern never has its way, or nothing trains.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     rules = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in patterns]
@@ -123,7 +120,7 @@ def make(config: Mapping[str, Any], trained: Mapping[str, Any], steps: int) -> o
       steps: of the whole training.
 
     Raises:
-      UserError: for an unknown name, or a regex that decides nothing.
+      UserError: for an unknown name, or a regex that never has its way.
     """
     if config["optimizer"] not in ("adamw", "sgd"):
         raise UserError(f"optimizer {config['optimizer']!r}: choose adamw or sgd")
