@@ -33,7 +33,7 @@ def check(shares: Mapping[str, float]) -> None:
 def draw(rng: np.random.Generator, shares: Mapping[str, float], frames: int) -> Bool[np.ndarray, " frames"]:
     """Draws a mask's name by its share, and then the mask; see `mask`."""
     point = rng.random()
-    for name, share in shares.items():
+    for name, share in sorted(shares.items()):
         point -= share
         if point < 0:
             return mask(rng, name, frames)

@@ -76,27 +76,32 @@ def motion_maps(
     rng: np.random.Generator,
     kind: str,
     origin: str,
-    max_tracks: int,
+    most: int,
     video: Video,
     labels: Labels | None = None,
     tracks: Tracks | None = None,
     visible: Visible | None = None,
-) -> Video:
-    """A motion input as RGB maps.
+    draws: int = 1,
+) -> UInt8[np.ndarray, "draws t h w 3"]:
+    """Independent draws of a clip's motion input, as RGB maps.
 
     Args:
       kind: "dense", "sparse" or, half and half, "mixed".
       origin: of sparse tracks: "given" with the clip, or followed through its "flow" (where none are given, too).
-      max_tracks: of sparse tracks, how many at most.
+      most: sparse tracks, at most.
       visible: where a track is seen; None = everywhere.
     """
-    if kind == "mixed":
-        kind = ("dense", "sparse")[rng.integers(2)]
-    if kind == "dense":
-        return flow.flow_to_rgb(dense_flow(video, labels, tracks))
-    if origin == "given" and tracks is not None:
-        visible = np.ones(tracks.shape[:2], bool) if visible is None else visible
-        chosen = choose_tracks(rng, tracks, visible, max_tracks)
-    else:
-        chosen = draw_tracks(rng, dense_flow(video, labels, tracks), max_tracks, labels)
-    return flow.flow_to_rgb(flow.displacement_maps(chosen[0], *video.shape[1:3], chosen[1]))
+    given = origin == "given" and tracks is not None
+    if given and visible is None:
+        visible = np.ones(tracks.shape[:2], bool)
+    # Whether a draw needs the dense flow is drawn first: it is the same for all of them, and costs the most.
+    kinds = [("dense", "sparse")[rng.integers(2)] if kind == "mixed" else kind for _ in range(draws)]
+    dense = None if given and "dense" not in kinds else dense_flow(video, labels, tracks)
+
+    def draw(kind: str) -> Flow:
+        if kind == "dense":
+            return dense
+        chosen = choose_tracks(rng, tracks, visible, most) if given else draw_tracks(rng, dense, most, labels)
+        return flow.displacement_maps(chosen[0], *video.shape[1:3], chosen[1])
+
+    return np.stack([flow.flow_to_rgb(draw(kind)) for kind in kinds])

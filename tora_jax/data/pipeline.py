@@ -1,7 +1,18 @@
 """The input pipeline: sources -> clips of a bucket's size -> motion maps, tokens, frame masks -> batches.
 
 Batch k is a function of the seed and k alone: not of the number of processes, of worker processes, or of what was
-drawn before. So the whole state of an iterator is k, and a run that goes on from it sees what it would have seen.
+drawn before. So the state of an iterator is k, and a run that goes on from it sees what it would have seen.
+
+A batch is a dict of arrays, with the samples on the leading axis:
+  video         uint8 [b, t, h, w, 3]
+  maps          uint8 [b, t, h, w, 3]: RGB motion maps, if motion is wanted
+  fps, height, width   float32 [b]
+  frame_mask    bool [b, t4], over latent frames, True = generate
+  ids           int32 [b, n], and text_mask, bool [b, n]: tokens of the caption, if there is a tokenizer
+From a precomputed set, in place of video and maps, normalised posteriors, and perhaps caption embeddings for tokens:
+  latent_mean, latent_std   float16 [b, t4, h8, w8, c]
+  motion_mean, motion_std   float16 [b, t4, h8, w8, c], one of the variants that are stored
+  text          float16 [b, n, c]
 """
 
 from __future__ import annotations
@@ -45,13 +56,13 @@ def batches(
 
     Args:
       config: plain mapping with all of
-        sources: folders (`sources.open_folder`); records are drawn from all of them alike.
+        sources: folders, see `sources.open_folder`; records are drawn from all of them alike.
         buckets: dicts of `frames`, `height`, `width`, `fps` (about which clips are thinned out to; 0 = as they
           are), `batch` (over all processes) and `weight` (the share of batches). A bucket takes all clips that
-          are long and large enough for it.
+          are long and large enough for it; of precomputed sets, those of its size.
         motion: "none", "dense", "sparse" or "mixed". tracks: "given" or "flow". max_tracks: of sparse motion.
         crop: pixels a side of a random square of each clip; 0 = the whole.
-        frame_masks: shares of the masks by name, see `masks`; empty = no frame masks.
+        frame_masks: shares of the masks by name, see `masks`.
         workers: worker processes; 0 = a thread. prefetch: batches that are made ahead (by each worker).
         damaged_share: of the records; when more are damaged, the iterator stops.
       split: "train", "validation" ...
@@ -59,40 +70,34 @@ def batches(
       tokenizer: for the captions; None = no captions.
       training: shuffled, without end; else in order, once, with the first frames and the middle of each clip.
       latent_frames: frames -> latent frames, of the VAE.
-      shard: (index, count) of this process among those that read different clips; None = JAX's.
+      shard: (index, count) of this process among those that read different clips, see `shard_of`; None = JAX's.
 
     Returns:
-      an iterator of dicts of arrays, this process's part of each batch (see docs/architecture.md for the names).
+      an iterator over this process's part of each batch.
 
     Raises:
       UserError: a source is missing or empty, a bucket is larger than any clip, the number of processes does not
-        divide a batch, or an option is not one of those above.
+        divide a batch, or an option is none of those above.
     """
     index, count = (jax.process_index(), jax.process_count()) if shard is None else shard
-    _check(config, count)
-    source = sources.Joined([sources.open_folder(folder, split) for folder in config["sources"]])
-    if not len(source):
-        raise UserError(f"{', '.join(map(str, config['sources']))}: split {split!r} has no clips")
-    infos, damaged = sources.scan(source)
-    parts = []
     for bucket in config["buckets"]:
-        fitting = _fitting(infos, bucket)
-        latents = latent_frames(bucket["frames"])
-        load = _Load(source, infos, fitting, bucket, config, tokenizer, training, latents)
-        clips = grain.MapDataset.source(fitting)
+        if bucket["batch"] < 1 or bucket["batch"] % count:
+            raise UserError(f"bucket {_size(bucket)}: {count} processes do not divide a batch of {bucket['batch']}")
+    opened, parts = Opened(config, split), []
+    for bucket in config["buckets"]:
+        load = opened.loader(bucket, tokenizer, training, latent_frames(bucket["frames"]))
+        clips = grain.MapDataset.source(load.fitting)
         if training:
             clips = clips.shuffle(seed=seed).repeat()
-        local = clips.random_map(load, seed=seed).batch(bucket["batch"] // count, drop_remainder=True, batch_fn=_stack)
-        whole = len(clips) // bucket["batch"] * count
-        parts.append(local[:whole][index::count])
-    if training:
-        joined = grain.MapDataset.mix(parts, weights=[bucket["weight"] for bucket in config["buckets"]])
-    else:
-        joined = grain.MapDataset.concatenate(parts)
-    if not len(joined):
-        raise UserError(f"split {split!r} has too few clips ({len(source)}) for one batch; make the batch smaller")
-    first = {source.name(place): reason for place, reason in damaged.items()}
-    return Batches(joined, config["workers"], config["prefetch"], first, len(source), config["damaged_share"])
+        # Batches of one process, of which each process takes every count-th: the samples of batch k are the same
+        # for any number of processes.
+        local = clips.random_map(load, seed=seed).batch(bucket["batch"] // count, batch_fn=_stack)
+        parts.append(local[: len(clips) // bucket["batch"] * count][index::count])
+    if not all(map(len, parts)):
+        raise UserError(f"split {split!r} has too few clips for a batch of each bucket; make the batches smaller")
+    weights = [bucket["weight"] for bucket in config["buckets"]]
+    joined = grain.MapDataset.mix(parts, weights) if training else grain.MapDataset.concatenate(parts)
+    return Batches(joined, config["workers"], config["prefetch"], opened, config["damaged_share"])
 
 
 class Batches(grain.DatasetIterator):
@@ -100,24 +105,16 @@ class Batches(grain.DatasetIterator):
 
     Attributes:
       damaged: name of each damaged record met so far -> what is wrong with it. They are passed over, each with
-        one warning, and another record of the split, drawn at random, stands in.
+        one warning, and another record, drawn at random, stands in.
     """
 
-    def __init__(
-        self,
-        dataset: grain.MapDataset,
-        workers: int,
-        prefetch: int,
-        damaged: Mapping[str, str],
-        records: int,
-        damaged_share: float,
-    ):
+    def __init__(self, dataset: grain.MapDataset, workers: int, prefetch: int, opened: Opened, damaged_share: float):
         super().__init__()
         self._dataset, self._workers, self._prefetch = dataset, workers, prefetch
-        self._records, self._share = records, damaged_share
+        self._records, self._share = len(opened.source), damaged_share
         self._next, self._batches = 0, None
         self.damaged: dict[str, str] = {}
-        self._note(damaged.items())
+        self._note(opened.damaged.items())
 
     def __next__(self) -> Batch:
         """The next batch.
@@ -125,23 +122,28 @@ class Batches(grain.DatasetIterator):
         Raises:
           UserError: more records are damaged than the config allows.
         """
-        self._assert_not_closed()
-        if self._batches is None:
-            self._batches = self._start()
+        self.start_prefetch()
         batch = next(self._batches)
         self._next += 1
         self._note(batch.pop(DAMAGED))
-        return batch
+        # Copied out of the worker's shared memory, which is freed with the last array in it.
+        return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
+
+    def start_prefetch(self) -> None:
+        self._assert_not_closed()
+        if self._batches is None:
+            self._batches = self._start()
+            self._batches.start_prefetch()
 
     def _start(self) -> grain.DatasetIterator:
         rest = self._dataset[self._next :]
-        if not self._workers:
-            return iter(rest.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)))
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # worker processes get a copy of the flags, and Grain insists
-        options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=self._prefetch)
-        one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        return iter(rest.to_iter_dataset(one).mp_prefetch(options))
+        ahead = 1 if self._workers else self._prefetch
+        rest = rest.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # worker processes get a copy of the flags
+                flags.FLAGS.mark_as_parsed()
+            rest = rest.mp_prefetch(grain.MultiprocessingOptions(self._workers, self._prefetch))
+        return iter(rest)
 
     def _note(self, damaged: Sequence[tuple[str, str]]) -> None:
         for name, reason in damaged:
@@ -162,10 +164,6 @@ class Batches(grain.DatasetIterator):
         self._stop()
         self._next, self.damaged = int(state["next"]), {**self.damaged, **state["damaged"]}
 
-    def start_prefetch(self) -> None:
-        self._batches = self._start() if self._batches is None else self._batches
-        self._batches.start_prefetch()
-
     def _stop(self) -> None:
         if self._batches is not None:
             self._batches.close()
@@ -177,21 +175,38 @@ class Batches(grain.DatasetIterator):
         super().close()
 
 
+# ----------------------------------------------------------------------------------------------------------
+# On devices
+# ----------------------------------------------------------------------------------------------------------
+
+
+def shard_of(mesh: Mesh) -> tuple[int, int]:
+    """(index, count) of this process among those whose devices hold different samples of a batch.
+
+    Processes that share a batch's samples (along the axes "seq" and "tensor") get the same index.
+
+    Raises:
+      UserError: the mesh gives processes uneven parts.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    owner = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(ways, -1)
+    mine = np.flatnonzero((owner == jax.process_index()).any(1))
+    if not len(mine) or ways % len(mine) or mine[0] % len(mine) or np.ptp(mine) != len(mine) - 1:
+        raise UserError(f"mesh {dict(mesh.shape)}: its processes hold uneven parts of a batch; change data and fsdp")
+    return int(mine[0]) // len(mine), ways // len(mine)
+
+
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch -> global arrays, split over the mesh's batch axes.
+    """This process's part of a batch -> global arrays, split over the mesh's axes "data" and "fsdp".
 
     Raises:
       UserError: the axes do not divide the batch.
     """
+    size, ways = len(next(iter(batch.values()))), mesh.shape["data"] * mesh.shape["fsdp"]
+    if size * shard_of(mesh)[1] % ways:
+        raise UserError(f"a batch of {size * shard_of(mesh)[1]} does not split over data x fsdp = {ways} devices")
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    try:
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-    except ValueError as error:
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        size = len(next(iter(batch.values()))) * jax.process_count()
-        if size % ways:
-            raise UserError(f"a batch of {size} does not split over data x fsdp = {ways} devices") from error
-        raise
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
 class Placed(grain.DatasetIterator):
@@ -204,6 +219,7 @@ class Placed(grain.DatasetIterator):
         self._state = iterator.get_state()
 
     def __next__(self) -> dict[str, jax.Array]:
+        self._assert_not_closed()
         while len(self._waiting) <= self._ahead:
             try:
                 batch = place(next(self._iterator), self._mesh)
@@ -223,44 +239,85 @@ class Placed(grain.DatasetIterator):
         self._iterator.set_state(state)
         self._state = self._iterator.get_state()
 
-    def close(self) -> None:
-        self._waiting.clear()
-        super().close()
+
+# ----------------------------------------------------------------------------------------------------------
+# Clips
+# ----------------------------------------------------------------------------------------------------------
 
 
-def _check(config: Mapping[str, Any], processes: int) -> None:
-    for name, known in (("motion", motion.KINDS), ("tracks", motion.ORIGINS)):
-        if config[name] not in known:
-            raise UserError(f"data.{name} is {config[name]!r}; choose one of {', '.join(known)}")
-    if not config["sources"] or not config["buckets"]:
-        raise UserError("data.sources and data.buckets: give at least one of each")
-    masks.check(config["frame_masks"])
-    for bucket in config["buckets"]:
-        if bucket["batch"] % processes or bucket["batch"] < 1:
-            raise UserError(f"bucket {_size(bucket)}: {processes} processes do not divide a batch of {bucket['batch']}")
-        if config["crop"] > min(bucket["height"], bucket["width"]):
-            raise UserError(f"data.crop is {config['crop']}, more than a side of the bucket {_size(bucket)}")
+class Opened:
+    """The sources of a config with the sizes of their clips, which are all looked at once.
+
+    Attributes:
+      source: all records.
+      infos: `video_io.VideoInfo` of each, zeros where it is damaged.
+      damaged: name of each damaged record -> what is wrong with it.
+
+    Raises:
+      UserError: a source is missing or empty, or an option is none of those of `batches`.
+    """
+
+    def __init__(self, config: Mapping[str, Any], split: str):
+        for name, known in (("motion", motion.KINDS), ("tracks", motion.ORIGINS)):
+            if config[name] not in known:
+                raise UserError(f"data.{name} is {config[name]!r}; choose one of {', '.join(known)}")
+        for name in ("sources", "buckets"):
+            if not config[name]:
+                raise UserError(f"data.{name} is empty; give at least one")
+        if config["max_tracks"] < 1:
+            raise UserError(f"data.max_tracks is {config['max_tracks']}; give at least 1")
+        masks.check(config["frame_masks"])
+        self.config = config
+        self.source = sources.Joined([sources.open_folder(folder, split) for folder in config["sources"]])
+        if not len(self.source):
+            raise UserError(f"{', '.join(map(str, config['sources']))}: split {split!r} has no clips")
+        made = self.source.made
+        if made and (config["crop"] or config["motion"] not in ("none", made["motion"])):
+            raise UserError(
+                f"the precomputed sets hold {made['motion']} motion of whole clips: set data.motion to "
+                f"{made['motion']!r} and data.crop to 0, or precompute again"
+            )
+        self.infos, damaged = sources.scan(self.source)
+        self.damaged = {self.source.name(index): reason for index, reason in damaged.items()}
+
+    def loader(
+        self,
+        bucket: Mapping[str, Any],
+        tokenizer: text.Tokenizer | None,
+        training: bool,
+        latent_frames: int,
+        draws: int = 0,
+    ) -> Loader:
+        """What makes a clip for a bucket of the number of a record.
+
+        Args:
+          draws: of the motion maps, on an axis of their own; 0 = one, without the axis.
+
+        Raises:
+          UserError: the bucket is larger than any clip.
+        """
+        size, crop = [bucket[name] for name in ("frames", "height", "width")], self.config["crop"]
+        if crop > min(size[1:]):
+            raise UserError(f"data.crop is {crop}, more than a side of the bucket {_size(bucket)}")
+        sizes = self.infos[:, :3]
+        fits = sizes == size if self.source.made else sizes >= size
+        fitting = np.flatnonzero(fits.all(1))
+        if not len(fitting):
+            largest = "x".join(f"{side:g}" for side in sizes.max(0))
+            raise UserError(
+                f"bucket {_size(bucket)} (frames x height x width): no clip fits; the longest, the highest and the "
+                f"widest make {largest}; choose another bucket"
+            )
+        return Loader(self.source, self.infos, fitting, bucket, self.config, tokenizer, training, latent_frames, draws)
 
 
 def _size(bucket: Mapping[str, Any]) -> str:
     return f"{bucket['frames']}x{bucket['height']}x{bucket['width']}"
 
 
-def _fitting(infos: Float[np.ndarray, "n 4"], bucket: Mapping[str, Any]) -> Int[np.ndarray, " m"]:
-    """Numbers of the clips that are long and large enough for a bucket."""
-    fitting = np.flatnonzero((infos[:, :3] >= [bucket[name] for name in ("frames", "height", "width")]).all(1))
-    if not len(fitting):
-        largest = "x".join(f"{size:g}" for size in infos[:, :3].max(0))
-        raise UserError(
-            f"bucket {_size(bucket)} (frames x height x width) is larger than any clip (longest, highest and widest: "
-            f"{largest}); make it smaller"
-        )
-    return fitting
-
-
 @dataclasses.dataclass(frozen=True)
-class _Load:
-    """Number of a record -> the clip, ready for a batch. Runs in threads and in worker processes."""
+class Loader:
+    """Number of a record -> the clip, ready for a batch. Runs in threads and in worker processes; see `Opened`."""
 
     source: sources.Source
     infos: Float[np.ndarray, "n 4"]
@@ -270,69 +327,95 @@ class _Load:
     tokenizer: text.Tokenizer | None
     training: bool
     latent_frames: int
+    draws: int
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        """A clip, or another one in place of a damaged one, which is then named under DAMAGED."""
         damaged = []
         for _ in range(TRIES):
             try:
-                return {**self._clip(index, rng), DAMAGED: tuple(damaged)}
+                return {**self.clip(index, rng), DAMAGED: tuple(damaged)}
             except UserError as error:
                 damaged.append((self.source.name(index), str(error)))
                 index = self.fitting[rng.integers(len(self.fitting))]
         raise UserError(f"{TRIES} damaged records in a row, such as {damaged[0][0]} ({damaged[0][1]})")
 
-    def _clip(self, index: int, rng: np.random.Generator) -> Batch:
-        record, info, config = self.source[index], video_io.VideoInfo(*self.infos[index]), self.config
+    def clip(self, index: int, rng: np.random.Generator) -> Batch:
+        """A clip.
+
+        Raises:
+          UserError: the record is damaged.
+        """
+        record = self.source[index]
+        clip = self._cached(record, rng) if self.source.made else self._fresh(record, index, rng)
+        if "text" in record:
+            states = record["text"]
+            clip["text"] = np.zeros((self.source.made["caption_length"], states.shape[1]), states.dtype)
+            clip["text"][: len(states)] = states
+            clip["text_mask"] = np.arange(len(clip["text"])) < len(states)
+        elif self.tokenizer is not None:
+            ids, mask = self.tokenizer([text.clean(record["caption"])])
+            clip["ids"], clip["text_mask"] = ids[0], mask[0]
+        frames = len(clip["latent_mean"]) if "latent_mean" in clip else self.latent_frames
+        clip["frame_mask"] = masks.draw(rng, self.config["frame_masks"], frames)
+        return clip
+
+    def _cached(self, record: Mapping[str, Any], rng: np.random.Generator) -> Batch:
+        clip = {name: record[name] for name in ("latent_mean", "latent_std")}
+        if self.config["motion"] != "none":
+            variant = rng.integers(len(record["motion_mean"]))
+            clip |= {name: record[name][variant] for name in ("motion_mean", "motion_std")}
+        return clip | {name: np.float32(record[name]) for name in ("fps", "height", "width")}
+
+    def _fresh(self, record: Mapping[str, Any], index: int, rng: np.random.Generator) -> Batch:
+        config, info = self.config, video_io.VideoInfo(*self.infos[index])
         frames, height, width = (self.bucket[name] for name in ("frames", "height", "width"))
-        rate = float(record["fps"]) if "fps" in record else info.fps
+        rate, length = float(record.get("fps", info.fps)), int(info.frames)
         step = max(round(rate / self.bucket["fps"]), 1) if self.bucket["fps"] else 1
-        step = min(step, (int(info.frames) - 1) // max(frames - 1, 1)) if frames > 1 else 1
-        start = int(rng.integers(info.frames - (frames - 1) * step)) if self.training else 0
-        wanted = range(start, start + (frames - 1) * step + 1, step)
+        step = min(step, (length - 1) // (frames - 1)) if frames > 1 else 1
+        reach = (frames - 1) * step + 1
+        start = int(rng.integers(length - reach + 1)) if self.training else 0
+        wanted = range(start, start + reach, step)
         original, _ = video_io.read_video(record["video"], only=wanted, strict=True)
         if len(original) < frames:
             raise UserError(f"{len(original)} of {frames} frames decoded")
-        new_height, new_width, top, left = video_io.cover(*original.shape[1:3], height, width)
         video = video_io.resize_crop(original, height, width)
+        scaled_height, scaled_width, top, left = video_io.cover(*original.shape[1:3], height, width)
         if crop := config["crop"]:
             spare = (height - crop, width - crop)
             down, right = rng.integers(np.add(spare, 1)) if self.training else np.floor_divide(spare, 2)
             video = video[:, down : down + crop, right : right + crop]
             top, left, height, width = top + down, left + right, crop, crop
-        clip = {
-            "video": video,
-            "fps": np.float32(rate / step),
-            "height": np.float32(height),
-            "width": np.float32(width),
-        }
+        clip = {"video": video, "fps": np.float32(rate / step)}
+        clip |= {"height": np.float32(height), "width": np.float32(width)}
         if config["motion"] != "none":
-            window = (top, left, height, width, new_height, new_width)
-            truth = _follow_window(record, wanted, window)
+            window = (top, left, height, width, scaled_height, scaled_width)
+            truth = _cut(record, wanted, window)
             kind, origin, most = (config[name] for name in ("motion", "tracks", "max_tracks"))
-            clip["maps"] = motion.motion_maps(rng, kind, origin, most, video, **truth)
-        if self.tokenizer is not None:
-            ids, mask = self.tokenizer([text.clean(record["caption"])])
-            clip["ids"], clip["text_mask"] = ids[0], mask[0]
-        if config["frame_masks"]:
-            clip["frame_mask"] = masks.draw(rng, config["frame_masks"], self.latent_frames)
+            maps = motion.motion_maps(rng, kind, origin, most, video, **truth, draws=max(self.draws, 1))
+            clip["maps"] = maps if self.draws else maps[0]
         return clip
 
 
-def _follow_window(record: Mapping[str, Any], wanted: range, window: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """A record's labels and tracks for the frames that are wanted, scaled and cut as the video was."""
-    top, left, height, width, new_height, new_width = window
+def _cut(record: Mapping[str, Any], wanted: range, window: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """A record's tracks and labels for the frames that are wanted, scaled and cut as the video was."""
+    top, left, height, width, scaled_height, scaled_width = window
     truth = {}
-    if "labels" in record:
-        old_height, old_width = record["labels"].shape[1:]
-        rows = ((np.arange(height) + top + 0.5) * old_height / new_height).astype(int)
-        columns = ((np.arange(width) + left + 0.5) * old_width / new_width).astype(int)
-        truth["labels"] = record["labels"][wanted][:, rows[:, None], columns]
-    if "tracks" in record:
-        scaled = record["tracks"][:, wanted] * (new_width, new_height) - (left, top)
-        tracks = (scaled / (width, height)).astype(np.float32)
-        inside = ((tracks >= 0) & (tracks <= 1)).all(-1)
-        truth["tracks"] = tracks
-        truth["visible"] = inside & record["visible"][:, wanted] if "visible" in record else inside
+    for name, axis in (("tracks", 1), ("visible", 1), ("labels", 0)):
+        if name in record:
+            if record[name].shape[axis] <= wanted[-1]:
+                raise UserError(f"has {record[name].shape[axis]} frames in {name}, and more in its video")
+            truth[name] = record[name].take(wanted, axis)
+    if "tracks" in truth:
+        scaled = truth["tracks"] * (scaled_width, scaled_height) - (left, top)
+        truth["tracks"] = (scaled / (width, height)).astype(np.float32)
+        inside = ((truth["tracks"] >= 0) & (truth["tracks"] <= 1)).all(-1)
+        truth["visible"] = inside & truth.get("visible", True)
+    if "labels" in truth:
+        old_height, old_width = truth["labels"].shape[1:]
+        rows = ((np.arange(height) + top + 0.5) * old_height / scaled_height).astype(int)
+        columns = ((np.arange(width) + left + 0.5) * old_width / scaled_width).astype(int)
+        truth["labels"] = truth["labels"][:, rows[:, None], columns]
     return truth
 
 

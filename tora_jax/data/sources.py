@@ -1,11 +1,12 @@
 """Where clips come from: TFDS folders in ArrayRecord (no TensorFlow), plain folders of videos, precomputed sets.
 
 A record is a dict. Of a clip: `video` (bytes or a path), `caption`, and where they are known `fps`, `tracks`,
-`visible`, `labels`; see `sprites`. Of a precomputed set: see `precompute`.
+`visible`, `labels`, see `sprites`. Of a precomputed set: what `precompute` writes.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +20,27 @@ from tora_jax.errors import UserError
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 SCAN_THREADS = 8
+MADE = "precompute.json"  # lies in a precomputed set: what it was made with
 
 
 class Source(Protocol):
-    """Records by number. They are read in threads and, pickled, in other processes."""
+    """Records by number. They are read in threads and, pickled, in other processes.
+
+    Attributes:
+      made: of a precomputed set: what it was made with.
+    """
+
+    made: dict[str, Any] | None
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises UserError where the record is damaged."""
+        ...
+
+    def info(self, index: int) -> video_io.VideoInfo:
+        """Size, length and rate of a clip; the same."""
+        ...
 
     def name(self, index: int) -> str:
         """Of a record, for people: its file, or its number in one."""
@@ -34,25 +48,40 @@ class Source(Protocol):
 
 
 class Records:
-    """One split of a TFDS folder."""
+    """One split of a TFDS folder.
+
+    Raises:
+      UserError: the folder is broken, or has no such split.
+    """
 
     def __init__(self, folder: Path, split: str):
         import tensorflow_datasets as tfds  # takes a second to import, and folders of videos do without
 
         self.folder, self.split = folder, split
-        builder = tfds.builder_from_directory(folder)
+        try:
+            builder = tfds.builder_from_directory(folder)
+            self.made = json.loads((folder / MADE).read_text()) if (folder / MADE).is_file() else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: is no data set that can be read ({str(error).splitlines()[0]})") from error
         if split.split("[")[0] not in builder.info.splits:
             raise UserError(f"{folder}: has no split {split!r}; there are {', '.join(builder.info.splits)}")
-        self.features = frozenset(builder.info.features)
         self._records = builder.as_data_source(split)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = dict(self._records[index])
-        record["caption"] = record["caption"].decode()
+        try:
+            record = dict(self._records[index])
+            record["caption"] = record["caption"].decode()
+        except Exception as error:  # damaged bytes raise nearly anything from the two decoders
+            raise UserError(f"cannot be read ({error})") from error
         return record
+
+    def info(self, index: int) -> video_io.VideoInfo:
+        if self.made:
+            return video_io.VideoInfo(*(self.made[name] for name in video_io.VideoInfo._fields))
+        return video_io.probe(self[index]["video"])
 
     def name(self, index: int) -> str:
         return f"{self.folder} {self.split} record {index}"
@@ -68,7 +97,7 @@ class VideoFolder:
       UserError: a video has no caption (the message names the file), or the split is not there.
     """
 
-    features = frozenset({"video", "caption"})
+    made = None
 
     def __init__(self, folder: Path, split: str):
         if (folder / split).is_dir():
@@ -92,15 +121,26 @@ class VideoFolder:
         caption = self.captions[index].read_text(encoding="utf-8", errors="replace").strip()
         return {"video": self.files[index], "caption": caption}
 
+    def info(self, index: int) -> video_io.VideoInfo:
+        return video_io.probe(self.files[index])
+
     def name(self, index: int) -> str:
         return str(self.files[index])
 
 
 class Joined:
-    """Several sources, one after the other."""
+    """Several sources, one after the other.
+
+    Raises:
+      UserError: some are precomputed and some are not, or they were made in different ways.
+    """
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
+        self.made = sources[0].made
+        for source in sources[1:]:
+            if (source.made is None) != (self.made is None):
+                raise UserError(f"{source.folder}: precomputed sets and clips do not mix; give sources of one kind")
         self._ends = np.cumsum([len(source) for source in sources])
 
     def __len__(self) -> int:
@@ -113,6 +153,10 @@ class Joined:
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, place = self._place(index)
         return source[place]
+
+    def info(self, index: int) -> video_io.VideoInfo:
+        source, place = self._place(index)
+        return source.info(place)
 
     def name(self, index: int) -> str:
         source, place = self._place(index)
@@ -145,7 +189,7 @@ def scan(source: Source) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
 
     def one(index: int) -> video_io.VideoInfo | UserError:
         try:
-            return video_io.probe(source[index]["video"])
+            return source.info(index)
         except UserError as error:
             return error
 
