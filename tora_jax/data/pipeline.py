@@ -132,18 +132,8 @@ class Batches(grain.DatasetIterator):
     def start_prefetch(self) -> None:
         self._assert_not_closed()
         if self._batches is None:
-            self._batches = self._start()
+            self._batches = iterate(self._dataset[self._next :], self._workers, self._prefetch)
             self._batches.start_prefetch()
-
-    def _start(self) -> grain.DatasetIterator:
-        rest = self._dataset[self._next :]
-        ahead = 1 if self._workers else self._prefetch
-        rest = rest.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
-        if self._workers:
-            if not flags.FLAGS.is_parsed():  # worker processes get a copy of the flags
-                flags.FLAGS.mark_as_parsed()
-            rest = rest.mp_prefetch(grain.MultiprocessingOptions(self._workers, self._prefetch))
-        return iter(rest)
 
     def _note(self, damaged: Sequence[tuple[str, str]]) -> None:
         for name, reason in damaged:
@@ -173,6 +163,22 @@ class Batches(grain.DatasetIterator):
         """Ends threads and worker processes."""
         self._stop()
         super().close()
+
+
+def iterate(dataset: grain.MapDataset, workers: int, prefetch: int) -> grain.DatasetIterator:
+    """Iterates over a data set whose elements are made ahead of time.
+
+    Args:
+      workers: processes that make them; 0 = a thread.
+      prefetch: elements that are made ahead, by each worker.
+    """
+    ahead = 1 if workers else prefetch
+    elements = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain gives the workers a copy of the flags
+            flags.FLAGS.mark_as_parsed()
+        elements = elements.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch))
+    return iter(elements)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -346,7 +352,10 @@ class Loader:
         Raises:
           UserError: the record is damaged.
         """
-        record = self.source[index]
+        return self.make(self.source[index], index, rng)
+
+    def make(self, record: Mapping[str, Any], index: int, rng: np.random.Generator) -> Batch:
+        """The clip of a record that has been read; as `clip`."""
         clip = self._cached(record, rng) if self.source.made else self._fresh(record, index, rng)
         if "text" in record:
             states = record["text"]
