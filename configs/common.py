@@ -51,6 +51,80 @@ def t5_xxl() -> dict:
     }
 
 
+def opensora(variant: str = "XL/2") -> dict:
+    """Tora on the released sizes."""
+    return {
+        "tora": {
+            "stdit": {
+                "variant": variant,
+                "caption_channels": 4096,
+                "caption_length": 300,
+                "base_resolution": 512.0,
+                "remat": "none",
+                "dtype": "bfloat16",
+            },
+            "fuser": "adaptive_norm",
+            "placement": "temporal",
+            "motion_features": 128,
+        },
+        "vae": opensora_vae(),
+        "motion_vae": opensora_vae(),
+        "t5": {**t5_xxl(), "dtype": "bfloat16"},
+        "sampling": {**sampling(), "resolution": "240p"},
+    }
+
+
+def small() -> dict:
+    """The small model: every part of the real chain at 128x128 pixels and 17 frames, in seconds on a laptop."""
+    vae = {
+        "spatial": {"channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_groups": 8, "latent_channels": 8},
+        "temporal": {
+            "channels": 8,
+            "latent_channels": 8,
+            "inner_channels": 8,
+            "filters": 32,
+            "channel_multipliers": (1, 2, 2),
+            "num_res_blocks": 1,
+            "norm_groups": 8,
+            "temporal_downsample": (True, True),
+            "causal_norm": True,  # trained from scratch: see `CausalVAE`
+        },
+        "micro_frame_size": 17,
+        "frame_batch": 0,
+        "spatial_scaling": 1.0,
+        "latent_shift": (0.0,) * 8,
+        "latent_scale": (1.0,) * 8,
+    }
+    return {
+        "tora": {
+            "stdit": {
+                "variant": "4x128x4/2",
+                "in_channels": 8,
+                "caption_channels": 64,
+                "caption_length": 48,
+                "base_resolution": 128.0,
+                "remat": "none",
+                "dtype": "float32",
+            },
+            "fuser": "adaptive_norm",
+            "placement": "temporal",
+            "motion_features": 64,
+        },
+        "vae": vae,
+        "motion_vae": vae,
+        "t5": {
+            "vocab_size": 1024,
+            "width": 64,
+            "num_heads": 4,
+            "head_dim": 16,
+            "mlp_dim": 128,
+            "depth": 2,
+            "dtype": "float32",
+        },
+        "sampling": {**sampling(), "height": 128, "width": 128, "num_frames": 17, "fps": 8.0},
+    }
+
+
 def sampling() -> dict:
     """Defaults of `sample.py`; its flags override them."""
     return {
@@ -68,3 +142,96 @@ def sampling() -> dict:
         "trajectory_guidance": 1.0,
         "seed": 0,
     }
+
+
+def training() -> dict:
+    """What every job of `train.py` has; a job's config says what differs."""
+    return {
+        "seed": 0,
+        "mesh": "",  # such as "data=8,fsdp=4"; axes left out are 1
+        "resume": False,
+        "accumulate": 1,  # micro-batches that a batch is cut into
+        "ema": 0.99,
+        "log_every": 10,
+        "eval_every": 1000,
+        "save_every": 500,
+        "keep": 2,  # latest checkpoints, beside the best
+        "optim": {
+            "optimizer": "adamw",
+            "lr": 1e-4,
+            "warmup": 1000,
+            "decay": "constant",
+            "final": 1.0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-15,  # the reference's
+            "clip": 1.0,
+            "weight_decay": (),
+            "lr_multipliers": (),
+        },
+        "lora": {"rank": 0, "alpha": 1.0},  # rank 0 = off
+        "data": {
+            "sources": (),
+            "split": "train",
+            "validation": "validation",
+            "motion": "none",
+            "tracks": "flow",
+            "max_tracks": 16,
+            "crop": 0,
+            "frame_masks": {},
+            "workers": 0,
+            "prefetch": 2,
+            "damaged_share": 0.01,
+        },
+        "evaluation": {"batches": 4, "clips": 0, "steps": 10},
+    }
+
+
+def quick(lr: float) -> dict:
+    """The small model's optimizer: minutes, not days."""
+    return {**training()["optim"], "lr": lr, "warmup": 100, "decay": "cosine", "final": 0.02, "b2": 0.99}
+
+
+def few_steps() -> dict:
+    """What `runlocal` changes."""
+    return {"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2, "evaluation": {"batches": 1, "clips": 0}}
+
+
+def vae_loss(phase: str) -> dict:
+    """Weights of `training.vae_loss` in the phases of configs/vae.py."""
+    terms = {"l1": 0.1, "l2": 1.0, "frame": 0.0, "identity": 0.0, "video": 0.0, "kl_spatial": 0.0, "kl": 0.0}
+    changes = {
+        "spatial": {"frame": 1.0, "kl_spatial": 1e-4},
+        "causal": {"identity": 1.0, "kl": 1e-4},
+        "joint": {"frame": 0.2, "identity": 0.02, "video": 1.0, "kl_spatial": 1e-4, "kl": 1e-4},
+    }
+    return {**terms, **changes[phase]}
+
+
+def magvit(small: bool) -> dict:
+    """A motion VAE in one causal net, pixels to latents of the video VAE's grid."""
+    channels = 8 if small else 4
+    return {
+        "spatial": None,
+        "temporal": {
+            "channels": 3,
+            "latent_channels": channels,
+            "inner_channels": channels,
+            "filters": 16 if small else 64,
+            "channel_multipliers": (1, 2, 4, 4),
+            "num_res_blocks": 1 if small else 2,
+            "norm_groups": 8 if small else 32,
+            "temporal_downsample": (False, True, True),
+            "spatial_downsample": (True, True, True),
+            "causal_norm": True,
+        },
+        "micro_frame_size": 17,
+        "frame_batch": 0,
+        "latent_shift": (0.0,) * channels,
+        "latent_scale": (1.0,) * channels,
+    }
+
+
+def bucket(frames: int, height: int, width: int, batch: int, fps: float = 0.0) -> dict:
+    """A size of clips; fps 0 takes every frame."""
+    return {"frames": frames, "height": height, "width": width, "fps": fps, "batch": batch, "weight": 1.0}

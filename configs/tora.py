@@ -1,35 +1,55 @@
 """Tora on the released sizes: ST-DiT XL/2, the v1.2 video VAE, T5 v1.1 XXL.
 
   python sample.py --config configs/tora.py --weights DIR --resolution 480p --aspect_ratio 16:9
-  python sample.py --config configs/tora.py:runlocal      the same parts, shrunk to seconds on a laptop
+  python train.py --config configs/tora.py:stage=1 --weights DIR --workdir runs/dense --config.data.sources="('clips',)"
+  python train.py --config configs/tora.py:stage=2 --weights runs/dense/release --workdir runs/sparse ...
+  python train.py --config configs/tora.py:runlocal ...      the same parts, shrunk to seconds on a laptop
 
-Arguments: `variant` (XL/2, 3B/2 or DEPTHxWIDTHxHEADS/PATCH), `runlocal`.
+Arguments: `variant` (XL/2, 3B/2 or DEPTHxWIDTHxHEADS/PATCH); `stage`: 1 trains on dense flow, 2 on sparse
+trajectories; `small`: the small model, of which everything trains; `runlocal`: that, for a few steps.
 """
 
 from ml_collections import ConfigDict
-from tora_jax.configs import common, demo
+from tora_jax.configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, variant="XL/2", runlocal=False)
-    if arg.runlocal:
-        return demo.get_config()
-    config = ConfigDict()
-    config.tora = {
-        "stdit": {
-            "variant": arg.variant,
-            "caption_channels": 4096,
-            "caption_length": 300,
-            "base_resolution": 512.0,
-            "remat": "none",
-            "dtype": "bfloat16",
-        },
-        "fuser": "adaptive_norm",
-        "placement": "temporal",
-        "motion_features": 128,
+    arg = common.parse_arg(arg, variant="XL/2", stage=1, small=False, runlocal=False)
+    if arg.stage not in (1, 2):
+        raise ValueError(f"stage={arg.stage}: there are 1 (dense flow) and 2 (sparse trajectories)")
+    small = arg.small or arg.runlocal
+    config = ConfigDict(common.small() if small else common.opensora(arg.variant))
+    config.update(common.training())
+    config.job = "tora"
+    # Tora, section 4.1: the temporal blocks and the new parts train, all else stays as Open-Sora left it.
+    config.train = (r"tora/extractor/.*", r"tora/stdit/blocks/temporal.*", r"tora/stdit/blocks/.*_fuser/.*")
+    config.steps = 20_000 if arg.stage == 1 else 10_000
+    config.optim.lr = 2e-5
+    config.loss = {"timesteps": "logit_normal", "transform": True, "drop_text": 0.1, "drop_motion": 0.1}
+    config.data.motion = "dense" if arg.stage == 1 else "sparse"
+    config.data.buckets = (common.bucket(51, 480, 854, batch=32, fps=24.0),)
+    config.data.frame_masks = {
+        "random": 0.05,
+        "interpolate": 0.005,
+        "quarter_random": 0.005,
+        "quarter_head": 0.005,
+        "quarter_tail": 0.005,
+        "quarter_head_tail": 0.005,
+        "image_random": 0.025,
+        "image_head": 0.05,
+        "image_tail": 0.025,
+        "image_head_tail": 0.025,
     }
-    config.vae = common.opensora_vae()
-    config.motion_vae = common.opensora_vae()
-    config.t5 = {**common.t5_xxl(), "dtype": "bfloat16"}
-    config.sampling = {**common.sampling(), "resolution": "240p"}
+    config.evaluation.clips = 4
+    if small:
+        config.train = (r"tora/.*", r"t5/.*")
+        config.steps = 600 if arg.stage == 1 else 3000
+        config.optim = {**common.quick(2e-3), "warmup": 200}
+        config.ema = 0.995
+        config.data.buckets = (common.bucket(17, 128, 128, batch=16),)
+        config.data.tracks, config.data.max_tracks = "given", 3
+        config.data.frame_masks = {"image_head": 0.15, "image_tail": 0.05, "random": 0.05}
+    if arg.runlocal:
+        config.update(common.few_steps())
+        config.data.buckets = (common.bucket(5, 32, 32, batch=2),)
     return config.lock()

@@ -189,8 +189,7 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | None = N
     except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"config: these values make no model: {str(error).strip().splitlines()[0]}") from None
     released = None if weights is None else release.load(weights)
-    pieces = released.tokenizer if released else resources.files("tora_jax").joinpath("assets/tokenizer.model")
-    tokenizer = text.Tokenizer(pieces.read_bytes(), parts["tora"].stdit.get("caption_length", STDiT.caption_length))
+    tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), parts["tora"].stdit.get("caption_length", STDiT.caption_length))
     _check_fit(**parts, tokenizer=tokenizer)
     if released is None:
         # Run once, so fast to compile beats fast to run: half a minute less on a laptop.
@@ -201,6 +200,11 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | None = N
         params, origin = released.params, str(weights)
         _check_sizes(shapes, params, origin)
     return Models(**parts, params=params, tokenizer=tokenizer, origin=origin)
+
+
+def tokenizer_path(weights: str | Path | None) -> Path:
+    """The sentencepiece model of a release folder, or the one of the small model."""
+    return Path(str(resources.files("tora_jax").joinpath("assets") if weights is None else weights)) / "tokenizer.model"
 
 
 def _check_sizes(want: Mapping, got: Mapping, origin: str) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.metadata
 import json
 import os
 import platform
-import signal
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from tora_jax import chain, draw, generate, release, trajectory, video_io
+from tora_jax import chain, command, draw, generate, release, trajectory, video_io
 from tora_jax.configs import common
 from tora_jax.data import buckets
 from tora_jax.errors import UserError
@@ -37,65 +34,11 @@ the trajectories drawn over it (*_trajectory), the flow map that the model saw (
 
 def sample(argv: list[str] | None = None) -> None:
     """Runs the command and exits: 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
-    argv = sys.argv if argv is None else argv
-    name = Path(argv[0]).name
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def show_ours(message, category, *where, **to) -> None:
-            """Ours are for the user, in one line; those of libraries are for developers, who ask for them with -W."""
-            if category is UserWarning:
-                print(f"{name}: warning: {message}", file=sys.stderr)
-            else:
-                show(message, category, *where, **to)
-
-        warnings.showwarning = show_ours
-        try:
-            with _remembered_interrupts() as check_interrupt:
-                _sample(argv, check_interrupt)
-        except UserError as error:
-            message = str(error)
-        except OSError as error:
-            message = f"{error.filename or 'a file'}: {error.strerror or error}"
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            first = str(error).partition("\n")[0] or "out of memory"
-            message = f"the device gave up ({first}); a smaller size or fewer frames need less memory"
-        except KeyboardInterrupt:
-            print(f"\n{name}: stopped; nothing was written", file=sys.stderr, flush=True)
-            os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
-        else:
-            return
-    message = "".join(c if c.isprintable() else " " for c in message)
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def _remembered_interrupts() -> Iterator[Callable[[], None]]:
-    """Ctrl-C raises KeyboardInterrupt as always, and again from the function that this yields.
-
-    Python drops an exception raised inside a garbage-collection callback, and JAX has one: a Ctrl-C that falls
-    there would be lost.
-    """
-    seen = []
-
-    def remember(signal_number, frame):
-        seen.append(signal_number)
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if seen:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
+    command.run(_sample, sys.argv if argv is None else argv)
 
 
 def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
-    args = _parse(argv)
+    args = command.parse(argv, _define, USAGE, common.sampling())
     config = _config(args)
     settings = _settings(args, config.get("sampling", {}))
     sources = [] if args.no_trajectory else _trajectory_paths(settings["trajectory"])
@@ -105,7 +48,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         raise UserError("--image and --last_image name the same frame of a video of one frame; give one of them")
     given = [(0, args.image), (settings["num_frames"] - 1, args.last_image)]
     pictures = {frame: video_io.read_image(path) for frame, path in given if path}
-    _use_compilation_cache()
+    command.use_compilation_cache()
 
     seconds: dict[str, dict[str, float]] = {}
     with generate.timed(seconds, "load"):
@@ -141,39 +84,6 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # Flags and config
 # ----------------------------------------------------------------------------------------------------------
-
-
-def _parse(argv: list[str]) -> flags.FlagValues:
-    values = flags.FlagValues()
-    try:
-        _define(values, argv)
-        rest = values(argv)
-        config = values.config
-        config.keys()  # config_flags keeps what went wrong in a config file until it is used
-        if not isinstance(config, ConfigDict):
-            raise TypeError("get_config should return a ConfigDict")
-    except flags.Error as error:
-        raise UserError(_last_line(error)) from None
-    except Exception as error:  # a wrong name after --config., or whatever a config file of the user's own raises
-        file = next((arg for arg in argv if arg.startswith(("--config=", "-config="))), "--config")
-        message = "no such file" if isinstance(error, OSError) else _last_line(error)
-        if (field := message.strip("'\"")).isidentifier():  # what config_flags says of a field that is not there
-            close = difflib.get_close_matches(field, chain.field_names() | common.sampling().keys(), 1)
-            message = f"no field {field!r}" + (f'. Did you mean "{close[0]}"?' if close else "")
-        raise UserError(f"{file}: {message}") from None
-    if values.help:
-        print(USAGE + values.get_help(include_special_flags=False))
-        sys.exit(0)
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; flags start with --, see --help")
-    return values
-
-
-def _last_line(error: BaseException) -> str:
-    """What went wrong, of a message that may hold a whole traceback, or another message as Python quotes it."""
-    text = str(error.args[0] if error.args else type(error).__name__).replace("\\n", "\n").replace("\\'", "'")
-    lines = [line.strip().strip("'") for line in text.splitlines() if line.strip()]
-    return lines[-1].removeprefix("ValueError: ") if lines else type(error).__name__
 
 
 def _define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -215,7 +125,9 @@ def _config(args: flags.FlagValues) -> dict[str, Any]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{args.weights}: --config.NAME does not fit its config ({_last_line(error)})") from None
+            raise UserError(
+                f"{args.weights}: --config.NAME does not fit its config ({command.last_line(error)})"
+            ) from None
     return config.to_dict()
 
 
@@ -314,11 +226,3 @@ def _write(out: Path, result: generate.Result, tracks: np.ndarray | None, report
         for path, frames in videos.items():
             video_io.write_video(aside[path], frames, fps)
         aside[paths["report"]].write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs from run to run; JAX_COMPILATION_CACHE_DIR moves them."""
-    if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "tora_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

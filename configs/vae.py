@@ -1,0 +1,45 @@
+"""The video VAE, in three phases, each from the release folder of the one before.
+
+  python train.py --config configs/vae.py:phase=spatial --workdir runs/spatial --config.data.sources="('clips',)"
+  python train.py --config configs/vae.py:phase=causal --weights runs/spatial/release --workdir runs/causal ...
+  python train.py --config configs/vae.py:phase=joint --weights runs/causal/release --workdir runs/vae ...
+
+spatial: single frames through the spatial VAE. causal: the causal VAE learns to give back the spatial VAE's latents
+(the reference's identity loss). joint: both, on pixels.
+
+Arguments: `phase`; `small`: the small model's VAE; `runlocal`: that, for a few steps.
+"""
+
+from ml_collections import ConfigDict
+from tora_jax.configs import common
+
+PHASES = ("spatial", "causal", "joint")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = common.parse_arg(arg, phase="joint", small=False, runlocal=False)
+    if arg.phase not in PHASES:
+        raise ValueError(f"phase={arg.phase}: there are {', '.join(PHASES)}")
+    small = arg.small or arg.runlocal
+    config = ConfigDict(common.small() if small else common.opensora())
+    config.update(common.training())
+    config.job = "vae"
+    inside = {"spatial": r"vae/spatial_vae/.*", "causal": r"vae/temporal_vae/.*", "joint": r"vae/.*"}
+    config.train = (inside[arg.phase],)
+    config.loss = common.vae_loss(arg.phase)
+    frames = 1 if arg.phase == "spatial" else 17
+    config.steps, batch, config.data.crop = 100_000, 32, 256
+    config.data.buckets = (common.bucket(frames, 256, 256, batch=batch, fps=24.0),)
+    if small:
+        config.optim = common.quick(2e-3)
+        config.ema, config.eval_every = 0.99, 500
+        config.steps = {"spatial": 2000, "causal": 1500, "joint": 300}[arg.phase]
+        config.optim.lr = {"spatial": 2e-3, "causal": 2e-3, "joint": 5e-4}[arg.phase]
+        batch = {"spatial": 16, "causal": 8, "joint": 4}[arg.phase]
+        config.data.crop = 64
+        config.data.buckets = (common.bucket(frames, 128, 128, batch=batch),)
+    if arg.runlocal:
+        config.update(common.few_steps())
+        config.data.crop = 32
+        config.data.buckets = (common.bucket(min(frames, 5), 32, 32, batch=2),)
+    return config.lock()

@@ -1,0 +1,199 @@
+"""Trains one part of the chain: `python train.py --config configs/tora.py:stage=1 --weights DIR --workdir DIR`.
+
+The config names the job: "vae" (configs/vae.py), "motion_vae" or "tora". Each starts from a release folder, or from
+random weights, and ends with one, WORKDIR/release, for the next job and for `sample.py`.
+"""
+
+import signal
+
+# Until the libraries are loaded Ctrl-C just ends the process: raised inside their imports it would be a traceback.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import functools
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from tora_jax import chain, checkpoint, command, optim, release, sharding, training, video_io
+from tora_jax.configs import common
+from tora_jax.data import pipeline
+from tora_jax.errors import UserError
+from tora_jax.evals import heldout
+from tora_jax.models import video_vae
+
+USAGE = """Trains one part of the chain; configs/*.py have the launch lines.
+
+Writes into --workdir: checkpoints/, metrics.jsonl, TensorBoard scalars and samples, and at the end release/.
+"""
+
+
+def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    to = {"flag_values": values}
+    config_flags.DEFINE_config_file("config", None, "Config of a job, such as configs/vae.py.", sys_argv=argv, **to)
+    flags.DEFINE_boolean("help", False, "Shows this.", short_name="h", **to)
+    flags.DEFINE_string("workdir", None, "Where everything is written.", **to)
+    flags.DEFINE_string("weights", None, "Release folder to start from; none = random weights.", **to)
+    flags.DEFINE_boolean("quiet", False, "No progress bar.", **to)
+
+
+def main(argv: list[str], check_interrupt) -> None:
+    # ----- Flags and config -------------------------------------------------------------------------------------
+    args = command.parse(argv, define_flags, USAGE, common.training())
+    if args.workdir is None:
+        raise UserError("--workdir is missing; name a folder for checkpoints, metrics and the trained weights")
+    config = release.tuples(args.config.to_dict())
+    workdir = Path(args.workdir)
+    released = workdir / "release"
+    if released.exists():
+        raise UserError(f"{released}: exists, so this run is finished; choose another --workdir")
+    command.use_compilation_cache()
+    mesh = sharding.make_mesh(config["mesh"])
+
+    # ----- Models, and what of them trains ----------------------------------------------------------------------
+    models = chain.load(config, args.weights, config["seed"])
+    params = dict(models.params)
+    if config.get("from_video_vae"):
+        params["motion_vae"] = params["vae"]
+    if rank := config["lora"]["rank"]:
+        frozen, trained = params, lora.init(params, config["train"], rank, jax.random.key(config["seed"]))
+        combine = functools.partial(lora.merge, alpha=config["lora"]["alpha"])
+    else:
+        trained, frozen = optim.split(params, config["train"])
+        combine = optim.join
+    trained, frozen = (place(tree, mesh) for tree in (trained, frozen))
+    optimizer = optim.make(config["optim"], trained, config["steps"])
+    state = place(training.init_state(trained, optimizer), mesh)
+
+    # ----- Data -------------------------------------------------------------------------------------------------
+    vae = models.vae
+    open_split = functools.partial(
+        pipeline.batches,
+        seed=config["seed"],
+        tokenizer=models.tokenizer if config["job"] == "tora" else None,
+        latent_frames=lambda frames: video_vae.latent_frames(frames, vae.micro_frame_size, vae.time_factor),
+    )
+    data = config["data"]
+    batches = pipeline.Placed(open_split(data, data["split"]), mesh)
+
+    # ----- The step, and how its result is judged ---------------------------------------------------------------
+    parts = {part: getattr(models, part) for part in chain.PARTS}
+    loss = training.loss_of(config["job"], parts, config["loss"])
+    train_step = jax.jit(
+        training.make_train_step(
+            loss, optimizer, combine=combine, ema=config["ema"], accumulate=config["accumulate"]
+        ),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+    )
+    key = jax.random.key(config["seed"])
+    validation = {**data, "crop": 0, "workers": 0}
+    open_validation = functools.partial(open_split, validation, data["validation"], training=False)
+    judge = heldout.make(config, models, open_validation, mesh)
+
+    # ----- Resume -----------------------------------------------------------------------------------------------
+    manager = checkpoint.Manager(workdir / "checkpoints", config["keep"], best="objective")
+    if manager.steps() and not config["resume"]:
+        raise UserError(f"{workdir}: holds a run already; go on with it by --config.resume, or choose another folder")
+    if config["resume"] and (found := manager.restore(state)):
+        state = found.state
+        if found.data is not None:
+            batches.set_state(found.data)
+    start = int(state.step)
+    log = Log(workdir, start, config["steps"], args.quiet)
+
+    # ----- The loop ---------------------------------------------------------------------------------------------
+    with manager, log:
+        for step in range(start + 1, config["steps"] + 1):
+            state, metrics = train_step(state, frozen, next(batches), key)
+            log.add(step, metrics)
+            last = step == config["steps"] or manager.preempted(step)
+            if last or step % config["log_every"] == 0:
+                log.flush()
+            judged = {}
+            if step == config["steps"] or step % config["eval_every"] == 0:
+                judged = log.write(step, judge(combine(state.ema, frozen)))
+            # The checkpoint is written before the next batch is drawn, so that the data goes on exactly there.
+            if last or judged or step % config["save_every"] == 0:
+                log.flush()
+                manager.save(step, state, batches.get_state(), judged)
+            check_interrupt()
+            if last:
+                break
+    batches.close()
+    if step < config["steps"]:
+        print(f"stopped by a signal at step {step}; go on with --config.resume", file=sys.stderr)
+        return
+
+    # ----- The release folder -----------------------------------------------------------------------------------
+    params = jax.tree.map(np.asarray, combine(state.ema, frozen))
+    if config["job"] != "tora":
+        normalise = heldout.latent_statistics(config, models, open_validation, mesh)
+        params[config["job"]].update(normalise(params[config["job"]]))
+    launch = shlex.join(["python", *argv])
+    figures = json.dumps(judged, indent=2)
+    readme = f"Trained by\n\n    {launch}\n\nSeed {config['seed']}. On held-out clips:\n\n{figures}\n"
+    sections = {name: config[name] for name in (*chain.PARTS, "sampling")}
+    release.save(released, sections, params, chain.tokenizer_path(args.weights), readme)
+    print(f"wrote {released}")
+
+
+def place(tree, mesh):
+    return jax.device_put(tree, jax.tree.map(lambda leaf: sharding.sharding_by_size(mesh, leaf.shape), tree))
+
+
+class Log:
+    """metrics.jsonl with every step, TensorBoard, and a progress bar.
+
+    Values stay on the device until `flush`, so that steps are not waited for one by one.
+    """
+
+    def __init__(self, folder: Path, start: int, total: int, quiet: bool):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        with video_io.write_atomic(self._path) as aside:  # what came after the checkpoint comes again
+            aside.write_text("".join(kept))
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(folder), purge_step=start + 1)
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=quiet, mininterval=1)
+        self._waiting: list[tuple[int, dict]] = []
+
+    def add(self, step: int, metrics: dict) -> None:
+        self._waiting.append((step, metrics))
+
+    def flush(self) -> None:
+        for step, metrics in self._waiting:
+            values = self.write(step, jax.device_get(metrics))
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix({name: f"{values[name]:.4g}" for name in ("loss",)}, refresh=False)
+        self._waiting.clear()
+        self._file.flush()
+
+    def write(self, step: int, values: dict) -> dict[str, float]:
+        values = {name: float(value) for name, value in values.items()}
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        return values
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.flush()
+        self._file.close()
+        self._board.close()
+        self._bar.close()
+
+
+if __name__ == "__main__":
+    command.run(main, sys.argv)
