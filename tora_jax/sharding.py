@@ -1,9 +1,18 @@
-"""Meshes, and where the parts of an array lie on them."""
+"""Meshes, and where the parts of an array lie on them.
+
+Axes have logical names. Models name those of their activations (`flax.linen.with_logical_constraint`), PARAMS those of
+the parameters, and only here do the rules of a config turn names into axes of the mesh.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -11,6 +20,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tora_jax.errors import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
+
+# Logical name -> axes of the mesh, as a config may have it.
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("time", "seq"),  # spatial blocks hold whole frames
+    ("space", "seq"),  # temporal blocks hold whole tracks
+    ("embed", "fsdp"),
+    ("hidden", "tensor"),
+)
+
+# Path of a parameter -> logical names of its last axes, the first that fits; None = `sharding_by_size`. What none fits
+# (biases, norms, tables) is small, and whole on every device. The axes before are stacked blocks and taps of kernels.
+PARAMS = (
+    (r"tora/.*/(proj|fc2|linear)/kernel", ("hidden", "embed")),
+    (r"tora/.*/kernel", ("embed", "hidden")),
+    (r".*/(kernel|embedding)", None),
+)
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
@@ -50,3 +77,56 @@ def sharding_by_size(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
         if size > 1 and free:
             axes[max(free, key=lambda i: shape[i])] = name
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def param_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shardings of parameters, and of whatever has leaves by the same paths: optimizer's state, moving averages.
+
+    An axis that its part of the mesh does not divide is not sharded.
+
+    Args:
+      tree: of arrays or shapes; nested dicts and flat ones of paths joined by "/", in any other containers.
+    """
+
+    def place(keys: tuple, leaf: Any) -> NamedSharding:
+        path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+        for pattern, names in PARAMS:
+            if re.search(f"(^|/){pattern}$", path):
+                if names is None:
+                    return sharding_by_size(mesh, leaf.shape)
+                names = (None,) * (len(leaf.shape) - len(names)) + names
+                spec = nn.logical_to_mesh_axes(names, rules)
+                whole = [length % _size(mesh, axes) for length, axes in zip(leaf.shape, spec, strict=True)]
+                return NamedSharding(mesh, PartitionSpec(*(None if rest else a for a, rest in zip(spec, whole))))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
+
+
+def batch_sharding(mesh: Mesh, rules: Rules, size: int) -> NamedSharding:
+    """Of arrays whose first axis is a batch of `size` samples (over all processes).
+
+    Raises:
+      UserError: when the mesh does not divide the batch.
+    """
+    spec = nn.logical_to_mesh_axes(("batch",), rules)
+    if size % (parts := _size(mesh, spec[0])):
+        raise UserError(
+            f"a batch of {size} does not divide over {parts} parts of the mesh ({spec[0]}); "
+            f"make it a multiple of {parts}, or those axes of the mesh smaller (seq and tensor need no larger batch)"
+        )
+    return NamedSharding(mesh, spec)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Inside, the logical names of activations mean axes of the mesh; outside they mean nothing.
+
+    To be held around calls of compiled functions: JAX keeps apart what it has traced for different meshes.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield

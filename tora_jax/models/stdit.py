@@ -19,6 +19,10 @@ from tora_jax.models.motion_fuser import MotionFuser
 
 ZEROS = nn.initializers.zeros
 
+# Logical axes (see sharding.py) of tokens [b, t, s, c].
+FRAMES = ("batch", "time", None, None)
+TRACKS = ("batch", None, "space", None)
+
 
 class Size(NamedTuple):
     """What a `variant` string stands for."""
@@ -77,6 +81,8 @@ class STDiTBlock(nn.Module):
           modulation: from the timestep; one row for all frames, or one for each where frames are conditioned.
         """
         b, t, s, c = x.shape
+        # On a mesh, spatial blocks hold whole frames and temporal blocks whole tracks; the switch is one all-to-all.
+        x = nn.with_logical_constraint(x, TRACKS if self.temporal else FRAMES)
         # Temporal blocks start as the identity: the reference starts from an image model (initialize_weights).
         out_init = ZEROS if self.temporal else None
         table = self.param("scale_shift_table", nn.initializers.normal(c**-0.5), (6, c))
@@ -247,7 +253,7 @@ class STDiT(nn.Module):
         x = layers.dense(c, dtype=self.dtype, name="patch_embedder")(x)
         x = einops.rearrange(x, "b t h w c -> b t (h w) c")
         positions = layers.position_embedding(grid, c, height, width, self.base_resolution)
-        x = x + positions[:, None].astype(x.dtype)
+        x = nn.with_logical_constraint(x + positions[:, None].astype(x.dtype), FRAMES)
 
         blocks = nn.scan(
             layers.remat(BlockPair, self.remat),
