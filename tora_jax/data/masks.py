@@ -43,12 +43,12 @@ def draw(rng: np.random.Generator, shares: Mapping[str, float], frames: int) -> 
 def mask(rng: np.random.Generator, name: str, frames: int) -> Bool[np.ndarray, " frames"]:
     """A mask over latent frames: False = given, True = generate.
 
-    "none": all are generated. "random": each is given with a probability that is itself drawn from 0.1..0.9, but
-    never all. "interpolate": every second one is given, from the first or the second on. "image_...": one is given
+    "none": all are generated. "random": each is given with a probability that is itself drawn from 0.1..0.9.
+    "interpolate": every second one is given, from the first or the second on. "image_...": one is given
     ("image_head_tail": two), "quarter_...": 1 to a quarter of all in one piece (at least 1), somewhere ("random"),
     at the start ("head"), at the end ("tail") or at both.
 
-    Of a clip with one latent frame, nothing is given.
+    Of a clip with one latent frame, nothing is given; of others, never all: the last one is left then.
 
     Source: Open-Sora v1.2, opensora/utils/train_utils.py, MaskGenerator (its "identity" is "none", its
     "intepolate" is "interpolate"; fewer than four frames, where its quarter is empty and it fails, have a
@@ -61,7 +61,6 @@ def mask(rng: np.random.Generator, name: str, frames: int) -> Bool[np.ndarray, "
         return generate
     if name == "random":
         generate = rng.random(frames) > rng.uniform(0.1, 0.9)
-        generate[-1] |= not generate.any()
     elif name == "interpolate":
         generate[rng.integers(2) :: 2] = False
     else:
@@ -74,4 +73,5 @@ def mask(rng: np.random.Generator, name: str, frames: int) -> Bool[np.ndarray, "
             generate[:count] = False
         if "tail" in place:
             generate[-count:] = False
+    generate[-1] |= not generate.any()
     return generate

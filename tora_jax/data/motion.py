@@ -18,6 +18,7 @@ Labels = UInt8[np.ndarray, "t h w"]
 Flow = Float[np.ndarray, "t h w 2"]
 Tracks = Float[np.ndarray, "n t 2"]
 Visible = Bool[np.ndarray, "n t"]
+Chosen = tuple[Float[np.ndarray, "m t 2"], Bool[np.ndarray, "m t"]]
 
 
 def dense_flow(video: Video, labels: Labels | None = None, tracks: Tracks | None = None) -> Flow:
@@ -35,7 +36,7 @@ def dense_flow(video: Video, labels: Labels | None = None, tracks: Tracks | None
     return maps
 
 
-def choose_tracks(rng: np.random.Generator, tracks: Tracks, visible: Visible, most: int) -> tuple[Tracks, Visible]:
+def choose_tracks(rng: np.random.Generator, tracks: Tracks, visible: Visible, most: int) -> Chosen:
     """1 to `most` of those tracks that are seen moving; all of them, if there are fewer, and none if there is none."""
     moves = (np.abs(np.diff(tracks, axis=1)).max(-1) > 0) & visible[:, 1:] & visible[:, :-1]
     seen = np.flatnonzero(moves.any(-1))
@@ -43,9 +44,7 @@ def choose_tracks(rng: np.random.Generator, tracks: Tracks, visible: Visible, mo
     return tracks[chosen], visible[chosen]
 
 
-def draw_tracks(
-    rng: np.random.Generator, maps: Flow, most: int, labels: Labels | None = None
-) -> tuple[Tracks, Visible]:
+def draw_tracks(rng: np.random.Generator, maps: Flow, most: int, labels: Labels | None = None) -> Chosen:
     """1 to `most` tracks that follow the flow, from points of the first frame.
 
     The points are drawn from a grid, with a probability proportional to the length of the path that starts

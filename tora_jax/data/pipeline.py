@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -91,7 +91,7 @@ def batches(
             clips = clips.shuffle(seed=seed).repeat()
         # Batches of one process, of which each process takes every count-th: the samples of batch k are the same
         # for any number of processes.
-        local = clips.random_map(load, seed=seed).batch(bucket["batch"] // count, batch_fn=_stack)
+        local = clips.random_map(load, seed=seed).batch(bucket["batch"] // count, drop_remainder=True, batch_fn=_stack)
         parts.append(local[: len(clips) // bucket["batch"] * count][index::count])
     if not all(map(len, parts)):
         raise UserError(f"split {split!r} has too few clips for a batch of each bucket; make the batches smaller")
@@ -135,7 +135,7 @@ class Batches(grain.DatasetIterator):
             self._batches = iterate(self._dataset[self._next :], self._workers, self._prefetch)
             self._batches.start_prefetch()
 
-    def _note(self, damaged: Sequence[tuple[str, str]]) -> None:
+    def _note(self, damaged: Iterable[tuple[str, str]]) -> None:
         for name, reason in damaged:
             if name not in self.damaged:
                 self.damaged[name] = reason
@@ -194,11 +194,15 @@ def shard_of(mesh: Mesh) -> tuple[int, int]:
     Raises:
       UserError: the mesh gives processes uneven parts.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    owner = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(ways, -1)
-    mine = np.flatnonzero((owner == jax.process_index()).any(1))
+    owner = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return _share(owner.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1), jax.process_index())
+
+
+def _share(owner: Int[np.ndarray, "ways others"], process: int) -> tuple[int, int]:
+    """`shard_of` for the process of each device, a row for each part of the batch."""
+    ways, mine = len(owner), np.flatnonzero((owner == process).any(1))
     if not len(mine) or ways % len(mine) or mine[0] % len(mine) or np.ptp(mine) != len(mine) - 1:
-        raise UserError(f"mesh {dict(mesh.shape)}: its processes hold uneven parts of a batch; change data and fsdp")
+        raise UserError(f"process {process} of the mesh holds an uneven part of a batch; change data and fsdp")
     return int(mine[0]) // len(mine), ways // len(mine)
 
 
@@ -260,7 +264,7 @@ class Opened:
       damaged: name of each damaged record -> what is wrong with it.
 
     Raises:
-      UserError: a source is missing or empty, or an option is none of those of `batches`.
+      UserError: a source is missing, empty or unreadable, or an option is none of those of `batches`.
     """
 
     def __init__(self, config: Mapping[str, Any], split: str):
@@ -285,6 +289,9 @@ class Opened:
             )
         self.infos, damaged = sources.scan(self.source)
         self.damaged = {self.source.name(index): reason for index, reason in damaged.items()}
+        if len(damaged) == len(self.source):
+            name, reason = next(iter(self.damaged.items()))
+            raise UserError(f"{name}: damaged ({reason}), and so are all others of the split")
 
     def loader(
         self,
@@ -307,8 +314,8 @@ class Opened:
             raise UserError(f"data.crop is {crop}, more than a side of the bucket {_size(bucket)}")
         sizes = self.infos[:, :3]
         fits = sizes == size if self.source.made else sizes >= size
-        fitting = np.flatnonzero(fits.all(1))
-        if not len(fitting):
+        fitting = np.flatnonzero(fits.all(1)).tolist()
+        if not fitting:
             largest = "x".join(f"{side:g}" for side in sizes.max(0))
             raise UserError(
                 f"bucket {_size(bucket)} (frames x height x width): no clip fits; the longest, the highest and the "
@@ -325,9 +332,9 @@ def _size(bucket: Mapping[str, Any]) -> str:
 class Loader:
     """Number of a record -> the clip, ready for a batch. Runs in threads and in worker processes; see `Opened`."""
 
-    source: sources.Source
+    source: sources.Joined
     infos: Float[np.ndarray, "n 4"]
-    fitting: Int[np.ndarray, " m"]
+    fitting: Sequence[int]
     bucket: Mapping[str, Any]
     config: Mapping[str, Any]
     tokenizer: text.Tokenizer | None
@@ -392,7 +399,7 @@ class Loader:
         scaled_height, scaled_width, top, left = video_io.cover(*original.shape[1:3], height, width)
         if crop := config["crop"]:
             spare = (height - crop, width - crop)
-            down, right = rng.integers(np.add(spare, 1)) if self.training else np.floor_divide(spare, 2)
+            down, right = (int(rng.integers(n + 1)) if self.training else n // 2 for n in spare)
             video = video[:, down : down + crop, right : right + crop]
             top, left, height, width = top + down, left + right, crop, crop
         clip = {"video": video, "fps": np.float32(rate / step)}

@@ -35,7 +35,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from flax import linen as nn
 from flax import traverse_util
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 from tqdm import tqdm
 
 from tora_jax import chain, video_io
@@ -175,7 +175,7 @@ def precompute(
     if opened.source.made:
         raise UserError(f"{source}: is precomputed already; give the folder that it was made from")
     load = opened.loader(bucket, models.tokenizer, training=False, latent_frames=1, draws=options.variants)
-    shards = np.split(load.fitting, range(SHARD, len(load.fitting), SHARD))
+    shards = _parts(load.fitting, SHARD)
     name = split.partition("[")[0]
     paths = [aside / f"clips-{name}.array_record-{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
     features = _features(options)
@@ -203,8 +203,8 @@ def precompute(
     return out
 
 
-def _parts(indices: Int[np.ndarray, " n"], batch: int) -> list[Int[np.ndarray, " m"]]:
-    return np.split(indices, range(batch, len(indices), batch))
+def _parts(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +215,7 @@ class _Draw:
     seed: int
     batch: int
 
-    def __call__(self, indices: Int[np.ndarray, " m"]) -> dict[str, Any]:
+    def __call__(self, indices: Sequence[int]) -> dict[str, Any]:
         records, clips, good, damaged = [], [], [], []
         for index in indices:
             try:
@@ -238,7 +238,7 @@ def _encoded(
     models: chain.Models,
     load: pipeline.Loader,
     options: Options,
-    todo: Sequence[tuple[int, Int[np.ndarray, " m"]]],
+    todo: Sequence[tuple[int, Sequence[int]]],
     batch: int,
     workers: int,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:

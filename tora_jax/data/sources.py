@@ -1,7 +1,15 @@
 """Where clips come from: TFDS folders in ArrayRecord (no TensorFlow), plain folders of videos, precomputed sets.
 
-A record is a dict. Of a clip: `video` (bytes or a path), `caption`, and where they are known `fps`, `tracks`,
-`visible`, `labels`, see `sprites`. Of a precomputed set: what `precompute` writes.
+A source gives records by number, to threads and, pickled, to other processes. A record is a dict. Of a clip: `video`
+(bytes or a path), `caption`, and where they are known `fps`, `tracks`, `visible`, `labels`, see `sprites`; labels
+promise that the objects only translate. Of a precomputed set: what `precompute` writes.
+
+All sources have
+  made: what a precomputed set was made with; None of clips.
+  source[index]: a record.
+  info(index): length, size and rate of a clip.
+  name(index): of a record, for people.
+The second and the third raise UserError where a record is damaged.
 """
 
 from __future__ import annotations
@@ -10,7 +18,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -21,30 +29,6 @@ from tora_jax.errors import UserError
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 SCAN_THREADS = 8
 MADE = "precompute.json"  # lies in a precomputed set: what it was made with
-
-
-class Source(Protocol):
-    """Records by number. They are read in threads and, pickled, in other processes.
-
-    Attributes:
-      made: of a precomputed set: what it was made with.
-    """
-
-    made: dict[str, Any] | None
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises UserError where the record is damaged."""
-        ...
-
-    def info(self, index: int) -> video_io.VideoInfo:
-        """Size, length and rate of a clip; the same."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Of a record, for people: its file, or its number in one."""
-        ...
 
 
 class Records:
@@ -61,11 +45,13 @@ class Records:
         try:
             builder = tfds.builder_from_directory(folder)
             self.made = json.loads((folder / MADE).read_text()) if (folder / MADE).is_file() else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: is no data set that can be read ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # TFDS and protobuf have many kinds for broken metadata
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{folder}: is no data set that can be read ({reason})") from error
         if split.split("[")[0] not in builder.info.splits:
             raise UserError(f"{folder}: has no split {split!r}; there are {', '.join(builder.info.splits)}")
-        self._records = builder.as_data_source(split)
+        # TFDS cannot open a split without records.
+        self._records = builder.as_data_source(split) if builder.info.splits[split].num_examples else ()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -135,7 +121,7 @@ class Joined:
       UserError: some are precomputed and some are not, or they were made in different ways.
     """
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[Records | VideoFolder]):
         self.sources = tuple(sources)
         self.made = sources[0].made
         for source in sources[1:]:
@@ -146,7 +132,7 @@ class Joined:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _place(self, index: int) -> tuple[Source, int]:
+    def _place(self, index: int) -> tuple[Records | VideoFolder, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self.sources[which], index - int(self._ends[which]) + len(self.sources[which])
 
@@ -163,7 +149,7 @@ class Joined:
         return source.name(place)
 
 
-def open_folder(folder: str | Path, split: str) -> Source:
+def open_folder(folder: str | Path, split: str) -> Records | VideoFolder:
     """A folder as a source, by what lies in it.
 
     Args:
@@ -184,7 +170,7 @@ def open_folder(folder: str | Path, split: str) -> Source:
     return VideoFolder(folder, split)
 
 
-def scan(source: Source) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
+def scan(source: Records | VideoFolder | Joined) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
     """`video_io.VideoInfo` of each clip, zeros where it cannot be read; and of those, why."""
 
     def one(index: int) -> video_io.VideoInfo | UserError:
