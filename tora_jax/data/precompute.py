@@ -35,7 +35,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from flax import linen as nn
 from flax import traverse_util
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 from tqdm import tqdm
 
 from tora_jax import chain, video_io
@@ -78,7 +78,7 @@ class Options:
 
 
 def posterior(
-    vae: nn.Module, params: Any, video: UInt8[Array, "b t h w 3"], keys: PRNGKeyArray
+    vae: nn.Module, params: Any, video: UInt8[Array, "b t h w 3"], keys: Key[Array, "b"]
 ) -> tuple[Float[Array, "b t4 h8 w8 c"], Float[Array, "b t4 h8 w8 c"]]:
     """Mean and standard deviation, float16, of the normalised latents that `VideoVAE.encode` draws.
 
@@ -231,7 +231,7 @@ class _Draw:
             good.append(index)
         fill = self.batch - len(clips) if clips else 0
         arrays = {name: np.stack([clip[name] for clip in clips + clips[-1:] * fill]) for name in (clips or [{}])[0]}
-        return {"records": records, "arrays": arrays, "indices": np.array(good + good[-1:] * fill), "damaged": damaged}
+        return {"records": records, "arrays": arrays, "indices": good + good[-1:] * fill, "damaged": damaged}
 
 
 def _encoded(
