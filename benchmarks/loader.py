@@ -1,0 +1,82 @@
+"""How fast the input pipeline is: clips per second, decoded, scaled, with motion maps, tokens and masks.
+
+  python -m benchmarks.loader --source DIR --num_frames 17 --height 128 --width 128 --motion sparse --workers 0 1 2
+
+Prints one JSON line: for each number of worker processes the median of the repeats, after a warm-up that fills what
+is made ahead. Nothing else uses the machine meanwhile: a trainer leaves less to the loader.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from importlib import resources
+
+from tora_jax import text
+from tora_jax.data import motion, pipeline
+
+
+def clips_per_second(config: dict, args: argparse.Namespace, tokenizer: text.Tokenizer) -> list[float]:
+    iterator = pipeline.batches(config, args.split, seed=0, tokenizer=tokenizer, shard=(0, 1))
+    try:
+        for _ in range(config["prefetch"] * max(config["workers"], 1) + 2):
+            next(iterator)
+        rates = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            for _ in range(args.batches):
+                next(iterator)
+            rates.append(args.batches * args.batch / (time.perf_counter() - start))
+        return rates
+    finally:
+        iterator.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--num_frames", type=int, default=17)
+    parser.add_argument("--height", type=int, default=128)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--motion", choices=motion.KINDS, default="sparse")
+    parser.add_argument("--tracks", choices=motion.ORIGINS, default="given")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batches", type=int, default=20, help="in one repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    tokenizer = text.Tokenizer(resources.files("tora_jax").joinpath("assets/tokenizer.model").read_bytes(), 48)
+    size = {"frames": args.num_frames, "height": args.height, "width": args.width}
+    rates = {}
+    for workers in args.workers:
+        config = {
+            "sources": (args.source,),
+            "buckets": ({**size, "fps": 0.0, "batch": args.batch, "weight": 1.0},),
+            "motion": args.motion,
+            "tracks": args.tracks,
+            "max_tracks": 16,
+            "crop": 0,
+            "frame_masks": {"random": 0.1, "image_head": 0.2},
+            "workers": workers,
+            "prefetch": 2,
+            "damaged_share": 0.01,
+        }
+        rates[workers] = clips_per_second(config, args, tokenizer)
+    figures = {
+        "clips_per_second": {workers: round(statistics.median(found), 1) for workers, found in rates.items()},
+        "slowest": {workers: round(min(found), 1) for workers, found in rates.items()},
+        "fastest": {workers: round(max(found), 1) for workers, found in rates.items()},
+        **size,
+        "motion": args.motion,
+        "tracks": args.tracks,
+        "batch": args.batch,
+        "repeats": args.repeats,
+        "cores": os.cpu_count(),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
