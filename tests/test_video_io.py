@@ -318,3 +318,66 @@ def test_resize_crop_is_antialiased_and_leaves_a_fitting_video_alone():
 @pytest.mark.parametrize("size", [(33, 77), (77, 33), (64, 96), (1, 1), (130, 200)])
 def test_resize_crop_gives_the_size_asked_for(size):
     assert video_io.resize_crop(clip(2), *size).shape == (2, *size, 3)
+
+
+# ---------------------------------------------------------------- videos in memory, and parts of them
+
+
+def test_bytes_are_read_like_files(tmp_path):
+    path = tmp_path / "clip.mp4"
+    video_io.write_video(path, clip(), 8)
+    frames, fps = video_io.read_video(path.read_bytes())
+    np.testing.assert_array_equal(frames, video_io.read_video(path)[0])
+    assert fps == 8
+    assert video_io.probe(path) == video_io.probe(path.read_bytes()) == (12, 64, 96, 8.0)
+    with pytest.raises(UserError, match="video: cannot be decoded as a video"):
+        video_io.read_video(b"no video")
+    for read in (video_io.read_video, video_io.probe):
+        with pytest.raises(UserError, match="no such video file"):
+            read(tmp_path / "missing.mp4")
+
+
+@pytest.mark.parametrize("only", [range(12), range(3, 4), range(2, 12, 3), range(0, 5)])
+def test_wanted_frames(tmp_path, only):
+    path = tmp_path / "clip.mp4"
+    video_io.write_video(path, clip(), 8)
+    np.testing.assert_array_equal(video_io.read_video(path, only=only)[0], video_io.read_video(path)[0][only])
+
+
+def test_strict_reading_raises_where_the_other_warns(tmp_path):
+    path = tmp_path / "a.mp4"
+    video_io.write_video(path, clip(), 24)
+    content = path.read_bytes()[: packet_ends(path)[-3]]
+    with pytest.warns(UserWarning, match="of 12 frames decoded"):
+        video_io.read_video(content)
+    with pytest.raises(UserError, match="of 12 frames decoded"):
+        video_io.read_video(content, strict=True)
+    video_io.read_video(content, only=range(5), strict=True)  # these are there
+    assert video_io.probe(content).frames == 12  # by its own word
+
+
+def test_probe_counts_the_frames_that_no_header_counts(tmp_path):
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in clip():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    assert video_io.probe(path) == (12, 64, 96, 8.0)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 32), (20, 80), (128, 100)])
+def test_cover_says_where_pixels_go(size):
+    """A bright spot is found where `cover` puts it."""
+    frames = np.zeros((1, 64, 96, 3), np.uint8)
+    frames[0, 30:34, 46:50] = 255
+    height, width, top, left = video_io.cover(64, 96, *size)
+    assert height >= size[0]
+    assert width >= size[1]
+    seen = video_io.resize_crop(frames, *size)[0, ..., 0].astype(float)
+    y, x = (np.average(np.arange(n) + 0.5, weights=seen.sum(1 - axis)) for axis, n in enumerate(size))
+    assert abs(y - (32 * height / 64 - top)) < 0.3
+    assert abs(x - (48 * width / 96 - left)) < 0.3
