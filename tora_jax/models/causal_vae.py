@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tora_jax.models.layers import Dtype, group_norm, split_moments
+from tora_jax.models.layers import Dtype, conv3d, group_norm, split_moments
 
 EPS = 1e-5
 
@@ -42,6 +42,7 @@ class CausalConv(nn.Module):
             padding=((self.kernel - self.time_stride, 0), space, space),
             use_bias=self.use_bias,
             dtype=self.dtype,
+            conv_general_dilated=conv3d,
             name="conv",
         )(x)
 

@@ -51,6 +51,39 @@ def group_norm(groups: int, eps: float, *, name: str, per_frame: bool = False) -
     return nn.GroupNorm(groups, epsilon=eps, dtype=jnp.float32, reduction_axes=axes, use_fast_variance=False, name=name)
 
 
+def conv3d(x: Array, kernel: Array, strides, padding, *, precision, **_) -> Array:
+    """A convolution over (time, height, width), for `nn.Conv(conv_general_dilated=conv3d)`.
+
+    The frames under the kernel become channels, and one convolution over images does the rest: XLA's CPU backend is
+    slow at three dimensions and far slower at their gradients, and other backends lose nothing by two.
+    """
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:3], strides, padding)
+    batch = len(x)
+    x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
+    last = x.shape[1] - kernel.shape[0]
+    x = jnp.concatenate([x[:, i : i + last + 1 : strides[0]] for i in range(kernel.shape[0])], axis=-1)
+    x = einops.rearrange(x, "b t h w c -> (b t) h w c")
+    kernel = einops.rearrange(kernel, "k p q c d -> p q (k c) d")
+    if kernel.shape[:2] == (1, 1) and tuple(strides[1:]) == (1, 1):
+        x = jnp.matmul(x, kernel[0, 0], precision=precision)
+    else:
+        axes = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(
+            x, kernel, strides[1:], padding[1:], dimension_numbers=axes, precision=precision
+        )
+    return einops.rearrange(x, "(b t) h w c -> b t h w c", b=batch)
+
+
+def unroll(depth: int) -> int:
+    """Layers that a step of a loop over `depth` layers holds: all, where they are few.
+
+    XLA's CPU backend runs convolutions inside a loop on one slow path, so that small models want none; large ones
+    want the loop, which compiles in the time of one layer.
+    """
+    return depth if depth <= 8 else 1
+
+
 def split_moments(x: Float[Array, "*l _"]) -> tuple[Float[Array, "*l c"], Float[Array, "*l c"]]:
     """The two channel halves of an encoder's output, in float32: mean, log-variance clipped to -30..20."""
     mean, logvar = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -261,6 +261,7 @@ class STDiT(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=size.depth,
+            unroll=layers.unroll(size.depth),
         )(size.num_heads, self.qk_norm, self.fuser, self.placement, self.dtype, name="blocks")
         x, _ = blocks(x, features, has_motion, text, text_mask, modulation)
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tora_jax.models.layers import Dtype, layer_norm, patchify
+from tora_jax.models.layers import Dtype, conv3d, layer_norm, patchify, unroll
 
 
 class ExtractorBlock(nn.Module):
@@ -31,6 +31,7 @@ class ExtractorBlock(nn.Module):
                 (1, 3, 3),
                 kernel_init=nn.initializers.kaiming_normal(),
                 dtype=self.dtype,
+                conv_general_dilated=conv3d,
                 name=name,
             )
             x = conv(x)
@@ -65,8 +66,15 @@ class TrajectoryExtractor(nn.Module):
             (1, 3, 3),
             kernel_init=nn.initializers.kaiming_normal(),
             dtype=self.dtype,
+            conv_general_dilated=conv3d,
             name="conv_in",
         )(x)
-        blocks = nn.scan(ExtractorBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
+        blocks = nn.scan(
+            ExtractorBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            unroll=unroll(self.depth),
+        )
         _, maps = blocks(self.dtype, name="blocks")(x, None)
         return maps

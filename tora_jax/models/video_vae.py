@@ -204,6 +204,8 @@ class VideoVAE(nn.Module):
 
 def _scan_time(run: Callable, module: nn.Module, x: Float[Array, "b t h w c"], count: int):
     """run(module, part) on `count` equal parts of x's frames, one after the other, compiled once."""
+    if count == 1:  # XLA's CPU backend runs the convolutions inside a loop many times slower
+        return run(module, x)
     parts = einops.rearrange(x, "b (n t) h w c -> n b t h w c", n=count)
     scan = nn.scan(
         lambda module, carry, part: (carry, run(module, part)),
