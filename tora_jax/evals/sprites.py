@@ -24,7 +24,7 @@ SMALLEST = 0.03  # of the frame's width: the side of the smallest object's area
 REACH = 0.07  # of the frame's width: how far around a path the object on it is looked for (a deviation)
 WINDOW, CELLS = 0.36, 64  # side of the window around an object, as a share of the frame's width, and in cells
 WIDTHS = np.geomspace(0.08, 0.29, 20)  # of the shapes that a mask is compared with
-SOFTNESS = 2.0  # cells: a deviation, of the blur of a mask
+SOFTNESS = 1.5  # cells: a deviation, of the blur of a mask
 
 
 def centroid(

@@ -48,13 +48,7 @@ def traj_error(given: Tracks, tracked: Tracks, visible: Visible, size: tuple[int
       endpoint: the mean distance in the last frame.
       within_1, within_2, within_4, within_8: the share of points at most so many pixels away.
       visible: the share of visible points.
-
-    Raises:
-      UserError: the shapes do not fit together, or there is no point.
     """
-    if given.shape != tracked.shape or given.shape[:2] != visible.shape or not given.size:
-        shapes = f"{given.shape}, {tracked.shape} and {visible.shape}"
-        raise UserError(f"given tracks, found ones and their visibility have shapes {shapes}; they cannot be compared")
     off = np.abs(tracked.astype(np.float64) - given) * size
     l1, distance = off.sum(-1), np.linalg.norm(off, axis=-1)
     return {
@@ -74,14 +68,15 @@ def traj_error(given: Tracks, tracked: Tracks, visible: Visible, size: tuple[int
 SIDES = (256, 512)  # the shorter side is brought into this range of pixels
 OBJECT = 0.125  # what belongs to a point lies at most so far from it
 NEAR = 0.08  # and something that moves belongs to it from here: a ring is around its own centre
-SPOT = 0.03  # where nothing moves, this much around the point belongs to it
+SPOT = 0.03  # so much around the nearest part of it tells its colour
 MARGIN = 0.02  # of a window around the object
 SEARCH, GROWTH = 0.15, 0.03  # how far a point may go in a frame; what each frame without it adds, up to FRAMES of them
 FRAMES = 5
 CHANGED = 24  # of 255: a pixel that differs so much from the still picture moves
 CORRELATION = 0.5  # with what is looked for, at least
 RETURN = 1.0  # pixels at which the way forward and back must meet
-ONE_COLOUR = 0.08  # largest difference of the shares of red, green and blue within an object
+MOST = 0.25  # of the picture: if more of it moves, the camera does
+ONE_COLOUR, SHADE = 0.08, 0.6  # within an object: of the shares of red, green and blue; of the light's logarithm
 FEW = 0.01  # a colour with a smaller share of the object says little
 BINS = 16  # of a colour histogram, along each channel
 
@@ -136,21 +131,24 @@ def _track_object(video: Video, background: UInt8[np.ndarray, "h w 3"], point: F
 
 
 def _object_mask(frame: UInt8[np.ndarray, "h w 3"], background: UInt8[np.ndarray, "h w 3"], pixel) -> np.ndarray:
-    """The pixels of a frame that belong to the object at a pixel: what moves there in one colour, or else a spot."""
+    """The pixels of a frame that belong to the object at a pixel: one piece of one colour, where something moves."""
     height, width = frame.shape[:2]
     y, x = np.mgrid[:height, :width]
     distance = np.hypot(x - pixel[0], y - pixel[1]) / min(height, width)
-    moves = cv2.absdiff(frame, background).max(-1) > CHANGED
-    nearest = np.where(moves, distance, np.inf).argmin()
-    if moves.mean() > 0.5 or not moves.flat[nearest] or distance.flat[nearest] > NEAR:  # the camera moves, or nothing
-        return distance <= max(SPOT, distance.min())
-    # Another object may touch this one; shading does not change the shares of red, green and blue.
-    shares = frame / (frame.sum(-1, keepdims=True) + 1.0)
-    colour = np.median(shares[moves & (distance <= distance.flat[nearest] + SPOT)], axis=0)
-    moves &= (np.abs(shares - colour).max(-1) < ONE_COLOUR) & (distance <= OBJECT)
-    nearest = np.where(moves, distance, np.inf).argmin()
-    _, parts = cv2.connectedComponents(moves.astype(np.uint8))
-    return parts == parts.flat[nearest]
+    ours = cv2.absdiff(frame, background).max(-1) > CHANGED
+    if ours.mean() > MOST or not (ours & (distance <= NEAR)).any():  # the camera moves, or nothing
+        ours[:] = True
+    # The shares of red, green and blue are the same in light and shade.
+    light = frame.sum(-1) + 1.0
+    shares = frame / light[..., None]
+    spot = ours & (distance <= distance[ours].min() + SPOT)
+    ours &= np.abs(shares - np.median(shares[spot], axis=0)).max(-1) < ONE_COLOUR
+    ours &= np.abs(np.log(light / np.median(light[spot]))) < SHADE
+    ours &= distance <= OBJECT
+    if not ours.any():  # two colours meet there
+        return spot
+    _, parts = cv2.connectedComponents(ours.astype(np.uint8))
+    return parts == parts.flat[np.where(ours, distance, np.inf).argmin()]
 
 
 def _only_the_object(video: Video, background: UInt8[np.ndarray, "h w 3"], mask: np.ndarray) -> list[np.ndarray]:
