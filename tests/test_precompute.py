@@ -269,16 +269,20 @@ def test_the_command_survives_a_kill(tiny_release, tiny_models, folder, tmp_path
 
 
 def test_damaged_clips_are_left_out(tiny_models, tmp_path):
-    broken = records.clips(8)
-    broken[2]["video"] = b"no video"
-    broken[4]["tracks"] = broken[4]["tracks"][:, :3]
+    """Even where they fill a whole shard (of three)."""
+    broken = records.clips(9)
+    broken[1]["video"] = b"no video"
+    for record in broken[4:7]:
+        record["tracks"] = record["tracks"][:, :3]
     folder = records.write(tmp_path / "tiny", {"train": broken})
-    options = dataclasses.replace(OPTIONS, damaged_share=0.25)
-    with pytest.warns(UserWarning, match="record 4: damaged and left out"):
-        out = run(tiny_models, folder, tmp_path / "cached", options)
-    assert [record["caption"] for record in read(out)] == [broken[i]["caption"] for i in (0, 1, 3, 5, 6, 7)]
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(UserError, match="2 of 8 clips are damaged"):
-        run(tiny_models, folder, tmp_path / "less", dataclasses.replace(options, damaged_share=0.2))
+    for share in (0.1, 0.4):  # after one that is found by the scan; after some that decoding finds
+        with pytest.warns(UserWarning, match="left out"), pytest.raises(UserError, match="of 9 clips are damaged"):
+            run(tiny_models, folder, tmp_path / "cached", damaged_share=share)
+    with pytest.warns(UserWarning, match=r"record 1: damaged and left out \(video: cannot be decoded"):
+        out = run(tiny_models, folder, tmp_path / "cached", damaged_share=0.5)
+    assert [record["caption"] for record in read(out)] == [broken[i]["caption"] for i in (0, 2, 3, 7, 8)]
+    lengths = json.loads((out / "dataset_info.json").read_text())["splits"][0]["shardLengths"]
+    assert lengths == ["3", "0", "2"]
 
 
 @pytest.mark.parametrize(
@@ -333,5 +337,5 @@ def test_a_full_disk(tiny_models, folder, tmp_path, monkeypatch):
 
 def test_latents_that_are_not_finite(tiny_models, folder, tmp_path):
     params = {**tiny_models.params, "vae": jax.tree.map(lambda x: x * np.nan, tiny_models.params["vae"])}
-    with pytest.raises(UserError, match="are not finite in float16"):
+    with pytest.raises(UserError, match="not all is finite in float16"):
         run(dataclasses.replace(tiny_models, params=params), folder, tmp_path / "cached")

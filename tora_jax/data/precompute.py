@@ -56,7 +56,6 @@ class Options:
       variants: independent draws of the maps; "dense" motion has one.
       text: "ids" stores the caption, "embedding" what the text encoder makes of it, which must be frozen then.
       seed: of all that is drawn, from it and the number of the clip.
-      damaged_share: of the clips; more damaged ones are an error, fewer are left out.
     """
 
     frames: int
@@ -69,7 +68,6 @@ class Options:
     variants: int = 1
     text: str = "ids"
     seed: int = 0
-    damaged_share: float = 0.01
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -132,6 +130,7 @@ def precompute(
     split: str = "train",
     batch: int = 8,
     workers: int = 0,
+    damaged_share: float = 0.01,
     progress: bool = True,
 ) -> Path:
     """Encodes the clips of a split, as far as that is not done yet.
@@ -142,6 +141,7 @@ def precompute(
       out: the folder to write.
       batch: clips that are encoded together; it does not change the result.
       workers: processes that decode and draw maps; 0 = a thread.
+      damaged_share: of the clips; more damaged ones are an error, fewer are left out, each with a warning.
 
     Returns:
       the folder.
@@ -165,8 +165,6 @@ def precompute(
     }
     if _holds(out, made):
         return out
-    aside = out.with_name(f".{out.name}.partial")
-    _holds(aside, made)
     motions = {name: getattr(options, name) for name in ("motion", "tracks", "max_tracks")}
     bucket = {name: getattr(options, name) for name in ("frames", "height", "width", "fps")}
     opened = pipeline.Opened(
@@ -175,6 +173,16 @@ def precompute(
     if opened.source.made:
         raise UserError(f"{source}: is precomputed already; give the folder that it was made from")
     load = opened.loader(bucket, models.tokenizer, training=False, latent_frames=1, draws=options.variants)
+    made["clips"] = len(load.fitting)
+    aside = out.with_name(f".{out.name}.partial")
+    _holds(aside, made)
+    for name, reason in opened.damaged.items():
+        warnings.warn(f"{name}: damaged and left out ({reason})", stacklevel=2)
+
+    def check(lost: int) -> None:
+        if lost > damaged_share * len(opened.source):
+            raise UserError(f"{source}: {lost} of {len(opened.source)} clips are damaged; mend or remove them")
+
     shards = _parts(load.fitting, SHARD)
     name = split.partition("[")[0]
     paths = [aside / f"clips-{name}.array_record-{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
@@ -191,11 +199,11 @@ def precompute(
             contextlib.closing(_encoded(models, load, options, todo, batch, workers)) as encoded,
         ):
             lost = len(opened.damaged) + len(load.fitting[: done * SHARD]) - sum(lengths)
+            check(lost)
             for number, group in itertools.groupby(encoded, key=lambda item: item[0]):
-                lengths.append(_write(paths[number], features, (record for _, record in group), bar))
+                lengths.append(_write(paths[number], features, (one for _, records in group for one in records), bar))
                 lost += len(shards[number]) - lengths[-1]
-                if lost > options.damaged_share * len(opened.source):
-                    raise UserError(f"{source}: {lost} of {len(opened.source)} clips are damaged; mend or remove them")
+                check(lost)
         _finish(aside, name, features, lengths)
         os.rename(aside, out)
     except OSError as error:
@@ -242,7 +250,7 @@ def _encoded(
     batch: int,
     workers: int,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(number of the shard, a record) of all clips; the next batch is encoded while one is written."""
+    """(number of the shard, records) of each batch; the next one is encoded while one is written."""
     if not todo:
         return
     draws = grain.MapDataset.source([part for _, part in todo]).map(_Draw(load, options.seed, batch))
@@ -257,20 +265,21 @@ def _encoded(
             if arrays and options.text == "embedding":
                 encoded["text"] = models.encode_text(models.params["t5"], arrays["ids"], arrays["text_mask"])
             if waiting is not None:
-                yield from _records(*waiting)
+                yield waiting[0], _records(*waiting[1:])
             waiting = number, clips, encoded
-    yield from _records(*waiting)
+    yield waiting[0], _records(*waiting[1:])
 
 
-def _records(number: int, clips: Mapping[str, Any], encoded: Mapping[str, Array]) -> Iterator[tuple[int, dict]]:
+def _records(clips: Mapping[str, Any], encoded: Mapping[str, Array]) -> list[dict[str, Any]]:
+    """Waits for the encoded arrays, and deals them out to the records."""
     encoded = {name: np.asarray(array, np.float16) for name, array in encoded.items()}
     for i, record in enumerate(clips["records"]):
-        record = {**record, **{name: array[i] for name, array in encoded.items()}}
+        record |= {name: array[i] for name, array in encoded.items()}
         if "text" in record:
             record["text"] = record["text"][: clips["arrays"]["text_mask"][i].sum()]
         if not all(np.isfinite(record[name]).all() for name in encoded):
-            raise UserError(f"clip {clips['indices'][i]}: its latents are not finite in float16; check the weights")
-        yield number, record
+            raise UserError(f"clip {clips['indices'][i]}: not all is finite in float16; check the weights")
+    return clips["records"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -323,7 +332,7 @@ def _finish(folder: Path, split: str, features: tfds.features.FeaturesDict, leng
 
 
 def _holds(folder: Path, made: Mapping[str, Any]) -> bool:
-    """Whether a folder is there, made (or begun) with the same options.
+    """Whether a folder is there, made (or begun) in the same way.
 
     Raises:
       UserError: it is there, and was not.
@@ -334,7 +343,7 @@ def _holds(folder: Path, made: Mapping[str, Any]) -> bool:
         before = json.loads((folder / sources.MADE).read_text())
     except (OSError, ValueError):
         raise UserError(f"{folder}: is there, and is no precomputed set; choose another folder") from None
-    if differ := sorted(name for name in made.keys() | before.keys() if made.get(name) != before.get(name)):
+    if differ := [name for name in made if made[name] != before.get(name)]:
         name = differ[0]
         raise UserError(
             f"{folder}: was made with {name} {before.get(name)!r}, not {made.get(name)!r}; choose another folder, or "
@@ -373,14 +382,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--batch", type=int, default=8, help="clips encoded together")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode clips; 0 = a thread")
+    parser.add_argument("--damaged_share", type=float, default=0.01, help="of the clips, that may be left out")
     args = parser.parse_args(argv)
     names = {field.name for field in dataclasses.fields(Options)} & vars(args).keys()
     options = Options(frames=args.num_frames, **{name: getattr(args, name) for name in names})
     try:
         models = chain.load(weights=args.weights)
-        print(
-            precompute(models, args.source, args.out, options, split=args.split, batch=args.batch, workers=args.workers)
-        )
+        how = {name: getattr(args, name) for name in ("split", "batch", "workers", "damaged_share")}
+        print(precompute(models, args.source, args.out, options, **how))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
