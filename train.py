@@ -55,7 +55,7 @@ def main(argv: list[str], check_interrupt) -> None:
     if released.exists():
         raise UserError(f"{released}: exists, so this run is finished; choose another --workdir")
     command.use_compilation_cache()
-    mesh = sharding.make_mesh(config["mesh"])
+    mesh, rules = sharding.make_mesh(config["mesh"]), tuple(config["rules"].items())
 
     # ----- Models, and what of them trains ----------------------------------------------------------------------
     models = chain.load(config, args.weights, config["seed"])
@@ -68,15 +68,16 @@ def main(argv: list[str], check_interrupt) -> None:
     else:
         trained, frozen = optim.split(params, config["train"])
         combine = optim.join
-    trained, frozen = (place(tree, mesh) for tree in (trained, frozen))
     optimizer = optim.make(config["optim"], trained, config["steps"])
-    state = place(training.init_state(trained, optimizer), mesh)
+    state = training.init_state(trained, optimizer)
+    state, frozen = (jax.device_put(tree, sharding.param_shardings(tree, mesh, rules)) for tree in (state, frozen))
 
     # ----- Data -------------------------------------------------------------------------------------------------
     vae = models.vae
     open_split = functools.partial(
         pipeline.batches,
         seed=config["seed"],
+        shard=pipeline.shard_of(mesh),
         tokenizer=models.tokenizer if config["job"] == "tora" else None,
         latent_frames=lambda frames: video_vae.latent_frames(frames, vae.micro_frame_size, vae.time_factor),
     )
@@ -87,9 +88,7 @@ def main(argv: list[str], check_interrupt) -> None:
     parts = {part: getattr(models, part) for part in chain.PARTS}
     loss = training.loss_of(config["job"], parts, config["loss"])
     train_step = jax.jit(
-        training.make_train_step(
-            loss, optimizer, combine=combine, ema=config["ema"], accumulate=config["accumulate"]
-        ),
+        training.make_train_step(loss, optimizer, combine=combine, ema=config["ema"], accumulate=config["accumulate"]),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
     )
@@ -110,7 +109,7 @@ def main(argv: list[str], check_interrupt) -> None:
     log = Log(workdir, start, config["steps"], args.quiet)
 
     # ----- The loop ---------------------------------------------------------------------------------------------
-    with manager, log:
+    with sharding.use(mesh, rules), manager, log:
         for step in range(start + 1, config["steps"] + 1):
             state, metrics = train_step(state, frozen, next(batches), key)
             log.add(step, metrics)
@@ -143,10 +142,6 @@ def main(argv: list[str], check_interrupt) -> None:
     sections = {name: config[name] for name in (*chain.PARTS, "sampling")}
     release.save(released, sections, params, chain.tokenizer_path(args.weights), readme)
     print(f"wrote {released}")
-
-
-def place(tree, mesh):
-    return jax.device_put(tree, jax.tree.map(lambda leaf: sharding.sharding_by_size(mesh, leaf.shape), tree))
 
 
 class Log:

@@ -149,6 +149,8 @@ def training() -> dict:
     return {
         "seed": 0,
         "mesh": "",  # such as "data=8,fsdp=4"; axes left out are 1
+        # Logical names of axes -> axes of the mesh, see `sharding`.
+        "rules": {"batch": ("data", "fsdp"), "time": "seq", "space": "seq", "embed": "fsdp", "hidden": "tensor"},
         "resume": False,
         "accumulate": 1,  # micro-batches that a batch is cut into
         "ema": 0.99,

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -154,7 +154,7 @@ def _outline(shape: str) -> Float[np.ndarray, "n 2"]:
     if shape == "triangle":
         return circle[::60]
     if shape == "square":
-        return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+        return np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)])
     if shape == "star":
         return circle[::18] * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
     if shape == "cross":
@@ -313,7 +313,7 @@ class Sprites(tfds.core.GeneratorBasedBuilder):
     """The clips as records: what `Clip` holds, with the video as mp4 bytes."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text

@@ -81,9 +81,7 @@ def _tora(config: Mapping[str, Any], models: Models) -> Callable:
 
     def one(params, batch):
         keys = training.sample_keys(jax.random.key(config["seed"]), 0, batch)
-        return {
-            f"loss_at_{t:g}": training.tora_loss_at(parts, t)(params, batch, keys)[0].mean() for t in TIMESTEPS
-        }
+        return {f"loss_at_{t:g}": training.tora_loss_at(parts, t)(params, batch, keys)[0].mean() for t in TIMESTEPS}
 
     return one
 

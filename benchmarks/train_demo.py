@@ -1,0 +1,74 @@
+"""Trains the small model from nothing: python -m benchmarks.train_demo --out DIR.
+
+Runs the commands of docs/demo.md one after the other, each in a process of its own. Stopped at any point, it goes on
+from the last checkpoint when it is started again. Prints the seconds of each stage as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
+    """(name, what is there when it is done, command) of each stage, in order."""
+    clips = out / "data/sprites/128x17x6000_seed0/1.0.0"
+
+    def train(name: str, config: str, source: Path, weights: str | None = None):
+        command = [
+            "train.py",
+            f"--config=configs/{config}",
+            f"--workdir={out / name}",
+            f"--config.data.sources=('{source}',)",
+            "--config.resume",
+        ]
+        if weights:
+            command.append(f"--weights={out / weights / 'release'}")
+        return name, out / name / "release", command
+
+    def cache(name: str, motion: str, split: str):
+        folder = out / name
+        size = ["--num_frames=17", "--height=128", "--width=128", "--batch=8"]
+        command = ["-m", "tora_jax.data.precompute", f"--source={clips}", f"--weights={out / 'motion_vae/release'}"]
+        return (
+            name,
+            folder,
+            [*command, f"--out={folder}", *size, f"--motion={motion}", f"--split={split}", "--text=ids"],
+        )
+
+    return [
+        ("sprites", clips, ["-m", "tora_jax.data.sprites", f"--out={out / 'data'}"]),
+        train("spatial", "vae.py:phase=spatial,small", clips),
+        train("causal", "vae.py:phase=causal,small", clips, "spatial"),
+        train("vae", "vae.py:phase=joint,small", clips, "causal"),
+        train("motion_vae", "motion_vae.py:small", clips, "vae"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="working folder, kept for the next start")
+    out = parser.parse_args().out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "seconds.json"
+    seconds = json.loads(log.read_text()) if log.exists() else {}
+    for name, done, command in stages(out):
+        if done.exists():
+            continue
+        start = time.time()
+        try:
+            subprocess.run([sys.executable, *command], check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"{name}: stopped with exit code {error.returncode}; start again to go on")
+        finally:
+            seconds[name] = round(seconds.get(name, 0) + time.time() - start)
+            log.write_text(json.dumps(seconds))
+    print(json.dumps({"seconds": seconds, "total": sum(seconds.values()), "release": str(stages(out)[-1][1])}))
+
+
+if __name__ == "__main__":
+    main()
