@@ -20,10 +20,10 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 from tensorboardX import SummaryWriter
+from tora_jax.configs import common
 from tqdm import tqdm
 
 from tora_jax import chain, checkpoint, command, optim, release, sharding, training, video_io
-from tora_jax.configs import common
 from tora_jax.data import pipeline
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout

@@ -18,27 +18,20 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
     """(name, what is there when it is done, command) of each stage, in order."""
     clips = out / "data/sprites/128x17x6000_seed0/1.0.0"
 
-    def train(name: str, config: str, source: Path, weights: str | None = None):
-        command = [
-            "train.py",
-            f"--config=configs/{config}",
-            f"--workdir={out / name}",
-            f"--config.data.sources=('{source}',)",
-            "--config.resume",
-        ]
+    def train(name: str, config: str, source: Path, weights: str | None = None, held_out: int = 0):
+        command = ["train.py", f"--config=configs/{config}", f"--workdir={out / name}", "--config.resume"]
+        command.append(f"--config.data.sources=('{source}',)")
         if weights:
             command.append(f"--weights={out / weights / 'release'}")
+        if held_out:  # a cached set has one split
+            command += [f"--config.data.split=train[:-{held_out}]", f"--config.data.validation=train[-{held_out}:]"]
         return name, out / name / "release", command
 
     def cache(name: str, motion: str, split: str):
-        folder = out / name
-        size = ["--num_frames=17", "--height=128", "--width=128", "--batch=8"]
+        options = [f"--out={out / name}", f"--motion={motion}", f"--split={split}", "--tracks=given", "--max_tracks=3"]
+        size = ["--num_frames=17", "--height=128", "--width=128", "--batch=8", "--text=ids"]
         command = ["-m", "tora_jax.data.precompute", f"--source={clips}", f"--weights={out / 'motion_vae/release'}"]
-        return (
-            name,
-            folder,
-            [*command, f"--out={folder}", *size, f"--motion={motion}", f"--split={split}", "--text=ids"],
-        )
+        return name, out / name, [*command, *options, *size]
 
     return [
         ("sprites", clips, ["-m", "tora_jax.data.sprites", f"--out={out / 'data'}"]),
@@ -46,6 +39,10 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
         train("causal", "vae.py:phase=causal,small", clips, "spatial"),
         train("vae", "vae.py:phase=joint,small", clips, "causal"),
         train("motion_vae", "motion_vae.py:small", clips, "vae"),
+        cache("dense", "dense", "train[:1000]"),
+        cache("sparse", "sparse", "train[:3000]"),
+        train("stage1", "tora.py:stage=1,small", out / "dense", "motion_vae", held_out=64),
+        train("stage2", "tora.py:stage=2,small", out / "sparse", "stage1", held_out=64),
     ]
 
 

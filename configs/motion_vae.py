@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.loss = {**common.vae_loss("joint"), "frame": 0.0, "identity": 0.0, "kl_spatial": 0.0}
     if small:
         config.optim = common.quick(1e-3)
-        config.steps = 400
+        config.steps = 150
         config.data.tracks, config.data.max_tracks = "given", 3
         config.data.buckets = (common.bucket(17, 128, 128, batch=2),)
     if arg.runlocal:

@@ -189,7 +189,8 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | None = N
     except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"config: these values make no model: {str(error).strip().splitlines()[0]}") from None
     released = None if weights is None else release.load(weights)
-    tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), parts["tora"].stdit.get("caption_length", STDiT.caption_length))
+    length = parts["tora"].stdit.get("caption_length", STDiT.caption_length)
+    tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), length)
     _check_fit(**parts, tokenizer=tokenizer)
     if released is None:
         # Run once, so fast to compile beats fast to run: half a minute less on a laptop.

@@ -1,4 +1,4 @@
-"""Quality on held-out clips while a job trains: each is (parameters) -> name -> value, "objective" the lower the better."""
+"""Quality on held-out clips while a job trains: parameters -> name -> value; "objective" is the lower the better."""
 
 from __future__ import annotations
 
