@@ -207,7 +207,7 @@ def test_raft_itself():
 
 def test_tapnext_without_tapnet(monkeypatch):
     monkeypatch.setitem(sys.modules, "tapnet", None)
-    with pytest.raises(UserError, match=r"pip install git\+https://github.com/google-deepmind/tapnet"):
+    with pytest.raises(UserError, match=r"pip install --no-deps git\+https://github.com/google-deepmind/tapnet"):
         traj_error.tapnext_tracker("weights.npz")
 
 
@@ -230,12 +230,13 @@ def tapnet(monkeypatch):
                 state = state + variables["params"]["head"]["step"]
             return types.SimpleNamespace(tracks=state, visible_logits=128 - state[..., 1:], state=state)
 
-    models = types.SimpleNamespace(
-        ssm_vit=types.SimpleNamespace(Model=lambda **fields: fields),
-        video_ssm_tracker=types.SimpleNamespace(TAPNextTracker=Tracker),
-    )
-    monkeypatch.setitem(sys.modules, "tapnet", types.SimpleNamespace(models=models))
-    monkeypatch.setitem(sys.modules, "tapnet.models", models)
+    names = ["tapnet", "tapnet.models", "tapnet.models.ssm_vit", "tapnet.models.video_ssm_tracker"]
+    inside = ("", ".common", ".jax", ".jax.array_typing", ".jax.modules", ".jax.scan")
+    fakes = {name: types.ModuleType(name) for name in [*names, *(f"recurrentgemma{name}" for name in inside)]}
+    fakes["tapnet.models.ssm_vit"].Model = lambda **fields: fields
+    fakes["tapnet.models.video_ssm_tracker"].TAPNextTracker = Tracker
+    for name, module in fakes.items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def test_tapnext(tapnet, tmp_path):
@@ -245,6 +246,7 @@ def test_tapnext(tapnet, tmp_path):
     np.testing.assert_allclose(found, points[:, None] + np.outer(np.arange(4), [-1 / 256, 2 / 256]), atol=1e-6)
     assert seen[0].all()
     assert not seen[1].any()
+    assert not any(name.startswith(("gemma", "recurrentgemma._src")) for name in sys.modules)  # lent for the import
 
 
 def test_tapnext_without_weights(tapnet, tmp_path):

@@ -6,9 +6,12 @@ signature: OpenCV's pyramidal Lucas-Kanade (no weights), RAFT's flow chained fro
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -241,6 +244,24 @@ def raft_tracker(params: Mapping[str, Any], **fields: Any) -> Tracker:
     return track
 
 
+def _tapnet() -> tuple[ModuleType, ModuleType]:
+    """The modules of tapnet that hold TAPNext, imported where its two dependencies have the names that it expects.
+
+    It wants recurrentgemma's modules under `_src`, where no released version has them, and a module of gemma that only
+    an ablation uses.
+    """
+    inside = ("", ".common", ".jax", ".jax.array_typing", ".jax.modules", ".jax.scan")
+    missing = {f"recurrentgemma._src{name}": importlib.import_module(f"recurrentgemma{name}") for name in inside}
+    missing |= {name: ModuleType(name) for name in ("gemma", "gemma.modules")}
+    added = {name: module for name, module in missing.items() if name not in sys.modules}
+    sys.modules.update(added)
+    try:
+        return tuple(importlib.import_module(f"tapnet.models.{name}") for name in ("ssm_vit", "video_ssm_tracker"))
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
 TAPNEXT_SIDE = 256  # pixels; its position embedding has this size
 
 
@@ -254,11 +275,11 @@ def tapnext_tracker(weights: str | Path) -> Tracker:
       UserError: tapnet is not installed, or there is no such file.
     """
     try:
-        from tapnet.models import ssm_vit, video_ssm_tracker
+        ssm_vit, video_ssm_tracker = _tapnet()
     except ImportError as error:
-        packages = ("tapnet", "recurrentgemma")
-        advice = " ".join(f"git+https://github.com/google-deepmind/{name}" for name in packages)
-        raise UserError(f"the tracker TAPNext needs tapnet ({error}); pip install {advice} gemma") from None
+        # Without their dependencies, of which one wants an older absl-py than we do.
+        packages = "git+https://github.com/google-deepmind/tapnet recurrentgemma chex toolz 'typeguard<3'"
+        raise UserError(f"the tracker TAPNext needs tapnet ({error}); pip install --no-deps {packages}") from None
     try:
         with np.load(weights) as stored:
             params = traverse_util.unflatten_dict({key: stored[key] for key in stored.files}, sep="/")
