@@ -6,7 +6,7 @@
 It starts from the video VAE's weights: flow maps are RGB so that this is possible (Tora, section 3.2).
 
 Arguments: `arch=magvit`: one causal 3D net with strides in space and time, from scratch; `small`: the small model's;
-`runlocal`: that, for a few steps.
+`runlocal`: a tiny one, for a few steps.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.arch not in ARCHS:
         raise ValueError(f"arch={arg.arch}: there are {', '.join(ARCHS)}")
     small = arg.small or arg.runlocal
-    config = ConfigDict(common.small() if small else common.opensora())
+    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if small else common.opensora())
     config.update(common.training())
     config.job = "motion_vae"
     config.train = (r"motion_vae/.*",)

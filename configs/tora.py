@@ -6,7 +6,7 @@
   python train.py --config configs/tora.py:runlocal ...      the same parts, shrunk to seconds on a laptop
 
 Arguments: `variant` (XL/2, 3B/2 or DEPTHxWIDTHxHEADS/PATCH); `stage`: 1 trains on dense flow, 2 on sparse
-trajectories; `small`: the small model, of which everything trains; `runlocal`: that, for a few steps.
+trajectories; `small`: the small model, of which everything trains; `runlocal`: a tiny one, for a few steps.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.stage not in (1, 2):
         raise ValueError(f"stage={arg.stage}: there are 1 (dense flow) and 2 (sparse trajectories)")
     small = arg.small or arg.runlocal
-    config = ConfigDict(common.small() if small else common.opensora(arg.variant))
+    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if small else common.opensora(arg.variant))
     config.update(common.training())
     config.job = "tora"
     # Tora, section 4.1: the temporal blocks and the new parts train, all else stays as Open-Sora left it.

@@ -7,7 +7,7 @@
 spatial: single frames through the spatial VAE. causal: the causal VAE learns to give back the spatial VAE's latents
 (the reference's identity loss). joint: both, on pixels.
 
-Arguments: `phase`; `small`: the small model's VAE; `runlocal`: that, for a few steps.
+Arguments: `phase`; `small`: the small model's VAE; `runlocal`: a tiny one, for a few steps.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.phase not in PHASES:
         raise ValueError(f"phase={arg.phase}: there are {', '.join(PHASES)}")
     small = arg.small or arg.runlocal
-    config = ConfigDict(common.small() if small else common.opensora())
+    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if small else common.opensora())
     config.update(common.training())
     config.job = "vae"
     inside = {"spatial": r"vae/spatial_vae/.*", "causal": r"vae/temporal_vae/.*", "joint": r"vae/.*"}
