@@ -24,7 +24,7 @@ from tora_jax.errors import UserError
 from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.video_vae import latent_frames, latent_of
 
-Tracks = Float[np.ndarray, "n t 2"]
+Tracks = Float[np.ndarray, "_ t 2"]  # each video may have another number of them
 Images = Mapping[int, UInt8[np.ndarray, "h w 3"]]
 
 IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
