@@ -9,10 +9,13 @@ import signal
 # Until the libraries are loaded Ctrl-C just ends the process: raised inside their imports it would be a traceback.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import functools
 import json
+import math
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -31,7 +34,7 @@ from tora_jax.models import video_vae
 
 USAGE = """Trains one part of the chain; configs/*.py have the launch lines.
 
-Writes into --workdir: checkpoints/, metrics.jsonl, TensorBoard scalars and samples, and at the end release/.
+Writes into --workdir: checkpoints/, metrics.jsonl, TensorBoard scalars, samples/ and at the end release/.
 """
 
 
@@ -95,7 +98,7 @@ def main(argv: list[str], check_interrupt) -> None:
     key = jax.random.key(config["seed"])
     validation = {**data, "crop": 0, "workers": 0}
     open_validation = functools.partial(open_split, validation, data["validation"], training=False)
-    judge = heldout.make(config, models, open_validation, mesh)
+    judge = heldout.make(config, models, open_validation, mesh, workdir / "samples")
 
     # ----- Resume -----------------------------------------------------------------------------------------------
     manager = checkpoint.Manager(workdir / "checkpoints", config["keep"], best="objective")
@@ -105,31 +108,33 @@ def main(argv: list[str], check_interrupt) -> None:
         state = found.state
         if found.data is not None:
             batches.set_state(found.data)
-    start = int(state.step)
+    start = step = int(state.step)
     log = Log(workdir, start, config["steps"], args.quiet)
 
     # ----- The loop ---------------------------------------------------------------------------------------------
-    with sharding.use(mesh, rules), manager, log:
+    judged = {}
+    with contextlib.closing(batches), sharding.use(mesh, rules), manager, log:
         for step in range(start + 1, config["steps"] + 1):
-            state, metrics = train_step(state, frozen, next(batches), key)
-            log.add(step, metrics)
-            last = step == config["steps"] or manager.preempted(step)
-            if last or step % config["log_every"] == 0:
+            batch = next(batches)
+            state, metrics = train_step(state, frozen, batch, key)
+            log.add(step, metrics, training.count_tokens(batch, config["job"], parts))
+            final, stop = step == config["steps"], manager.preempted(step)
+            if final or stop or step % config["log_every"] == 0:
                 log.flush()
             judged = {}
-            if step == config["steps"] or step % config["eval_every"] == 0:
-                judged = log.write(step, judge(combine(state.ema, frozen)))
+            if final or step % config["eval_every"] == 0:
+                judged = log.write(step, judge(combine(state.ema, frozen), step))
             # The checkpoint is written before the next batch is drawn, so that the data goes on exactly there.
-            if last or judged or step % config["save_every"] == 0:
+            if final or stop or judged or step % config["save_every"] == 0:
                 log.flush()
                 manager.save(step, state, batches.get_state(), judged)
             check_interrupt()
-            if last:
+            if stop:
                 break
-    batches.close()
-    if step < config["steps"]:
-        print(f"stopped by a signal at step {step}; go on with --config.resume", file=sys.stderr)
-        return
+        if step < config["steps"]:
+            print(f"stopped by a signal at step {step}; go on with --config.resume", file=sys.stderr)
+            return
+        judged = judged or judge(combine(state.ema, frozen), step)  # killed between the last step and the release
 
     # ----- The release folder -----------------------------------------------------------------------------------
     params = jax.tree.map(np.asarray, combine(state.ema, frozen))
@@ -160,18 +165,26 @@ class Log:
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=start + 1)
         self._bar = tqdm(total=total, initial=start, unit="step", disable=quiet, mininterval=1)
-        self._waiting: list[tuple[int, dict]] = []
+        self._waiting: list[tuple[int, dict, int]] = []
+        self._since = time.perf_counter()
 
-    def add(self, step: int, metrics: dict) -> None:
-        self._waiting.append((step, metrics))
+    def add(self, step: int, metrics: dict, tokens: int) -> None:
+        self._waiting.append((step, metrics, tokens))
 
     def flush(self) -> None:
-        for step, metrics in self._waiting:
+        waiting, self._waiting = self._waiting, []
+        for step, metrics, _ in waiting:
             values = self.write(step, jax.device_get(metrics))
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix({name: f"{values[name]:.4g}" for name in ("loss",)}, refresh=False)
-        self._waiting.clear()
+            if not math.isfinite(values["loss"]):  # such a step is never saved
+                raise UserError(f"the loss of step {step} is {values['loss']}; go on from before with a lower lr")
         self._file.flush()
+        if waiting:
+            seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
+            speed = {"steps": len(waiting) / seconds, "tokens": sum(tokens for *_, tokens in waiting) / seconds}
+            for name, value in speed.items():
+                self._board.add_scalar(f"{name}_per_second", value, step)
+            self._bar.set_postfix_str(f"loss {values['loss']:.4g}, {speed['tokens']:.3g} tokens/s", refresh=False)
+            self._bar.update(step - self._bar.n)
 
     def write(self, step: int, values: dict) -> dict[str, float]:
         values = {name: float(value) for name, value in values.items()}
@@ -191,4 +204,4 @@ class Log:
 
 
 if __name__ == "__main__":
-    command.run(main, sys.argv)
+    command.run(main, sys.argv, "go on from the last checkpoint with --config.resume")

@@ -198,7 +198,9 @@ def training() -> dict:
             "prefetch": 2,
             "damaged_share": 0.01,
         },
-        "evaluation": {"batches": 4, "clips": 0, "steps": 10},
+        # batches: of the validation split. clips: that Tora samples, in so many steps, along the tracks of a split of
+        # source, a folder as in data.sources ("" = the first of those, or what it was precomputed from).
+        "evaluation": {"batches": 4, "clips": 0, "steps": 10, "source": "", "split": "validation"},
     }
 
 

@@ -19,11 +19,14 @@ from tora_jax import chain
 from tora_jax.errors import UserError
 
 
-def run(body: Callable[[list[str], Callable[[], None]], None], argv: list[str]) -> None:
+def run(
+    body: Callable[[list[str], Callable[[], None]], None], argv: list[str], left: str = "nothing was written"
+) -> None:
     """Runs a command; exits with 2 after a user's mistake (one line on stderr), with 130 after Ctrl-C.
 
     Args:
       body: takes argv, and a function to call now and then, which raises KeyboardInterrupt once Ctrl-C was pressed.
+      left: what it is told after Ctrl-C.
     """
     name = Path(argv[0]).name
     with warnings.catch_warnings():
@@ -48,7 +51,7 @@ def run(body: Callable[[list[str], Callable[[], None]], None], argv: list[str]) 
             first = str(error).partition("\n")[0] or "out of memory"
             message = f"the device gave up ({first}); a smaller size or fewer frames need less memory"
         except KeyboardInterrupt:
-            print(f"\n{name}: stopped; nothing was written", file=sys.stderr, flush=True)
+            print(f"\n{name}: stopped; {left}", file=sys.stderr, flush=True)
             os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
         else:
             return

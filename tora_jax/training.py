@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tora_jax import optim, rectified_flow
+from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.video_vae import Gaussian
 
 Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
@@ -82,6 +83,18 @@ def make_train_step(
 def loss_of(job: str, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
     """The loss of a job: "vae", "motion_vae" or "tora"."""
     return tora_loss(parts, config) if job == "tora" else vae_loss(parts[job], job, config)
+
+
+def count_tokens(batch: Mapping[str, Array], job: str, parts: Mapping[str, nn.Module]) -> int:
+    """What a step works on: the patches that ST-DiT sees, or the latent cells of an autoencoder."""
+    samples, frames = batch["frame_mask"].shape
+    if "latent_mean" in batch:
+        height, width = batch["latent_mean"].shape[2:4]
+    else:
+        pixels = batch["maps" if job == "motion_vae" else "video"]
+        height, width = (side // parts["vae"].space_factor for side in pixels.shape[2:4])
+    patch = parse_variant(parts["tora"].stdit.get("variant", STDiT.variant)).patch if job == "tora" else 1
+    return samples * frames * -(-height // patch) * -(-width // patch)
 
 
 def sample_keys(key: PRNGKeyArray, step: Array | int, batch: Mapping[str, Array]) -> Array:

@@ -384,6 +384,25 @@ class Loader:
         return clip | {name: np.float32(record[name]) for name in ("fps", "height", "width")}
 
     def _fresh(self, record: Mapping[str, Any], index: int, rng: np.random.Generator) -> Batch:
+        clip, truth = self.cut(record, index, rng)
+        if self.config["motion"] != "none":
+            kind, origin, most = (self.config[name] for name in ("motion", "tracks", "max_tracks"))
+            maps = motion.motion_maps(rng, kind, origin, most, clip["video"], **truth, draws=max(self.draws, 1))
+            clip["maps"] = maps if self.draws else maps[0]
+        return clip
+
+    def cut(
+        self, record: Mapping[str, Any], index: int, rng: np.random.Generator
+    ) -> tuple[Batch, dict[str, np.ndarray]]:
+        """The part of a record that a clip of the bucket shows.
+
+        Returns:
+          its video, fps, height and width; and where motion is wanted, its tracks, visible and labels, as far as
+          they are given.
+
+        Raises:
+          UserError: the record is damaged.
+        """
         config, info = self.config, video_io.VideoInfo(*self.infos[index])
         frames, height, width = (self.bucket[name] for name in ("frames", "height", "width"))
         rate, length = float(record.get("fps", info.fps)), int(info.frames)
@@ -404,13 +423,8 @@ class Loader:
             top, left, height, width = top + down, left + right, crop, crop
         clip = {"video": video, "fps": np.float32(rate / step)}
         clip |= {"height": np.float32(height), "width": np.float32(width)}
-        if config["motion"] != "none":
-            window = (top, left, height, width, scaled_height, scaled_width)
-            truth = _cut(record, wanted, window)
-            kind, origin, most = (config[name] for name in ("motion", "tracks", "max_tracks"))
-            maps = motion.motion_maps(rng, kind, origin, most, video, **truth, draws=max(self.draws, 1))
-            clip["maps"] = maps if self.draws else maps[0]
-        return clip
+        window = (top, left, height, width, scaled_height, scaled_width)
+        return clip, _cut(record, wanted, window) if config["motion"] != "none" else {}
 
 
 def _cut(record: Mapping[str, Any], wanted: range, window: tuple[int, ...]) -> dict[str, np.ndarray]:

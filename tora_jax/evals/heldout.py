@@ -1,43 +1,64 @@
-"""Quality on held-out clips while a job trains: parameters -> name -> value; "objective" is the lower the better."""
+"""Quality on held-out clips while a job trains: losses or PSNR, and videos that are sampled along held-out tracks."""
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
-from tora_jax import training
+from tora_jax import draw, generate, training, video_io
 from tora_jax.chain import Models
-from tora_jax.data import pipeline
+from tora_jax.data import motion, pipeline, sources
+from tora_jax.errors import UserError
+from tora_jax.evals import sprites, traj_error
 
 TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
+PAPER = (512, 512)  # width and height in whose pixels the paper's TrajError counts
 
-Judge = Callable[[Mapping[str, Any]], dict[str, float]]
+# (parameters, step) -> name -> value
+Judge = Callable[[Mapping[str, Any], int], dict[str, float]]
 
 
-def make(config: Mapping[str, Any], models: Models, open_split: Callable[[], pipeline.Batches], mesh: Mesh) -> Judge:
+def make(
+    config: Mapping[str, Any],
+    models: Models,
+    open_split: Callable[[], pipeline.Batches],
+    mesh: Mesh,
+    folder: Path,
+) -> Judge:
     """What a job is judged by: the losses at fixed timesteps for "tora", the PSNR for the autoencoders.
+
+    Their mean, or the PSNR below 0, is the "objective": the lower the better. `sampled` goes with "tora".
 
     Args:
       config: of a job.
       open_split: opens the held-out batches, in order.
+      folder: for sampled videos.
     """
-    count = config["evaluation"]["batches"]
-    one = _tora(config, models) if config["job"] == "tora" else _psnr(config, models)
-    one = jax.jit(one)
+    tora = config["job"] == "tora"
+    one = jax.jit(_tora(config, models) if tora else _psnr(config, models))
+    sample = sampled(config, models, folder) if tora and config["evaluation"]["clips"] else None
 
-    def judge(params: Mapping[str, Any]) -> dict[str, float]:
-        found = [jax.device_get(one(params, batch)) for batch in _first(open_split, mesh, count)]
-        means = {name: float(np.mean([values[name] for values in found])) for name in found[0]}
-        if config["job"] == "tora":
-            return {**means, "objective": float(np.mean(list(means.values())))}
-        return {**means, "objective": -means["psnr"]}
+    def judge(params: Mapping[str, Any], step: int) -> dict[str, float]:
+        batches = _first(open_split, mesh, config["evaluation"]["batches"])
+        means = _means([jax.device_get(one(params, batch)) for batch in batches])
+        objective = np.mean(list(means.values())) if tora else -means["psnr"]
+        return {**means, "objective": float(objective), **(sample(params, step) if sample else {})}
 
     return judge
+
+
+def _means(found: list[dict[str, Any]]) -> dict[str, float]:
+    names = dict.fromkeys(name for values in found for name in values)
+    return {name: float(np.mean([values[name] for values in found if name in values])) for name in names}
 
 
 def _first(open_split, mesh: Mesh, count: int) -> Iterator[dict[str, jax.Array]]:
@@ -84,6 +105,89 @@ def _tora(config: Mapping[str, Any], models: Models) -> Callable:
         return {f"loss_at_{t:g}": training.tora_loss_at(parts, t)(params, batch, keys)[0].mean() for t in TIMESTEPS}
 
     return one
+
+
+class Clip(NamedTuple):
+    """What is asked for: a caption, tracks, and of sprites their colours."""
+
+    caption: str
+    tracks: traj_error.Tracks
+    colours: tuple[str, ...]
+    fps: float
+
+
+def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
+    """Samples videos for the captions and along the tracks of held-out clips, and writes them with the tracks drawn in.
+
+    The judge gives
+      traj_error: the paper's TrajError, by `traj_error.track_lk`, in pixels of a frame of 512x512;
+      path_error: of sprites, the distance of an object's centroid from its path as a share of the frame's width.
+
+    Raises:
+      UserError: there are no clips to take captions and tracks from.
+    """
+    clips, bucket = held_out_clips(config), config["data"]["buckets"][0]
+    settings = {name: config["sampling"][name] for name in ("guidance", "trajectory_guidance", "negative_prompt")}
+    settings |= {"height": bucket["height"], "width": bucket["width"], "num_frames": bucket["frames"]}
+    settings |= {"fps": float(np.median([clip.fps for clip in clips])), "steps": config["evaluation"]["steps"]}
+    current: dict[str, Any] = {}
+    models = dataclasses.replace(models, params=current)  # keeps what it has compiled while the parameters change
+
+    def judge(params: Mapping[str, Any], step: int) -> dict[str, float]:
+        if jax.process_count() > 1:
+            warnings.warn("evaluation.clips: only a single process samples while it trains", stacklevel=2)
+            return {}
+        current.update(params)
+        with nn.logical_axis_rules(()):  # so few clips need not divide over the mesh
+            captions, tracks = [clip.caption for clip in clips], [clip.tracks for clip in clips]
+            results = generate.generate_batch(models, captions, tracks, seeds=range(len(clips)), **settings)
+        current.clear()
+        folder.mkdir(parents=True, exist_ok=True)
+        found = []
+        for i, (clip, result) in enumerate(zip(clips, results, strict=True)):
+            video_io.write_video(folder / f"{step:06}_{i}.mp4", draw.draw_tracks(result.video, clip.tracks), clip.fps)
+            tracks, visible = traj_error.track_lk(result.video, clip.tracks[:, 0])
+            found.append({"traj_error": traj_error.traj_error(clip.tracks, tracks, visible, PAPER)["l1"]})
+            if clip.colours:
+                found[-1]["path_error"] = sprites.path_error(result.video, clip.colours, clip.tracks)["error"]
+        return _means(found)
+
+    return judge
+
+
+def held_out_clips(config: Mapping[str, Any]) -> list[Clip]:
+    """The first clips of `evaluation.source` in which something moves, at the size of the first bucket.
+
+    Tracks are the given ones, or one that follows the flow.
+
+    Raises:
+      UserError: there is no such clip, or no such folder.
+    """
+    data, evaluation = config["data"], config["evaluation"]
+    source = evaluation["source"] or data["sources"][0]
+    if not evaluation["source"] and (made := sources.open_folder(source, data["split"]).made):
+        source = made["source"]
+    if not Path(source).is_dir():
+        raise UserError(f"{source}: no such folder; evaluation.source names the clips whose tracks are followed")
+    data = {**data, "sources": (source,), "motion": "sparse", "crop": 0}
+    opened = pipeline.Opened(data, evaluation["split"])
+    load = opened.loader(data["buckets"][0], None, training=False, latent_frames=1)
+    clips = []
+    for index in load.fitting:
+        rng, record = np.random.default_rng(index), opened.source[index]
+        clip, truth = load.cut(record, index, rng)
+        tracks = truth.get("tracks", ())[: data["max_tracks"]]
+        if not len(tracks):
+            tracks, _ = motion.draw_tracks(rng, motion.dense_flow(clip["video"]), 1)
+        objects = record.get("objects", {"colour": ()})["colour"]
+        colours = tuple(name.decode() for name in objects) if len(objects) == len(tracks) else ()
+        if len(tracks):
+            clips.append(Clip(record["caption"], tracks, colours, float(clip["fps"])))
+        if len(clips) == evaluation["clips"]:
+            break
+    if not clips:
+        raise UserError(f"{source}: nothing moves in the clips of split {evaluation['split']!r}")
+    return clips
 
 
 def latent_statistics(
