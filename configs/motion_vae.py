@@ -33,10 +33,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.motion_vae = common.magvit(small)
         config.loss = {**common.vae_loss("joint"), "frame": 0.0, "identity": 0.0, "kl_spatial": 0.0}
     if small:
-        config.optim = common.quick(1e-3)
-        config.steps = 150
+        config.optim = {**common.quick(5e-4), "warmup": 10}
+        config.steps = 60
+        config.loss.frame = 0.0
         config.data.tracks, config.data.max_tracks = "given", 3
-        config.data.buckets = (common.bucket(17, 128, 128, batch=2),)
+        config.data.buckets = (common.bucket(17, 128, 128, batch=1),)
     if arg.runlocal:
         config.update(common.few_steps())
         config.data.buckets = (common.bucket(5, 32, 32, batch=2),)
