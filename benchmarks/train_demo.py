@@ -23,7 +23,8 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
         command.append(f"--config.data.sources=('{source}',)")
         if weights:
             command.append(f"--weights={out / weights / 'release'}")
-        if held_out:  # a cached set has one split
+        if held_out:  # a cached set has one split, and no clips to draw over
+            command += ["--config.evaluation.clips=0"]
             command += [f"--config.data.split=train[:-{held_out}]", f"--config.data.validation=train[-{held_out}:]"]
         return name, out / name / "release", command
 

@@ -57,7 +57,7 @@ def make_train_step(
     Args:
       loss: of a job.
       combine: (trained, frozen) -> the parameters that the loss takes.
-      ema: decay of the moving average.
+      ema: decay of the moving average, once there are enough steps for it.
       accumulate: micro-batches that the batch is cut into.
     """
 
@@ -75,7 +75,9 @@ def make_train_step(
         metrics["grad_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        return TrainState(state.step + 1, trained, opt_state, optim.ema_update(state.ema, trained, ema)), metrics
+        # In a short run, or early in a long one, the average must not remember the first weights.
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        return TrainState(state.step + 1, trained, opt_state, optim.ema_update(state.ema, trained, decay)), metrics
 
     return train_step
 
