@@ -6,7 +6,7 @@
 It starts from the video VAE's weights: flow maps are RGB so that this is possible (Tora, section 3.2).
 
 Arguments: `arch=magvit`: one causal 3D net with strides in space and time, from scratch; `small`: the small model's;
-`runlocal`: a tiny one, for a few steps.
+`runlocal`: either of them at the least size, for a few steps.
 """
 
 from ml_collections import ConfigDict
@@ -19,8 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, arch="video", small=False, runlocal=False)
     if arg.arch not in ARCHS:
         raise ValueError(f"arch={arg.arch}: there are {', '.join(ARCHS)}")
-    small = arg.small or arg.runlocal
-    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if small else common.opensora())
+    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if arg.small else common.opensora())
     config.update(common.training())
     config.job = "motion_vae"
     config.train = (r"motion_vae/.*",)
@@ -30,9 +29,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.motion = "mixed"
     config.data.buckets = (common.bucket(17, 256, 256, batch=32, fps=24.0),)
     if arg.arch == "magvit":
-        config.motion_vae = common.magvit(small)
+        config.motion_vae = common.magvit(arg.small or arg.runlocal)
         config.loss = {**common.vae_loss("joint"), "frame": 0.0, "identity": 0.0, "kl_spatial": 0.0}
-    if small:
+    if arg.small:
         config.optim = {**common.quick(5e-4), "warmup": 10}
         config.steps = 60
         config.loss.frame = 0.0

@@ -3,10 +3,11 @@
   python sample.py --config configs/tora.py --weights DIR --resolution 480p --aspect_ratio 16:9
   python train.py --config configs/tora.py:stage=1 --weights DIR --workdir runs/dense --config.data.sources="('clips',)"
   python train.py --config configs/tora.py:stage=2 --weights runs/dense/release --workdir runs/sparse ...
-  python train.py --config configs/tora.py:runlocal ...      the same parts, shrunk to seconds on a laptop
+  python train.py --config configs/tora.py:runlocal ...      the same, shrunk to seconds on a laptop
 
 Arguments: `variant` (XL/2, 3B/2 or DEPTHxWIDTHxHEADS/PATCH); `stage`: 1 trains on dense flow, 2 on sparse
-trajectories; `small`: the small model, of which everything trains; `runlocal`: a tiny one, for a few steps.
+trajectories; `small`: the small model, of which everything trains; `runlocal`: either of them at the least size, for a
+few steps.
 """
 
 from ml_collections import ConfigDict
@@ -17,8 +18,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, variant="XL/2", stage=1, small=False, runlocal=False)
     if arg.stage not in (1, 2):
         raise ValueError(f"stage={arg.stage}: there are 1 (dense flow) and 2 (sparse trajectories)")
-    small = arg.small or arg.runlocal
-    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if small else common.opensora(arg.variant))
+    config = ConfigDict(
+        common.tiny() if arg.runlocal else common.small() if arg.small else common.opensora(arg.variant)
+    )
     config.update(common.training())
     config.job = "tora"
     # Tora, section 4.1: the temporal blocks and the new parts train, all else stays as Open-Sora left it.
@@ -41,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "image_head_tail": 0.025,
     }
     config.evaluation.clips = 4
-    if small:
+    if arg.small:
         config.train = (r"tora/.*", r"t5/.*")
         config.steps = 100 if arg.stage == 1 else 1500
         config.optim = {**common.quick(2e-3), "warmup": 50 if arg.stage == 1 else 100}

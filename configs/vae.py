@@ -7,7 +7,7 @@
 spatial: single frames through the spatial VAE. causal: the causal VAE learns to give back the spatial VAE's latents
 (the reference's identity loss). joint: both, on pixels.
 
-Arguments: `phase`; `small`: the small model's VAE; `runlocal`: a tiny one, for a few steps.
+Arguments: `phase`; `small`: the small model's VAE; `runlocal`: either of them at the least size, for a few steps.
 """
 
 from ml_collections import ConfigDict
@@ -20,8 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, phase="joint", small=False, runlocal=False)
     if arg.phase not in PHASES:
         raise ValueError(f"phase={arg.phase}: there are {', '.join(PHASES)}")
-    small = arg.small or arg.runlocal
-    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if small else common.opensora())
+    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if arg.small else common.opensora())
     config.update(common.training())
     config.job = "vae"
     inside = {"spatial": r"vae/spatial_vae/.*", "causal": r"vae/temporal_vae/.*", "joint": r"vae/.*"}
@@ -30,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     frames = 1 if arg.phase == "spatial" else 17
     config.steps, batch, config.data.crop = 100_000, 32, 256
     config.data.buckets = (common.bucket(frames, 256, 256, batch=batch, fps=24.0),)
-    if small:
+    if arg.small:
         config.optim = common.quick(2e-3)
         config.ema, config.eval_every = 0.99, 500
         config.steps = {"spatial": 2000, "causal": 1000, "joint": 90}[arg.phase]
