@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.loss = {**common.vae_loss("joint"), "frame": 0.0, "identity": 0.0, "kl_spatial": 0.0}
     if arg.small:
         config.optim = {**common.quick(5e-4), "warmup": 10}
-        config.steps = 60
+        config.steps = 130
         config.loss.frame = 0.0
         config.data.tracks, config.data.max_tracks = "given", 3
         config.data.buckets = (common.bucket(17, 128, 128, batch=1),)

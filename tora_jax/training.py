@@ -33,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
       ema: the moving average of `trained`, float32.
     """
 
-    step: Array
+    step: Any  # not Array: a tree of shardings has this form, too
     trained: dict[str, Any]
     opt_state: Any
     ema: dict[str, Any]
