@@ -65,7 +65,8 @@ def make_mesh(spec: str) -> Mesh:
     count, devices = math.prod(sizes.values()), jax.devices()
     if count > len(devices):
         raise UserError(f"--mesh {spec}: wants {count} devices, there are {len(devices)}")
-    return Mesh(np.array(devices[:count]).reshape(tuple(sizes.values())), AXES)
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return Mesh(np.array(devices[:count]).reshape(tuple(sizes.values())), AXES, axis_types=auto)
 
 
 def sharding_by_size(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
@@ -94,10 +95,11 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
             if re.search(f"(^|/){pattern}$", path):
                 if names is None:
                     return sharding_by_size(mesh, leaf.shape)
-                names = (None,) * (len(leaf.shape) - len(names)) + names
-                spec = nn.logical_to_mesh_axes(names, rules)
-                whole = [length % _size(mesh, axes) for length, axes in zip(leaf.shape, spec, strict=True)]
-                return NamedSharding(mesh, PartitionSpec(*(None if rest else a for a, rest in zip(spec, whole))))
+                spec = nn.logical_to_mesh_axes((None,) * (len(leaf.shape) - len(names)) + names, rules)
+                pairs = zip(spec, leaf.shape, strict=True)
+                return NamedSharding(
+                    mesh, PartitionSpec(*(None if n % _size(mesh, axes) else axes for axes, n in pairs))
+                )
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, tree)

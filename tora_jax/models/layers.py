@@ -15,6 +15,7 @@ timestep embeddings are always float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import einops
@@ -63,15 +64,12 @@ def conv3d(x: Array, kernel: Array, strides, padding, *, precision, **_) -> Arra
     x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     last = x.shape[1] - kernel.shape[0]
     x = jnp.concatenate([x[:, i : i + last + 1 : strides[0]] for i in range(kernel.shape[0])], axis=-1)
-    x = einops.rearrange(x, "b t h w c -> (b t) h w c")
     kernel = einops.rearrange(kernel, "k p q c d -> p q (k c) d")
     if kernel.shape[:2] == (1, 1) and tuple(strides[1:]) == (1, 1):
-        x = jnp.matmul(x, kernel[0, 0], precision=precision)
-    else:
-        axes = ("NHWC", "HWIO", "NHWC")
-        x = jax.lax.conv_general_dilated(
-            x, kernel, strides[1:], padding[1:], dimension_numbers=axes, precision=precision
-        )
+        return jnp.matmul(x, kernel[0, 0], precision=precision)
+    x = einops.rearrange(x, "b t h w c -> (b t) h w c")
+    axes = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, kernel, strides[1:], padding[1:], dimension_numbers=axes, precision=precision)
     return einops.rearrange(x, "(b t) h w c -> b t h w c", b=batch)
 
 
@@ -104,30 +102,38 @@ class RMSNorm(nn.Module):
 
 
 def attention(
-    q: Float[Array, "b l k d"],
-    k: Float[Array, "b n k d"],
-    v: Float[Array, "b n k d"],
+    q: Float[Array, "b *l k d"],
+    k: Float[Array, "b *n k d"],
+    v: Float[Array, "b *n k d"],
     key_mask: Bool[Array, "b n"] | None = None,
     *,
     bias: Float[Array, "1 k l n"] | None = None,
     scale: float | None = None,
     causal: bool = False,
-) -> Float[Array, "b l k d"]:
+) -> Float[Array, "b *l k d"]:
     """Softmax attention, the softmax in float32: the one room for attention of all models.
 
+    Axes stay apart, because merged ones could not be sharded both.
+
     Args:
+      q, k, v: axes after b that all have hold attentions of their own, axes that q alone has hold further queries.
       key_mask: True = may be attended to.
       bias: added to the scores.
       scale: of the scores; None = 1 / sqrt(d).
       causal: a query sees no key after it.
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal)
+    attend = functools.partial(jax.nn.dot_product_attention, bias=bias, mask=mask, scale=scale, is_causal=causal)
+    for _ in range(k.ndim - 4):
+        attend = jax.vmap(attend, in_axes=1, out_axes=1)
+    for _ in range(q.ndim - k.ndim):
+        attend = jax.vmap(attend, in_axes=(1, None, None), out_axes=1)
+    return attend(q, k, v)
 
 
-def rotate(x: Float[Array, "b l k d"], base: float = 10000.0) -> Float[Array, "b l k d"]:
+def rotate(x: Float[Array, "*b l k d"], base: float = 10000.0) -> Float[Array, "*b l k d"]:
     """Rotary position embedding over l with interleaved pairs (channels 2i and 2i + 1 turn together)."""
-    length, half = x.shape[1], x.shape[-1] // 2
+    length, half = x.shape[-3], x.shape[-1] // 2
     angle = np.arange(length)[:, None] * base ** (-np.arange(half) / half)
     cos, sin = (jnp.asarray(f(angle), jnp.float32)[:, None, :] for f in (np.cos, np.sin))
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
@@ -137,7 +143,7 @@ def rotate(x: Float[Array, "b l k d"], base: float = 10000.0) -> Float[Array, "b
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: fused qkv with bias, RMS norm of q and k over the head, optional rotary."""
+    """Multi-head self-attention over l: fused qkv with bias, RMS norm of q and k over the head, optional rotary."""
 
     num_heads: int
     qk_norm: bool = True
@@ -146,20 +152,20 @@ class SelfAttention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
+    def __call__(self, x: Float[Array, "*b l c"]) -> Float[Array, "*b l c"]:
         width = x.shape[-1]
         qkv = dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = einops.rearrange(qkv, "b l (three k d) -> three b l k d", three=3, k=self.num_heads)
+        q, k, v = einops.rearrange(qkv, "... (three k d) -> three ... k d", three=3, k=self.num_heads)
         if self.qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        x = einops.rearrange(attention(q, k, v), "b l k d -> b l (k d)")
+        x = einops.rearrange(attention(q, k, v), "... k d -> ... (k d)")
         return dense(width, dtype=self.dtype, name="proj", kernel_init=self.out_init)(x)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from x to a context; `qk_norm` as in `SelfAttention`."""
+    """Multi-head attention from x to a context, both with axes as `attention` has; `qk_norm` as in `SelfAttention`."""
 
     num_heads: int
     qk_norm: bool = False
@@ -169,18 +175,18 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "b l c"],
-        context: Float[Array, "b n _"],
+        x: Float[Array, "b *l c"],
+        context: Float[Array, "b *n _"],
         context_mask: Bool[Array, "b n"] | None = None,
-    ) -> Float[Array, "b l c"]:
+    ) -> Float[Array, "b *l c"]:
         width = x.shape[-1]
         q = dense(width, dtype=self.dtype, name="q")(x)
         kv = dense(2 * width, dtype=self.dtype, name="kv")(context)
-        q = einops.rearrange(q, "b l (k d) -> b l k d", k=self.num_heads)
-        k, v = einops.rearrange(kv, "b n (two k d) -> two b n k d", two=2, k=self.num_heads)
+        q = einops.rearrange(q, "... (k d) -> ... k d", k=self.num_heads)
+        k, v = einops.rearrange(kv, "... (two k d) -> two ... k d", two=2, k=self.num_heads)
         if self.qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
-        x = einops.rearrange(attention(q, k, v, context_mask), "b l k d -> b l (k d)")
+        x = einops.rearrange(attention(q, k, v, context_mask), "... k d -> ... (k d)")
         return dense(width, dtype=self.dtype, name="proj", kernel_init=self.out_init)(x)
 
 

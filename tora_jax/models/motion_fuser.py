@@ -12,6 +12,9 @@ from tora_jax.models.layers import CrossAttention, Dtype, conv3d
 FORMS = ("adaptive_norm", "cross_attention", "extra_channels")
 PLACEMENTS = ("temporal", "spatial", "both")
 
+# Logical axes (see sharding.py) of tokens [b, t, s, c] where each device holds whole frames.
+FRAMES = ("batch", "time", None, None)
+
 
 class MotionFuser(nn.Module):
     """Fuses motion features into hidden states, in one of the paper's three forms:
@@ -45,6 +48,7 @@ class MotionFuser(nn.Module):
           has_motion: False = null trajectory: that sample's hidden states pass through untouched, bit for bit.
             None = all True.
         """
+        hidden = nn.with_logical_constraint(hidden, FRAMES)
         h, w = features.shape[2:4]
         width = hidden.shape[-1]
         repeats = hidden.shape[0] // features.shape[0]
@@ -63,10 +67,10 @@ class MotionFuser(nn.Module):
                 name="attention",
             )
             per_frame = cross(
-                einops.rearrange(hidden, "b t s c -> (b t) s c"),
-                einops.repeat(features, "b t h w m -> (r b t) (h w) m", r=repeats),
+                hidden,
+                einops.repeat(features, "b t h w m -> (r b) t (h w) m", r=repeats),
             )
-            fused = einops.rearrange(per_frame, "(b t) s c -> b t s c", b=hidden.shape[0]) + hidden
+            fused = per_frame + hidden
         elif self.form == "extra_channels":
             grid = einops.rearrange(hidden, "b t (h w) c -> b t h w c", h=h, w=w)
             features = einops.repeat(features, "b t h w m -> (r b) t h w m", r=repeats)
@@ -76,7 +80,8 @@ class MotionFuser(nn.Module):
         else:
             raise ValueError(f"unknown fuser form {self.form!r}; choose one of {', '.join(FORMS)}")
         fused = fused.astype(hidden.dtype)
-        return fused if has_motion is None else jnp.where(has_motion[:, None, None, None], fused, hidden)
+        fused = fused if has_motion is None else jnp.where(has_motion[:, None, None, None], fused, hidden)
+        return nn.with_logical_constraint(fused, FRAMES)
 
     def _scale_or_shift(self, features: Array, width: int, name: str) -> Float[Array, "b t h w c"]:
         """3x3 convolution in space to c / 4, then kernel 3 over time to c, frames repeated at both ends."""

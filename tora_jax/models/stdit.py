@@ -15,12 +15,11 @@ from jaxtyping import Array, Bool, Float
 
 from tora_jax.models import layers
 from tora_jax.models.layers import Dtype, layer_norm, modulate
-from tora_jax.models.motion_fuser import MotionFuser
+from tora_jax.models.motion_fuser import FRAMES, MotionFuser
 
 ZEROS = nn.initializers.zeros
 
-# Logical axes (see sharding.py) of tokens [b, t, s, c].
-FRAMES = ("batch", "time", None, None)
+# As FRAMES, where each device holds whole tracks.
 TRACKS = ("batch", None, "space", None)
 
 
@@ -80,20 +79,16 @@ class STDiTBlock(nn.Module):
           text, text_mask: embedded caption; True = a valid token.
           modulation: from the timestep; one row for all frames, or one for each where frames are conditioned.
         """
-        b, t, s, c = x.shape
+        c = x.shape[-1]
         # On a mesh, spatial blocks hold whole frames and temporal blocks whole tracks; the switch is one all-to-all.
-        x = nn.with_logical_constraint(x, TRACKS if self.temporal else FRAMES)
+        layout = TRACKS if self.temporal else FRAMES
+        x = nn.with_logical_constraint(x, layout)
         # Temporal blocks start as the identity: the reference starts from an image model (initialize_weights).
         out_init = ZEROS if self.temporal else None
         table = self.param("scale_shift_table", nn.initializers.normal(c**-0.5), (6, c))
         rows = (table + modulation.astype(jnp.float32))[:, :, :, None, :]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (rows[:, :, i] for i in range(6))
 
-        fold, unfold = (
-            ("b t s c -> (b s) t c", "(b s) t c -> b t s c")
-            if self.temporal
-            else ("b t s c -> (b t) s c", "(b t) s c -> b t s c")
-        )
         attend = layers.SelfAttention(
             self.num_heads,
             self.qk_norm,
@@ -103,15 +98,17 @@ class STDiTBlock(nn.Module):
             name="attn",
         )
         y = modulate(layer_norm(x), shift_attn, scale_attn).astype(self.dtype)
-        y = einops.rearrange(attend(einops.rearrange(y, fold)), unfold, b=b)
+        y = attend(y.swapaxes(1, 2)).swapaxes(1, 2) if self.temporal else attend(y)
         x = x + (gate_attn * y).astype(x.dtype)
 
         cross = layers.CrossAttention(self.num_heads, out_init=out_init, dtype=self.dtype, name="cross_attn")
-        x = x + cross(x.reshape(b, t * s, c), text, text_mask).reshape(x.shape)
+        x = x + cross(x, text, text_mask)
 
         y = modulate(layer_norm(x), shift_mlp, scale_mlp).astype(self.dtype)
         y = layers.MLP(4 * c, c, out_init=out_init, dtype=self.dtype, name="mlp")(y)
-        return x + (gate_mlp * y).astype(x.dtype)
+        # Without this second one, XLA may give the MLP's two sides different layouts, and then its partitioner sums
+        # the kernels' gradients over one of the two sharded axes alone.
+        return nn.with_logical_constraint(x + (gate_mlp * y).astype(x.dtype), layout)
 
 
 class BlockPair(nn.Module):
@@ -160,6 +157,7 @@ class FinalLayer(nn.Module):
             # The reference takes the t = 0 branch from the tensor that is already modulated. The released
             # weights were trained so, hence it stays.
             x = jnp.where(frame_mask[:, :, None, None], x, modulated(x, t0))
+        x = nn.with_logical_constraint(x, FRAMES)
         return layers.dense(self.features, dtype=self.dtype, name="linear")(x.astype(self.dtype))
 
 
@@ -238,6 +236,7 @@ class STDiT(nn.Module):
         per_frame = t[:, None] if frame_mask is None else jnp.where(frame_mask[..., None], t[:, None], t0[:, None])
         modulation = layers.dense(6 * c, dtype=self.dtype, name="t_block")(nn.silu(per_frame))
         modulation = einops.rearrange(modulation, "b t (six c) -> b t six c", six=6)
+        modulation = nn.with_logical_constraint(modulation, ("batch", None, None, None))  # both layouts need it
 
         null = self.param(
             "null_caption",

@@ -61,6 +61,7 @@ class TrajectoryExtractor(nn.Module):
           Feature maps, the first axis over the pairs of blocks.
         """
         x = patchify(motion.astype(self.dtype), self.patch)
+        x = nn.with_logical_constraint(x, ("batch", "time", None, None, None))
         x = nn.Conv(
             self.features,
             (1, 3, 3),
