@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from tora_jax.configs import common
 
-from convert_weights import clip, mapping, measure, raft, stdit3, t5, vae
+from convert_weights import aesthetic, clip, mapping, measure, raft, stdit3, t5, vae
 from convert_weights.measure import Fields
 from convert_weights.sources import Source, parse_json
 from tora_jax.errors import UserError
+from tora_jax.models.aesthetic import V2, AestheticHead
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.clip import CLIP, CLIPText, CLIPVision
 from tora_jax.models.clip import clip as released_clip
@@ -123,6 +124,11 @@ def _clip(fields: Fields):
     return _shapes(module, jnp.zeros((1, module.text.max_length), jnp.int32), jnp.zeros((1, size, size, 3)))
 
 
+def _aesthetic(fields: Fields):
+    module = AestheticHead(**tuples(fields))
+    return _shapes(module, jnp.zeros((1, module.features)))
+
+
 def _rotary_frequencies(fields: Fields) -> np.ndarray:
     """The frequencies that the reference's rotary embedding keeps as a tensor; layers.rotate computes them."""
     head = fields["width"] // fields["num_heads"]
@@ -216,6 +222,15 @@ KINDS = {
             released={name: _released_clip(name) for name in ("ViT-L/14", "ViT-B/32")},
             needs=("text.num_heads", "vision.num_heads"),
             beside={**_CLIP_BESIDE, "text.eos_id": "text_config.eos_token_id"},
+        ),
+        Kind(
+            name="aesthetic",
+            part="aesthetic",
+            table=aesthetic.TABLE,
+            ignored=aesthetic.IGNORED,
+            measure=measure.aesthetic,
+            model=_aesthetic,
+            released={"v1": {"features": 768, "layers": ()}, "v2": {"features": 768, "layers": V2}},
         ),
     )
 }

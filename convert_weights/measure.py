@@ -136,6 +136,16 @@ def clip(shapes: Shapes) -> Fields:
     }
 
 
+def aesthetic(shapes: Shapes) -> Fields:
+    found = sorted(
+        (int(m[1]), shape) for key, shape in shapes.items() if (m := re.fullmatch(r"layers\.(\d+)\.weight", key))
+    )
+    return {
+        "layers": [[place, shape[0]] for place, shape in found],
+        **_known(features=_size(shapes, r"(layers\.0\.)?weight", 1)),
+    }
+
+
 def raft(shapes: Shapes) -> Fields:
     def encoder(name: str) -> list[int] | None:
         levels = _count(shapes, rf"{name}_encoder\.layer([0-9]+)\.") or 1
