@@ -41,7 +41,7 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
         train("vae", "vae.py:phase=joint,small", clips, "causal"),
         train("motion_vae", "motion_vae.py:small", clips, "vae"),
         cache("dense", "dense", "train[:400]"),
-        cache("sparse", "sparse", "train[:2000]"),
+        cache("sparse", "sparse", "train[:1024]"),
         train("stage1", "tora.py:stage=1,small", out / "dense", "motion_vae", held_out=64),
         train("stage2", "tora.py:stage=2,small", out / "sparse", "stage1", held_out=64),
     ]

@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluation.clips = 4
     if arg.small:
         config.train = (r"tora/.*", r"t5/.*")
-        config.steps = 100 if arg.stage == 1 else 1500
+        config.steps = 100 if arg.stage == 1 else 1600
         config.optim = {**common.quick(2e-3), "warmup": 50 if arg.stage == 1 else 100}
         config.ema = 0.995
         config.data.buckets = (common.bucket(17, 128, 128, batch=16),)
