@@ -21,15 +21,8 @@ from tora_jax.errors import UserError
 
 AXES = ("data", "fsdp", "seq", "tensor")
 
-# Logical name -> axes of the mesh, as a config may have it.
+# Logical name -> axes of the mesh: the table that configs have.
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
-RULES: Rules = (
-    ("batch", ("data", "fsdp")),
-    ("time", "seq"),  # spatial blocks hold whole frames
-    ("space", "seq"),  # temporal blocks hold whole tracks
-    ("embed", "fsdp"),
-    ("hidden", "tensor"),
-)
 
 # Path of a parameter -> logical names of its last axes, the first that fits; None = `sharding_by_size`. What none fits
 # (biases, norms, tables) is small, and whole on every device. The axes before are stacked blocks and taps of kernels.
@@ -87,6 +80,7 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
     Args:
       tree: of arrays or shapes; nested dicts and flat ones of paths joined by "/", in any other containers.
+      rules: of the names "embed" (width of the model) and "hidden" (heads, width of MLPs).
     """
 
     def place(keys: tuple, leaf: Any) -> NamedSharding:
@@ -110,7 +104,7 @@ def _size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def batch_sharding(mesh: Mesh, rules: Rules, size: int) -> NamedSharding:
-    """Of arrays whose first axis is a batch of `size` samples (over all processes).
+    """Of arrays whose first axis is a batch of `size` samples over all processes.
 
     Raises:
       UserError: when the mesh does not divide the batch.
@@ -129,6 +123,10 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """Inside, the logical names of activations mean axes of the mesh; outside they mean nothing.
 
     To be held around calls of compiled functions: JAX keeps apart what it has traced for different meshes.
+
+    Args:
+      rules: of the names "batch", "time" (of spatial blocks, which hold whole frames) and "space" (of temporal blocks,
+        which hold whole tracks).
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield

@@ -152,12 +152,11 @@ class FinalLayer(nn.Module):
             shift, scale = (table + embedding.astype(jnp.float32)[:, None])[:, :, None, None, :].swapaxes(0, 1)
             return modulate(layer_norm(x), shift, scale)
 
-        x = modulated(x, t)
+        x = modulated(nn.with_logical_constraint(x, FRAMES), t)
         if frame_mask is not None:
             # The reference takes the t = 0 branch from the tensor that is already modulated. The released
             # weights were trained so, hence it stays.
             x = jnp.where(frame_mask[:, :, None, None], x, modulated(x, t0))
-        x = nn.with_logical_constraint(x, FRAMES)
         return layers.dense(self.features, dtype=self.dtype, name="linear")(x.astype(self.dtype))
 
 

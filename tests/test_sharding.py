@@ -1,0 +1,199 @@
+"""Where parameters lie; the model on meshes: the same numbers as on one device, and what devices send."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+from jax.sharding import PartitionSpec as P
+
+from configs import common, tora
+from tora_jax import chain, optim, sharding
+from tora_jax.errors import UserError
+from tora_jax.models.tora import Tora
+
+RULES = tuple(common.training()["rules"].items())
+
+
+@functools.cache
+def released_shapes():
+    parts = chain.modules(tora.get_config().to_dict())
+    return jax.eval_shape(functools.partial(chain.init_params, parts), jax.random.key(0))
+
+
+class TestParameters:
+    def test_released_sizes(self):
+        """Every large leaf is split, the blocks' in four, and no device holds more than 30 %."""
+        mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
+        shapes = released_shapes()
+        shardings = sharding.param_shardings(shapes, mesh, RULES)
+        flat = traverse_util.flatten_dict(shapes, sep="/")
+        held = {}
+        for path, placed in traverse_util.flatten_dict(shardings, sep="/").items():
+            held[path] = math.prod(placed.shard_shape(flat[path].shape))
+            if flat[path].size >= 1 << 20 and path != "tora/stdit/null_caption":
+                assert flat[path].size // held[path] == 4, path
+            if path.startswith("tora/stdit/blocks/") and path.endswith("/kernel"):
+                assert flat[path].size // held[path] == 4, path
+        assert sum(held.values()) < 0.3 * sum(leaf.size for leaf in flat.values())
+
+    @pytest.mark.parametrize(
+        ("path", "spec"),
+        [
+            ("tora/stdit/blocks/temporal/attn/qkv/kernel", P(None, "fsdp", "tensor")),
+            ("tora/stdit/blocks/spatial/mlp/fc2/kernel", P(None, "tensor", "fsdp")),
+            ("tora/stdit/blocks/temporal_fuser/gamma_temporal/kernel", P(None, None, None, None, "fsdp", "tensor")),
+            ("tora/stdit/t_block/kernel", P("fsdp", "tensor")),
+            ("tora/stdit/blocks/spatial/mlp/fc1/bias", P()),
+            ("tora/stdit/blocks/spatial/scale_shift_table", P()),
+            ("t5/blocks/mlp/wo/kernel", P(None, "fsdp", "tensor")),
+        ],
+    )
+    def test_table(self, path, spec):
+        mesh = sharding.make_mesh("fsdp=2,tensor=4")
+        shape = traverse_util.flatten_dict(released_shapes(), sep="/")[path]
+        assert sharding.param_shardings({path: shape}, mesh, RULES)[path].spec == spec
+
+    def test_what_does_not_divide_is_whole(self):
+        mesh = sharding.make_mesh("fsdp=8")
+        leaf = jax.ShapeDtypeStruct((12, 40), jnp.float32)
+        got = sharding.param_shardings({"tora/x/qkv/kernel": leaf, "tora/x/proj/kernel": leaf}, mesh, RULES)
+        assert got["tora/x/qkv/kernel"].spec == P(None, "tensor")
+        assert got["tora/x/proj/kernel"].spec == P("tensor", "fsdp")
+
+    def test_state_lies_like_its_parameters(self):
+        mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
+        trained, frozen = optim.split(released_shapes(), ["tora/.*"])
+        state = {"opt": jax.eval_shape(optax.adamw(1e-3).init, trained), "ema": trained, "rng": jax.random.key(0)}
+        want = sharding.param_shardings(trained, mesh, RULES)
+        got = sharding.param_shardings(state, mesh, RULES)
+        for same in (got["ema"], got["opt"][0].mu, got["opt"][0].nu):
+            assert same == want
+        assert got["opt"][0].count.spec == got["rng"].spec == P()
+        nested = sharding.param_shardings(released_shapes(), mesh, RULES)
+        flat = traverse_util.flatten_dict(nested, sep="/")
+        assert {**want, **sharding.param_shardings(frozen, mesh, RULES)} == flat
+
+
+def test_batch():
+    mesh = sharding.make_mesh("data=2,fsdp=2,seq=2")
+    assert sharding.batch_sharding(mesh, RULES, 8).spec == P(("data", "fsdp"))
+    with pytest.raises(UserError, match=r"a batch of 6 does not divide over 4 parts .* multiple of 4"):
+        sharding.batch_sharding(mesh, RULES, 6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model on meshes
+# ----------------------------------------------------------------------------------------------------------
+
+WIDTH, TOKENS = 32, 32  # a token is wider than a motion feature, and a frame has more tokens than the text
+
+
+def inputs(batch, frames):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (batch, frames, 16, 8, 4)  # 8 x 4 tokens a frame
+    return {
+        "x": jax.random.normal(keys[0], shape),
+        "timestep": jnp.linspace(100.0, 900.0, batch),
+        "text": jax.random.normal(keys[1], (batch, 5, 8)),
+        "motion": jax.random.normal(keys[2], shape),
+        "fps": jnp.full(batch, 24.0),
+        "height": jnp.full(batch, 64.0),
+        "width": jnp.full(batch, 32.0),
+        "text_mask": jnp.arange(5)[None] < 5 - jnp.arange(batch)[:, None] % 3,
+        "frame_mask": jnp.ones((batch, frames), bool).at[0, 0].set(False),
+        "has_motion": jnp.arange(batch) != 1,
+    }
+
+
+@functools.cache
+def model(fuser="adaptive_norm", placement="temporal", depth=1):
+    stdit = {"variant": f"{depth}x{WIDTH}x4/2", "caption_channels": 8, "caption_length": 5, "base_resolution": 64.0}
+    module = Tora(stdit, fuser, placement, motion_features=8)
+    params = jax.jit(functools.partial(module.init, **inputs(1, 1)))(jax.random.key(1))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    shaken = [leaf + 0.1 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return module, {"tora": tree.unflatten(shaken)}
+
+
+def loss_and_grad(module):
+    def loss(params, batch):
+        return jnp.square(module.apply({"params": params["tora"]}, **batch)[..., :4] - batch["x"]).mean()
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def on_mesh(spec, params, batch, function):
+    """`function` on a mesh: (result, text of the compiled module)."""
+    mesh = sharding.make_mesh(spec)
+    params = jax.device_put(params, sharding.param_shardings(params, mesh, RULES))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh, RULES, len(batch["x"])))
+    with sharding.use(mesh, RULES):
+        compiled = function.lower(params, batch).compile()
+        return compiled(params, batch), compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("spec", "fuser", "placement", "batch", "frames"),
+    [
+        ("data=2,seq=4", "adaptive_norm", "temporal", 4, 4),
+        ("data=2,fsdp=2,seq=2", "adaptive_norm", "both", 4, 5),  # 5 frames on two devices
+        ("fsdp=2,seq=2,tensor=2", "cross_attention", "temporal", 2, 4),
+        ("seq=8", "extra_channels", "spatial", 2, 3),
+        ("data=2,fsdp=2,tensor=2", "adaptive_norm", "temporal", 4, 3),
+    ],
+)
+def test_the_same_loss_and_gradients(spec, fuser, placement, batch, frames):
+    module, params = model(fuser, placement)
+    batch = inputs(batch, frames)
+    function = loss_and_grad(module)
+    (want_loss, want), (got_loss, got) = function(params, batch), on_mesh(spec, params, batch, function)[0]
+    np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
+    for path, gradient in traverse_util.flatten_dict(want, sep="/").items():
+        other = np.asarray(traverse_util.flatten_dict(got, sep="/")[path])
+        assert np.abs(other - gradient).max() <= 1e-5 * np.abs(gradient).max(), path
+
+
+def sent(text):
+    """(kind, elements) of all collectives of a compiled module."""
+    found = []
+    for line in text.splitlines():
+        for kind in ("all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute"):
+            if match := re.match(rf"\s*(?:ROOT )?%\S+ = (.*?) {kind}(?:-start)?\(", line):
+                shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+                found.append((kind, sum(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)))
+    return found
+
+
+def test_what_sequence_parallelism_sends():
+    """Tokens move by all-to-all alone, once between the blocks of a pair and once between pairs."""
+    frames, depth = 8, 2
+    module, params = model(depth=depth)
+    batch = inputs(2, frames)
+    forward = jax.jit(lambda params, batch: module.apply({"params": params["tora"]}, **batch))
+    for function, switches in ((forward, 2 * depth), (loss_and_grad(module), None)):
+        found = sent(on_mesh("data=2,seq=4", params, batch, function)[1])
+        part = frames * TOKENS * WIDTH // 4  # of one sample's tokens, on one device
+        assert not [size for kind, size in found if kind == "all-gather" and size >= part]
+        moved = [size for kind, size in found if kind == "all-to-all" and size >= part]
+        assert moved
+        assert set(moved) == {part}  # never anything wider than the tokens themselves
+        if switches:
+            assert len(moved) == switches
+    halo = [size for kind, size in found if kind == "collective-permute"]
+    assert halo  # of the fusers' convolutions over time
+    assert max(halo) < part
+
+
+def test_names_mean_nothing_without_a_mesh():
+    module, params = model()
+    batch = inputs(1, 2)
+    forward = jax.jit(lambda params, batch: module.apply({"params": params["tora"]}, **batch))
+    lowered = forward.lower(params, batch).as_text()
+    assert "sharding" not in lowered
