@@ -1,0 +1,150 @@
+"""Files of a run, on a disk or in a bucket (whatever Beam's file systems reach): whole, or not there.
+
+A stage writes one file for each source video, named by the video's content, into a folder named by the stage's
+options and those of the stages before it. So a run that was killed, or gets more videos or other options, finds
+what it need not do again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from tora_jax import video_io
+from tora_jax.errors import UserError
+
+VERSION = 1  # of the stages' code: raised when what they write changes
+BEFORE = {"clips": "probe", "motion": "clips", "looks": "clips", "captions": "clips"}
+ARCHIVES = ("clips", "motion")
+META = "meta.json"
+
+
+def digest(*parts: str | bytes) -> str:
+    """32 hexadecimal digits of the content."""
+    sha = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        sha.update(len(part).to_bytes(8, "little") + part)
+    return sha.hexdigest()[:32]
+
+
+def chance(name: str) -> float:
+    """A number in 0..1 that depends on the name alone, so that every run draws alike."""
+    return int(digest("chance", name), 16) / 16**32
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Where the stages' files lie.
+
+    Attributes:
+      folder: of the run's output; the files lie in `work/` in it.
+      options: of each stage, by its name.
+    """
+
+    folder: str
+    options: Mapping[str, Mapping[str, Any]]
+
+    def path(self, stage: str, key: str) -> str:
+        """The file of a stage for a source video (or, of captions, for a clip)."""
+        ending = ".zip" if stage in ARCHIVES else ".json"
+        return FileSystems.join(self.folder, "work", f"{stage}-{self._fingerprint(stage)}", f"{key}{ending}")
+
+    def _fingerprint(self, stage: str) -> str:
+        before = BEFORE.get(stage)
+        options = json.dumps(self.options.get(stage, {}), sort_keys=True, default=list)
+        return digest(str(VERSION), stage, options, self._fingerprint(before) if before else "")[:8]
+
+
+def is_local(path: str) -> bool:
+    return FileSystems.get_scheme(path) is None
+
+
+def exists(path: str) -> bool:
+    return FileSystems.exists(path)
+
+
+def write(path: str, fill: Callable[[Path], None]) -> None:
+    """Writes a file: `fill` gets a local path for it, and the file appears when it is whole.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        if is_local(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with video_io.write_atomic(path) as aside:
+                fill(aside)
+        else:
+            with local_folder() as folder:
+                fill(folder / "file")
+                with (folder / "file").open("rb") as source, FileSystems.create(path) as target:
+                    shutil.copyfileobj(source, target)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); mend that and run again") from error
+
+
+def write_json(path: str, value: Any) -> None:
+    write(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def read_json(path: str) -> Any:
+    with FileSystems.open(path) as file:
+        return json.loads(file.read())
+
+
+def write_zip(path: str, members: Iterable[tuple[str, bytes]], meta: Callable[[], Any]) -> None:
+    """Writes named bytes, one after the other, and then META, into one file, uncompressed."""
+
+    def fill(aside: Path) -> None:
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+            for name, content in members:
+                archive.writestr(zipfile.ZipInfo(name), content)  # without the time: the same content, the same file
+            archive.writestr(zipfile.ZipInfo(META), json.dumps(meta()))
+
+    write(path, fill)
+
+
+@contextlib.contextmanager
+def open_zip(path: str) -> Iterator[zipfile.ZipFile]:
+    with local(path) as here, zipfile.ZipFile(here) as archive:
+        yield archive
+
+
+@contextlib.contextmanager
+def local(path: str) -> Iterator[Path]:
+    """The file itself if it is on a disk here, else a copy for the time being."""
+    if is_local(path):
+        yield Path(path)
+    else:
+        with local_folder() as folder:
+            here = folder / Path(path).name
+            with FileSystems.open(path) as source, here.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            yield here
+
+
+@contextlib.contextmanager
+def local_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def content_key(path: str) -> str:
+    """The digest of a file's content."""
+    sha = hashlib.sha256()
+    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        while part := file.read(1 << 20):
+            sha.update(part)
+    return sha.hexdigest()[:32]

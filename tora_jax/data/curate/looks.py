@@ -1,0 +1,111 @@
+"""What single frames tell of a clip: a perceptual hash, to find copies by, and an aesthetic score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from tora_jax import release
+from tora_jax.data.curate.probe import UnusableError, opened, small
+from tora_jax.errors import UserError
+from tora_jax.models.aesthetic import AestheticHead
+from tora_jax.models.clip import CLIP, CLIPText, CLIPVision
+from tora_jax.video_io import resize_crop
+
+FRAMES = 4  # of a clip, evenly spread, that are looked at
+HASH_SIDE, HASH_KEPT = 32, 8  # pixels of the picture, and frequencies of it that make the hash
+BITS = FRAMES * HASH_KEPT**2
+
+CLIP_MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
+CLIP_STD = np.float32([0.26862954, 0.26130258, 0.27577711])
+
+Pictures = UInt8[np.ndarray, "t h w 3"]
+# Frames -> a score of about 1 to 10, their mean.
+Judge = Callable[[Pictures], float]
+
+
+def read_frames(
+    source: str | os.PathLike | bytes, numbers: Callable[[int, float], Iterable[int]], short: int
+) -> tuple[Pictures, int, float]:
+    """Some frames of a clip, made small.
+
+    Args:
+      source: path or bytes of a clip that `cuts.cut` made.
+      numbers: length and rate of the clip -> which frames, rising; the others are decoded, but not converted.
+      short: pixels of the shorter side, at most.
+
+    Returns:
+      those frames, and the number of all frames and their rate.
+
+    Raises:
+      UnusableError: "damaged".
+    """
+    with opened(source) as (container, stream):
+        rate = float(stream.average_rate)
+        wanted, pictures, count = set(numbers(stream.frames, rate)), [], 0
+        for frame in container.decode(stream):
+            if count in wanted:
+                pictures.append(small(frame, short))
+            count += 1
+    if not count or count != stream.frames:
+        raise UnusableError("damaged")
+    return np.stack(pictures), count, rate
+
+
+def spread(count: int, rate: float = 0.0) -> list[int]:
+    """The numbers of the FRAMES frames of a clip that are looked at."""
+    return [(2 * i + 1) * count // (2 * FRAMES) for i in range(FRAMES)]
+
+
+def perceptual_hash(frames: Pictures) -> bytes:
+    """64 bits for each frame: which of its lowest frequencies are above their median (the usual pHash).
+
+    Scaling, encoding, brightness and contrast hardly change it. Copies are found by the number of bits that differ.
+    """
+    bits = []
+    for frame in frames:
+        grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+        grey = cv2.resize(grey, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+        low = cv2.dct(grey)[:HASH_KEPT, :HASH_KEPT].ravel()
+        bits.append(low > np.median(low[1:]))
+    return np.packbits(np.concatenate(bits)).tobytes()
+
+
+def make_judge(clip: str | Path, head: str | Path) -> Judge:
+    """LAION's aesthetic score: CLIP ViT-L/14's embedding of each frame, and a linear head on it.
+
+    Args:
+      clip, head: folders that `python -m convert_weights clip` and `... aesthetic` wrote.
+
+    Raises:
+      UserError: one is missing or broken, or they do not fit.
+    """
+    fields = dict(release.read_config(clip)["clip"])
+    towers = {"text": CLIPText(**fields.pop("text")), "vision": CLIPVision(**fields.pop("vision"))}
+    model, last = CLIP(**towers, **fields), AestheticHead(**release.read_config(head)["aesthetic"])
+    if last.features != model.features:
+        raise UserError(f"{head}: the head takes {last.features} features, and {clip} gives {model.features}")
+    return clip_judge(model, release.load_part(clip, "clip"), last, release.load_part(head, "aesthetic"))
+
+
+def clip_judge(model: CLIP, params: Mapping[str, Any], head: AestheticHead, head_params: Mapping[str, Any]) -> Judge:
+    """`make_judge` with the models and their parameters."""
+    side = model.vision.image_size
+
+    @jax.jit
+    def run(params, head_params, pixels):
+        embeddings = model.apply({"params": params}, pixels, method=CLIP.encode_image)
+        return head.apply({"params": head_params}, embeddings).mean()
+
+    def judge(frames: Pictures) -> float:
+        pixels = (resize_crop(frames, side, side).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+        return float(run(params, head_params, pixels))
+
+    return judge
