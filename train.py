@@ -73,9 +73,7 @@ def main(argv: list[str], check_interrupt) -> None:
         combine = optim.join
     optimizer = optim.make(config["optim"], trained, config["steps"])
     state = training.init_state(trained, optimizer)
-    # The state is donated to each step, and parts may share arrays (a motion VAE that starts as the video VAE).
-    state = jax.device_put(state, sharding.param_shardings(state, mesh, rules), may_alias=False)
-    frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh, rules))
+    state, frozen = (jax.device_put(tree, sharding.param_shardings(tree, mesh, rules)) for tree in (state, frozen))
 
     # ----- Data -------------------------------------------------------------------------------------------------
     vae = models.vae

@@ -6,10 +6,10 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from tora_jax.configs import common
 
 from tests import training_runs
 from tora_jax import chain, cli, command, release, video_io
-from tora_jax.configs import common
 from tora_jax.data import precompute
 
 COMMANDS = [

@@ -12,7 +12,7 @@ from tora_jax import command, video_io
 from tora_jax.data import sprites
 
 _handler = signal.getsignal(signal.SIGINT)
-import train
+import train  # noqa: E402
 
 signal.signal(signal.SIGINT, _handler)  # train.py sets it for itself
 

@@ -40,8 +40,9 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_state(trained: Mapping[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), dict(trained), optimizer.init(trained), optim.ema_init(trained))
+    """The state before the first step, of copies: its arrays are donated, and others may hold `trained`, too."""
+    trained = {path: jnp.array(leaf) for path, leaf in trained.items()}
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), optim.ema_init(trained))
 
 
 def make_train_step(
