@@ -121,7 +121,16 @@ def small() -> dict:
             "depth": 2,
             "dtype": "float32",
         },
-        "sampling": {**sampling(), "height": 128, "width": 128, "num_frames": 17, "fps": 8.0},
+        "sampling": {
+            **sampling(),
+            "prompt": "a red star over blue waves.",
+            "height": 128,
+            "width": 128,
+            "num_frames": 17,
+            "fps": 8.0,
+            "guidance": 6.0,
+            "trajectory_guidance": 3.0,
+        },
     }
 
 

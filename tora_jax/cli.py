@@ -27,8 +27,9 @@ from tora_jax.errors import UserError
 
 USAGE = """Makes a video that moves along drawn trajectories.
 
-Without arguments: the default prompt and trajectory of the small model. Writes the video (--out), the same with
-the trajectories drawn over it (*_trajectory), the flow map that the model saw (*_flow), and a report (*.json).
+Without arguments: the default prompt and trajectory, by the small model with its weights. Writes the video (--out),
+the same with the trajectories drawn over it (*_trajectory), the flow map that the model saw (*_flow), and a report
+(*.json).
 """
 
 
@@ -39,6 +40,8 @@ def sample(argv: list[str] | None = None) -> None:
 
 def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = command.parse(argv, _define, USAGE, common.sampling())
+    if args.weights is None and args["config"].using_default_value:
+        args.weights = str(release.DEMO)
     config = _config(args)
     settings = _settings(args, config.get("sampling", {}))
     sources = [] if args.no_trajectory else _trajectory_paths(settings["trajectory"])
@@ -91,7 +94,8 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     small = str(resources.files("tora_jax.configs").joinpath("demo.py"))
     config_flags.DEFINE_config_file("config", small, "Config of the models and of sampling.", sys_argv=argv, **to)
     flags.DEFINE_boolean("help", False, "Shows this.", short_name="h", **to)
-    flags.DEFINE_string("weights", None, "Release folder; its config is used unless --config is given.", **to)
+    folder = "Release folder, used with its own config unless --config is given. Default: the small model's."
+    flags.DEFINE_string("weights", None, folder, **to)
     flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **to)
     flags.DEFINE_boolean("quiet", False, "No progress bar.", **to)
     flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **to)

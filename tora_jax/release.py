@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
@@ -25,6 +27,7 @@ from safetensors.flax import load_file, save_file
 from tora_jax.errors import UserError
 
 PARTS = ("tora", "vae", "motion_vae", "t5")
+DEMO = Path(__file__).parent / "assets" / "demo"  # the small model's weights, docs/demo.md
 
 
 class Release(NamedTuple):
@@ -110,6 +113,8 @@ def load(folder: str | Path) -> Release:
 def load_part(folder: str | Path, part: str) -> dict[str, Any]:
     """The parameters of one part, from its safetensors file or from an Orbax checkpoint in `params/`.
 
+    float16 is a format of files: nothing computes in it, and it comes out as float32.
+
     Raises:
       UserError: when it is missing or broken.
     """
@@ -121,8 +126,21 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
     try:
-        return traverse_util.unflatten_dict(load_file(path), sep="/")
+        flat = load_file(path)
+        wide = {name: leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf for name, leaf in flat.items()}
+        return traverse_util.unflatten_dict(wide, sep="/")
     except SafetensorError as error:
         raise UserError(f"{path}: broken or truncated ({error})") from None
     except (AttributeError, TypeError, KeyError, ValueError) as error:  # names or number formats that JAX has not
         raise UserError(f"{path}: holds tensors that cannot be read ({error})") from None
+
+
+def halve(source: str | Path, out: str | Path, readme: str) -> None:
+    """Copies a release folder with its numbers in float16: half the size, for models small enough to ship.
+
+    Raises:
+      UserError: when the source is missing or broken, or the other folder exists already.
+    """
+    config, params, tokenizer = load(source)
+    half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
+    save(out, config, half, tokenizer, readme)
