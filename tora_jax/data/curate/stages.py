@@ -401,24 +401,28 @@ class Copies(beam.PTransform):
         self._most = most
 
     def expand(self, rows: beam.PCollection) -> beam.PCollection:
-        most, compared = self._most, ("name", "hash", "height", "width", "seconds")
-
-        def parts(row: Row) -> Iterator[tuple[tuple[int, bytes], Row]]:
-            for band in rules.bands(bytes.fromhex(row["hash"]), most):
-                yield band, {name: row[name] for name in compared}
-
-        def mark(joined: tuple[str, Mapping[str, Iterable]]) -> Row:
-            (row,), better = list(joined[1]["row"]), sorted(joined[1]["better"])
-            return {**row, "reason": "copy", "copy_of": better[0]} if better else row
-
         better = (
             rows
-            | "parts" >> beam.FlatMap(parts)
+            | "parts" >> beam.FlatMap(_parts, self._most)
             | "alike" >> beam.GroupByKey()
-            | "compare" >> beam.FlatMap(lambda group: rules.copies(list(group[1]), most))
+            | "compare" >> beam.FlatMap(_compare, self._most)
         )
         named = rows | "name" >> beam.Map(lambda row: (row["name"], row))
-        return {"row": named, "better": better} | "join" >> beam.CoGroupByKey() | "mark" >> beam.Map(mark)
+        return {"row": named, "better": better} | "join" >> beam.CoGroupByKey() | "mark" >> beam.Map(_mark)
+
+
+def _parts(row: Row, most: int) -> Iterator[tuple[tuple[int, bytes], Row]]:
+    for band in rules.bands(bytes.fromhex(row["hash"]), most):
+        yield band, {name: row[name] for name in ("name", "hash", "height", "width", "seconds")}
+
+
+def _compare(group: tuple[tuple[int, bytes], Iterable[Row]], most: int) -> Iterator[tuple[str, str]]:
+    return rules.copies(list(group[1]), most)
+
+
+def _mark(joined: tuple[str, Mapping[str, Iterable]]) -> Row:
+    (row,), better = list(joined[1]["row"]), sorted(joined[1]["better"])
+    return {**row, "reason": "copy", "copy_of": better[0]} if better else row
 
 
 class _Caption(beam.DoFn):
@@ -464,15 +468,7 @@ class Shards(beam.PTransform):
     def expand(self, rows: beam.PCollection) -> beam.PCollection:
         work, options = self._work, self._work.options["shards"]
 
-        def split(row: Row) -> str:
-            return "validation" if files.chance("split " + row["key"]) < options["validation"] else "train"
-
-        def place(row: Row, names: Mapping[str, list[str]]) -> tuple[tuple[str, int, int], Row]:
-            known = names[split(row)]
-            number = int(np.searchsorted(known, row["name"])) // options["clips"]
-            return (split(row), number, math.ceil(len(known) / options["clips"])), row
-
-        named = rows | "split" >> beam.Map(lambda row: (split(row), row["name"])) | "names" >> beam.GroupByKey()
+        named = rows | "split" >> beam.Map(_split, options["validation"]) | "names" >> beam.GroupByKey()
         ordered = named | "order" >> beam.Map(lambda group: (group[0], np.sort(list(group[1]))))
         content = (
             rows
@@ -484,7 +480,7 @@ class Shards(beam.PTransform):
         )
         lengths = (
             rows
-            | "place" >> beam.Map(place, beam.pvalue.AsDict(ordered))
+            | "place" >> beam.Map(_place, options, beam.pvalue.AsDict(ordered))
             | "shards" >> beam.GroupByKey()
             | "write" >> beam.Map(_write, work, folder)
         )
@@ -492,6 +488,18 @@ class Shards(beam.PTransform):
         return finished | "finish" >> beam.Map(
             _finish, folder, beam.pvalue.AsList(lengths), bool(options["validation"])
         )
+
+
+def _split(row: Row, validation: float) -> tuple[str, str]:
+    """(split, name): all clips of a source are in one split."""
+    return "validation" if files.chance("split " + row["key"]) < validation else "train", row["name"]
+
+
+def _place(row: Row, options: Mapping[str, Any], names: Mapping[str, np.ndarray]) -> tuple[tuple[str, int, int], Row]:
+    """((split, number of the shard, number of shards), row): the names in order, so many to a shard."""
+    split, name = _split(row, options["validation"])
+    number = int(np.searchsorted(names[split], name)) // options["clips"]
+    return (split, number, math.ceil(len(names[split]) / options["clips"])), row
 
 
 def _number(*parts: str) -> int:
