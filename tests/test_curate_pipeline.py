@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from apache_beam.testing.util import assert_that, equal_to
 from tora_jax.configs import curate
 
-from tests import moving, odd_videos
+from tests import moving, odd_videos, training_runs
 from tests.test_curate_rules import Server
 from tora_jax import command, video_io
 from tora_jax.data import pipeline, sources
@@ -328,6 +328,27 @@ def test_two_processes_make_the_same(videos, whole, tmp_path):
     stats = stages.run([f"{videos[0]}/**/*.*"], str(tmp_path), options(), workers=2)
     assert {**stats, "data": ""} == {**whole[1], "data": ""}
     equal(records(stats), records(whole[1]))
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.slow
+def test_both_stages_train_from_these_shards(videos, whole, tmp_path):
+    keys = [files.content_key(record["source"].decode()) for record in records(whole[1]).values()]
+    half = float(np.median([files.chance("split " + key) for key in keys]))
+    stats = run(videos[0], tmp_path / "clips", shards__validation=half)
+    assert [len(records(stats, split)) for split in ("train", "validation")] == [3, 3]
+    source = (training_runs.source(tmp_path / "clips"), "--config.steps=20")
+    dense, sparse = (tmp_path / name for name in ("dense", "sparse"))
+    first = training_runs.run("tora.py:stage=1,runlocal", dense, *source)
+    given = (f"--weights={dense}/release", "--config.data.tracks=given")
+    second = training_runs.run("tora.py:stage=2,runlocal", sparse, *source, *given)
+    for outcome in (first, second):
+        assert (outcome.code, outcome.stderr) == (0, "")
+        losses = [line["loss"] for line in outcome.metrics if "loss" in line]
+        assert len(losses) == 20
+        assert np.isfinite(losses).all()
 
 
 # ---------------------------------------------------------------- captions
