@@ -97,7 +97,7 @@ def test_dtype(dtype, tmp_path):
     argv = write_source(tmp_path / "t5.safetensors", "t5_encoder")
     assert main([*argv, str(tmp_path / "ours"), "--dtype", dtype]) == 0
     params = golden.load("t5_encoder").params
-    got = release.load_part(tmp_path / "ours", "t5")["norm"]["scale"]
+    got = load_file(tmp_path / "ours/t5.safetensors")["norm/scale"]  # as it is on disk: float16 is read as float32
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, params["encoder.final_layer_norm.weight"].astype(got.dtype))
     assert main(["t5", str(tmp_path / "ours"), str(tmp_path / "back.safetensors"), "--reverse"]) == 0
