@@ -26,7 +26,7 @@ from tensorboardX import SummaryWriter
 from tora_jax.configs import common
 from tqdm import tqdm
 
-from tora_jax import chain, checkpoint, command, optim, release, sharding, training, video_io
+from tora_jax import chain, checkpoint, command, lora, optim, release, sharding, training, video_io
 from tora_jax.data import pipeline
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout

@@ -455,7 +455,7 @@ def test_a_damaged_file_of_records(tmp_path, written):
     seen = {i for batch in take(iterator, 9) for i in which(written, batch["video"])}
     assert seen == set(range(12)) - lost
     path.write_bytes(bytes(len(content)))
-    with pytest.raises(UserError, match="train record 0: damaged .* and so are all others"):
+    with pytest.raises(UserError, match=r"train record 0: damaged .* and so are all others"):
         pipeline.batches(config(folder, damaged_share=1.0), "train", seed=0)
 
 
