@@ -61,19 +61,20 @@ def main(argv: list[str], check_interrupt) -> None:
     mesh, rules = sharding.make_mesh(config["mesh"]), tuple(config["rules"].items())
 
     # ----- Models, and what of them trains ----------------------------------------------------------------------
-    models = chain.load(config, args.weights, config["seed"])
-    params = dict(models.params)
-    if config.get("from_video_vae"):
-        params["motion_vae"] = params["vae"]
-    if rank := config["lora"]["rank"]:
-        frozen, trained = params, lora.init(params, config["train"], rank, jax.random.key(config["seed"]))
-        combine = functools.partial(lora.merge, alpha=config["lora"]["alpha"])
-    else:
-        trained, frozen = optim.split(params, config["train"])
-        combine = optim.join
-    optimizer = optim.make(config["optim"], trained, config["steps"])
-    state = training.init_state(trained, optimizer)
-    state, frozen = (jax.device_put(tree, sharding.param_shardings(tree, mesh, rules)) for tree in (state, frozen))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # devices get their own parts alone, below
+        models = chain.load(config, args.weights, config["seed"])
+        params = dict(models.params)
+        if config["from_video_vae"]:
+            params["motion_vae"] = params["vae"]
+        rank, alpha = config["lora"]["rank"], config["lora"]["alpha"]
+        if rank:
+            trained = lora.init(params, config["lora"]["kernels"], rank, jax.random.key(config["seed"]))
+            frozen, combine = optim.flatten(params), functools.partial(lora.merge, alpha=alpha)
+        else:
+            trained, frozen = optim.split(params, config["train"])
+            combine = optim.join
+        optimizer = optim.make(config["optim"], trained, config["steps"])
+        state = training.init_state(trained, optimizer)
 
     # ----- Data -------------------------------------------------------------------------------------------------
     vae = models.vae
@@ -85,7 +86,16 @@ def main(argv: list[str], check_interrupt) -> None:
         latent_frames=lambda frames: video_vae.latent_frames(frames, vae.micro_frame_size, vae.time_factor),
     )
     data = config["data"]
-    batches = pipeline.Placed(open_split(data, data["split"]), mesh)
+    opened = open_split(data, data["split"])
+    batches = pipeline.Placed(opened, mesh)
+
+    # ----- On the mesh ------------------------------------------------------------------------------------------
+    state = jax.device_put(state, sharding.param_shardings(state, mesh, rules))
+    used = training.used_parts(config["job"], opened.made)
+    frozen = {  # the rest stays in the host's memory: a compiled function takes only what it uses
+        path: jax.device_put(frozen[path], place) if path.partition("/")[0] in used else np.asarray(frozen[path])
+        for path, place in sharding.param_shardings(frozen, mesh, rules).items()
+    }
 
     # ----- The step, and how its result is judged ---------------------------------------------------------------
     parts = {part: getattr(models, part) for part in chain.PARTS}
@@ -141,6 +151,8 @@ def main(argv: list[str], check_interrupt) -> None:
     if config["job"] != "tora":
         normalise = heldout.latent_statistics(config, models, open_validation, mesh)
         params[config["job"]].update(normalise(params[config["job"]]))
+    if rank:
+        lora.save(workdir / "adapter.safetensors", jax.device_get(state.ema), alpha)
     launch = shlex.join(["python", *argv])
     figures = json.dumps(judged, indent=2)
     readme = f"Trained by\n\n    {launch}\n\nSeed {config['seed']}. On held-out clips:\n\n{figures}\n"

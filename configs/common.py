@@ -174,6 +174,7 @@ def training() -> dict:
         # Logical names of axes -> axes of the mesh, see `sharding`.
         "rules": {"batch": ("data", "fsdp"), "time": "seq", "space": "seq", "embed": "fsdp", "hidden": "tensor"},
         "resume": False,
+        "from_video_vae": False,  # the motion VAE starts as the video VAE of the weights
         "accumulate": 1,  # micro-batches that a batch is cut into
         "ema": 0.99,
         "log_every": 10,
@@ -193,7 +194,12 @@ def training() -> dict:
             "weight_decay": (),
             "lr_multipliers": (),
         },
-        "lora": {"rank": 0, "alpha": 1.0},  # rank 0 = off
+        # Rank 0 = off; else adapters of these kernels train, in the place of what `train` says.
+        "lora": {
+            "rank": 0,
+            "alpha": 16.0,
+            "kernels": (r"tora/stdit/blocks/temporal/(attn|cross_attn|mlp)/\w+/kernel",),
+        },
         "data": {
             "sources": (),
             "split": "train",

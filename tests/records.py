@@ -19,6 +19,7 @@ FEATURES = tfds.features.FeaturesDict(
         "tracks": tfds.features.Tensor(shape=(None, None, 2), dtype=np.float32, encoding="zlib"),
         "visible": tfds.features.Tensor(shape=(None, None), dtype=np.bool_, encoding="zlib"),
         "labels": tfds.features.Tensor(shape=(None, None, None), dtype=np.uint8, encoding="zlib"),
+        "objects": tfds.features.Sequence({"colour": tfds.features.Text()}),
     }
 )
 
@@ -26,7 +27,8 @@ FEATURES = tfds.features.FeaturesDict(
 def clips(count: int, split: str = "train", scale: sprites.Scale = SCALE) -> list[dict]:
     """Records of drawn clips, as `sprites` writes them."""
     records = (sprites._record(split, scale, index)[1] for index in range(count))
-    return [{name: record[name] for name in FEATURES} for record in records]
+    found = [{name: record[name] for name in FEATURES} for record in records]
+    return [{**record, "objects": [{"colour": one["colour"]} for one in record["objects"]]} for record in found]
 
 
 def write(folder: Path, splits: Mapping[str, Sequence[dict]]) -> Path:

@@ -49,6 +49,11 @@ def match(paths: Iterable[str], rules: Sequence[tuple[str, Any]], default: Any, 
     return found
 
 
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict -> path -> leaf."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
 def select(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, bool]:
     """Which leaves train, by path.
 
@@ -59,7 +64,7 @@ def select(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, bool
     Raises:
       UserError: when a pattern never has its way, or nothing trains.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = flatten(params)
     rules = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in patterns]
     chosen = match((path for path in flat if not NEVER.fullmatch(path)), rules, False, "train")
     if not any(chosen.values()):
@@ -73,7 +78,7 @@ def split(params: Mapping[str, Any], patterns: Sequence[str]) -> tuple[dict[str,
     Gradients, the optimizer's state and the average exist for the first alone; the second cannot change.
     """
     chosen = select(params, patterns)
-    flat = traverse_util.flatten_dict(params, sep="/")
+    flat = flatten(params)
     return ({k: v for k, v in flat.items() if chosen[k]}, {k: v for k, v in flat.items() if not chosen[k]})
 
 

@@ -17,8 +17,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tora_jax import optim, rectified_flow
+from tora_jax.errors import UserError
 from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.video_vae import Gaussian
+
+JOBS = ("vae", "motion_vae", "tora")
 
 Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
 
@@ -84,8 +87,26 @@ def make_train_step(
 
 
 def loss_of(job: str, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
-    """The loss of a job: "vae", "motion_vae" or "tora"."""
+    """The loss of a job.
+
+    Raises:
+      UserError: there is no such job.
+    """
+    if job not in JOBS:
+        raise UserError(f"job {job!r}: there are {', '.join(JOBS)}")
     return tora_loss(parts, config) if job == "tora" else vae_loss(parts[job], job, config)
+
+
+def used_parts(job: str, made: Mapping[str, Any] | None) -> set[str]:
+    """The parts that a step computes with.
+
+    Args:
+      made: what the batches were precomputed with; None = they come from clips.
+    """
+    if job != "tora":
+        return {job}
+    vaes, t5 = made is None, made is None or made["text"] == "ids"
+    return {"tora", *(("vae", "motion_vae") if vaes else ()), *(("t5",) if t5 else ())}
 
 
 def count_tokens(batch: Mapping[str, Array], job: str, parts: Mapping[str, nn.Module]) -> int:
@@ -146,6 +167,8 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
         def run(method: str, *args):
             return vae.apply({"params": params[part]}, *args, method=method)
 
+        if pixels not in batch:
+            raise UserError(f"the batches hold no {pixels}: {part} trains on clips that are not precomputed")
         video = to_float(batch[pixels])
         moments = run("moments", video, keys[0])
         terms = {}

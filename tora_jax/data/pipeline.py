@@ -104,6 +104,7 @@ class Batches(grain.DatasetIterator):
     """Iterates over batches; `close` it at the end. Grain's checkpoints take it, and so does JSON (`get_state`).
 
     Attributes:
+      made: what the sources were precomputed with; None of clips.
       damaged: name of each damaged record met so far -> what is wrong with it. They are passed over, each with
         one warning, and another record, drawn at random, stands in.
     """
@@ -112,6 +113,7 @@ class Batches(grain.DatasetIterator):
         super().__init__()
         self._dataset, self._workers, self._prefetch = dataset, workers, prefetch
         self._records, self._share = len(opened.source), damaged_share
+        self.made = opened.source.made
         self._next, self._batches = 0, None
         self.damaged: dict[str, str] = {}
         self._note(opened.damaged.items())

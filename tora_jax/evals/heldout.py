@@ -42,7 +42,11 @@ def make(
       config: of a job.
       open_split: opens the held-out batches, in order.
       folder: for sampled videos.
+
+    Raises:
+      UserError: there are no batches, or no clips to sample from.
     """
+    open_split().close()  # what is wrong with it shows now, not at the first evaluation
     tora = config["job"] == "tora"
     one = jax.jit(_tora(config, models) if tora else _psnr(config, models))
     sample = sampled(config, models, folder) if tora and config["evaluation"]["clips"] else None
@@ -156,9 +160,9 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
 
 
 def held_out_clips(config: Mapping[str, Any]) -> list[Clip]:
-    """The first clips of `evaluation.source` in which something moves, at the size of the first bucket.
+    """The first clips of `evaluation.source` with tracks, at the size of the first bucket.
 
-    Tracks are the given ones, or one that follows the flow.
+    Tracks are the given ones, or one that follows the flow where something moves.
 
     Raises:
       UserError: there is no such clip, or no such folder.

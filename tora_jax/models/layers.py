@@ -28,10 +28,27 @@ from jaxtyping import Array, Bool, Float
 Dtype = jnp.dtype | type | str  # "bfloat16", as configs have it, is fine
 
 
+def gathered(product: Callable, *names: str | None) -> Callable:
+    """A product (x, kernel, ...) on a mesh whose kernel is put together before, but for the axes with these names.
+
+    So weights move and activations stay, as is cheaper. And XLA's partitioner (jax 0.10) gets some gradients wrong
+    otherwise: of a batch split over two axes of a mesh, and a kernel that is split over the second of them and a third.
+    """
+
+    def product_of_gathered(x: Array, kernel: Array, *args, **kwargs) -> Array:
+        return product(x, nn.with_logical_constraint(kernel, names), *args, **kwargs)
+
+    return product_of_gathered
+
+
+INWARD = ("proj", "fc2", "linear")  # layers whose input is what "hidden" names in `sharding.PARAMS`; else the output
+
+
 def dense(features: int, *, dtype: Dtype, name: str, kernel_init: Callable | None = None, bias: bool = True):
     """A linear layer with the reference's initialisation (Xavier uniform, zero bias)."""
     init = kernel_init or nn.initializers.xavier_uniform()
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+    dot = gathered(jax.lax.dot_general, *(("hidden", None) if name in INWARD else (None, "hidden")))
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=dot, name=name)
 
 
 def layer_norm(x: Float[Array, "*l c"], eps: float = 1e-6) -> Float[Array, "*l c"]:
@@ -71,6 +88,9 @@ def conv3d(x: Array, kernel: Array, strides, padding, *, precision, **_) -> Arra
     axes = ("NHWC", "HWIO", "NHWC")
     x = jax.lax.conv_general_dilated(x, kernel, strides[1:], padding[1:], dimension_numbers=axes, precision=precision)
     return einops.rearrange(x, "(b t) h w c -> b t h w c", b=batch)
+
+
+gathered_conv3d = gathered(conv3d, None, None, None, None, "hidden")
 
 
 def unroll(depth: int) -> int:

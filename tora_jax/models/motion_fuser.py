@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from tora_jax.models.layers import CrossAttention, Dtype, conv3d
+from tora_jax.models.layers import CrossAttention, Dtype, gathered_conv3d
 
 FORMS = ("adaptive_norm", "cross_attention", "extra_channels")
 PLACEMENTS = ("temporal", "spatial", "both")
@@ -88,11 +88,11 @@ class MotionFuser(nn.Module):
         x = self._spatial_conv(features, width // 4, f"{name}_spatial")
         x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)), mode="edge")
         zeros = nn.initializers.zeros
-        options = {"kernel_init": zeros, "dtype": self.dtype, "conv_general_dilated": conv3d}
+        options = {"kernel_init": zeros, "dtype": self.dtype, "conv_general_dilated": gathered_conv3d}
         conv = nn.Conv(width, (3, 1, 1), padding="VALID", name=f"{name}_temporal", **options)
         return conv(x)
 
     def _spatial_conv(self, x: Array, features: int, name: str, zero: bool = False) -> Array:
         init = nn.initializers.zeros if zero else nn.initializers.kaiming_normal()
-        options = {"kernel_init": init, "dtype": self.dtype, "conv_general_dilated": conv3d}
+        options = {"kernel_init": init, "dtype": self.dtype, "conv_general_dilated": gathered_conv3d}
         return nn.Conv(features, (1, 3, 3), name=name, **options)(x)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tora_jax.models.layers import Dtype, conv3d, layer_norm, patchify, unroll
+from tora_jax.models.layers import Dtype, gathered_conv3d, layer_norm, patchify, unroll
 
 
 class ExtractorBlock(nn.Module):
@@ -31,7 +31,7 @@ class ExtractorBlock(nn.Module):
                 (1, 3, 3),
                 kernel_init=nn.initializers.kaiming_normal(),
                 dtype=self.dtype,
-                conv_general_dilated=conv3d,
+                conv_general_dilated=gathered_conv3d,
                 name=name,
             )
             x = conv(x)
@@ -67,7 +67,7 @@ class TrajectoryExtractor(nn.Module):
             (1, 3, 3),
             kernel_init=nn.initializers.kaiming_normal(),
             dtype=self.dtype,
-            conv_general_dilated=conv3d,
+            conv_general_dilated=gathered_conv3d,
             name="conv_in",
         )(x)
         blocks = nn.scan(

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
@@ -75,6 +75,10 @@ def exists(path: str) -> bool:
     return FileSystems.exists(path)
 
 
+def _open(path: str) -> BinaryIO:
+    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
 def write(path: str, fill: Callable[[Path], None]) -> None:
     """Writes a file: `fill` gets a local path for it, and the file appears when it is whole.
 
@@ -100,7 +104,7 @@ def write_json(path: str, value: Any) -> None:
 
 
 def read_json(path: str) -> Any:
-    with FileSystems.open(path) as file:
+    with _open(path) as file:
         return json.loads(file.read())
 
 
@@ -118,7 +122,8 @@ def write_zip(path: str, members: Iterable[tuple[str, bytes]], meta: Callable[[]
 
 @contextlib.contextmanager
 def open_zip(path: str) -> Iterator[zipfile.ZipFile]:
-    with local(path) as here, zipfile.ZipFile(here) as archive:
+    """Reads parts of such a file, from a bucket, too, without the rest."""
+    with _open(path) as file, zipfile.ZipFile(file) as archive:
         yield archive
 
 
@@ -130,7 +135,7 @@ def local(path: str) -> Iterator[Path]:
     else:
         with local_folder() as folder:
             here = folder / Path(path).name
-            with FileSystems.open(path) as source, here.open("wb") as target:
+            with _open(path) as source, here.open("wb") as target:
                 shutil.copyfileobj(source, target)
             yield here
 
@@ -144,7 +149,7 @@ def local_folder() -> Iterator[Path]:
 def content_key(path: str) -> str:
     """The digest of a file's content."""
     sha = hashlib.sha256()
-    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+    with _open(path) as file:
         while part := file.read(1 << 20):
             sha.update(part)
     return sha.hexdigest()[:32]

@@ -1,0 +1,103 @@
+"""How fast curation is: seconds of video per second, without RAFT, CLIP and a caption server.
+
+  python -m benchmarks.curate --workers 1 2       on videos that it draws: 480p, 24 frames a second, three scenes each
+  python -m benchmarks.curate --videos DIR --workers 1 2
+
+Each run is the whole command in a process of its own, from files to shards, in a new folder. The fixed part, which is
+that of a run over a single short video, is taken off: it is what starting Python and Beam costs. Prints one JSON line.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+
+HEIGHT, WIDTH, FPS = 480, 854, 24
+SCENES = 3
+
+
+def draw(path: Path, seed: int, seconds: float) -> None:
+    """A video of scenes in which a disc crosses the picture, before a camera that is still or pans."""
+    rng = np.random.default_rng(seed)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "23", "preset": "veryfast"})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        for scene in range(SCENES):
+            cells = rng.integers(0, 256, (18 + 12 * scene, 40, 3), dtype=np.uint8)
+            picture = cv2.resize(cells, (2 * WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+            picture = np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
+            colour, speed = rng.integers(0, 256, 3).tolist(), int(rng.choice([0, 1, 2]))
+            count = round(seconds / SCENES * FPS)
+            for j in range(count):
+                frame = np.ascontiguousarray(picture[:, speed * j : speed * j + WIDTH])
+                centre = (int(WIDTH * (0.1 + 0.8 * j / count)), int(HEIGHT * (0.3 + 0.2 * scene)))
+                cv2.circle(frame, centre, 70, colour, -1, cv2.LINE_AA)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def length(folder: Path) -> float:
+    """Seconds of all videos in a folder."""
+    total = 0.0
+    for path in folder.iterdir():
+        with av.open(str(path)) as container:
+            total += container.duration / av.time_base
+    return total
+
+
+def measure(folder: Path, workers: int) -> tuple[float, dict]:
+    """Seconds of a run, and its stats."""
+    with tempfile.TemporaryDirectory() as output:
+        command = [sys.executable, "-m", "tora_jax.data.curate", f"--input={folder}/*", f"--output={output}"]
+        start = time.perf_counter()
+        subprocess.run([*command, f"--workers={workers}"], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start, json.loads((Path(output) / "stats.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=Path, help="folder of videos; unset: they are drawn")
+    parser.add_argument("--count", type=int, default=8, help="videos to draw")
+    parser.add_argument("--seconds", type=float, default=24.0, help="length of each")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as drawn:
+        videos, short = Path(drawn) / "videos", Path(drawn) / "short"
+        for folder in (videos, short):
+            folder.mkdir()
+        draw(short / "short.mp4", 0, 6.0)
+        if args.videos is None:
+            for seed in range(args.count):
+                draw(videos / f"{seed}.mp4", seed + 1, args.seconds)
+        videos = args.videos or videos
+        seconds, rates, fixed = length(videos), {}, {}
+        for workers in args.workers:
+            fixed[workers] = min(measure(short, workers)[0] for _ in range(args.repeats))
+            runs = [measure(videos, workers) for _ in range(args.repeats)]
+            rates[workers] = [seconds / (spent - fixed[workers]) for spent, _ in runs]
+        clips = runs[-1][1]["clips"]
+        figures = {
+            "times_real_time": {workers: round(statistics.median(found), 1) for workers, found in rates.items()},
+            "slowest": {workers: round(min(found), 1) for workers, found in rates.items()},
+            "fastest": {workers: round(max(found), 1) for workers, found in rates.items()},
+            "fixed_seconds": {workers: round(spent, 1) for workers, spent in fixed.items()},
+            "seconds_of_video": round(seconds, 1),
+            **{name: clips[name] for name in ("total", "kept", "copied", "encoded")},
+            "repeats": args.repeats,
+            "cores": os.cpu_count(),
+        }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
