@@ -5,11 +5,14 @@
 
 Each run is the whole command in a process of its own, from files to shards, in a new folder. The fixed part, which is
 that of a run over a single short video, is taken off: it is what starting Python and Beam costs. Prints one JSON line.
+times_real_time_by_cpu is what that many idle cores would reach, by the processor time that was spent: on a machine that
+is busy with other things, it says more. `load` is that of the machine before the first run.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -54,13 +57,20 @@ def length(folder: Path) -> float:
     return total
 
 
-def measure(folder: Path, workers: int) -> tuple[float, dict]:
-    """Seconds of a run, and its stats."""
+def processor_seconds() -> float:
+    """Of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(folder: Path, workers: int) -> tuple[float, float, dict]:
+    """Seconds of a run, those of the processor, and its stats."""
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, "-m", "tora_jax.data.curate", f"--input={folder}/*", f"--output={output}"]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_seconds()
         subprocess.run([*command, f"--workers={workers}"], check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start, json.loads((Path(output) / "stats.json").read_text())
+        spent, used = time.perf_counter() - start, processor_seconds() - before
+        return spent, used, json.loads((Path(output) / "stats.json").read_text())
 
 
 def main() -> None:
@@ -80,21 +90,25 @@ def main() -> None:
             for seed in range(args.count):
                 draw(videos / f"{seed}.mp4", seed + 1, args.seconds)
         videos = args.videos or videos
-        seconds, rates, fixed = length(videos), {}, {}
+        seconds, load, rates, fixed, busy = length(videos), os.getloadavg()[0], {}, {}, {}
         for workers in args.workers:
-            fixed[workers] = min(measure(short, workers)[0] for _ in range(args.repeats))
+            short_runs = [measure(short, workers) for _ in range(args.repeats)]
+            fixed[workers], fixed_busy = (min(run[i] for run in short_runs) for i in range(2))
             runs = [measure(videos, workers) for _ in range(args.repeats)]
-            rates[workers] = [seconds / (spent - fixed[workers]) for spent, _ in runs]
-        clips = runs[-1][1]["clips"]
+            rates[workers] = [seconds / (run[0] - fixed[workers]) for run in runs]
+            busy[workers] = seconds / (min(run[1] for run in runs) - fixed_busy) * workers
+        clips = runs[-1][2]["clips"]
         figures = {
             "times_real_time": {workers: round(statistics.median(found), 1) for workers, found in rates.items()},
             "slowest": {workers: round(min(found), 1) for workers, found in rates.items()},
             "fastest": {workers: round(max(found), 1) for workers, found in rates.items()},
+            "times_real_time_by_cpu": {workers: round(found, 1) for workers, found in busy.items()},
             "fixed_seconds": {workers: round(spent, 1) for workers, spent in fixed.items()},
             "seconds_of_video": round(seconds, 1),
             **{name: clips[name] for name in ("total", "kept", "copied", "encoded")},
             "repeats": args.repeats,
             "cores": os.cpu_count(),
+            "load": round(load, 1),
         }
     print(json.dumps(figures))
 

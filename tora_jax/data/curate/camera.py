@@ -94,8 +94,7 @@ def flow_score(flow: Float[np.ndarray, "n h w 2"], seconds: float) -> float:
     """
     if not len(flow):
         return 0.0
-    lengths = np.linalg.norm(flow, axis=-1).mean()
-    return float(lengths * SCORE_SIDE / min(flow.shape[1:3]) * SCORE_SECONDS / seconds)
+    return float(_length(flow).mean() * SCORE_SIDE / min(flow.shape[1:3]) * SCORE_SECONDS / seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +197,8 @@ def object_masks(
     masks = np.zeros(flow.shape[:3], bool)
     for j, (move, homography) in enumerate(zip(flow, homographies, strict=True)):
         expected = camera_flow(homography, height, width)
-        bound = OBJECT * min(height, width) + RELATIVE * np.linalg.norm(expected, axis=-1)
-        mask = (np.linalg.norm(move - expected, axis=-1) > bound) & ~_leaves(expected)
+        bound = OBJECT * min(height, width) + RELATIVE * _length(expected)
+        mask = (_length(move - expected) > bound) & ~_leaves(expected)
         if not mask.any():
             continue
         by_camera = _mismatch(grey[j], grey[j + 1], expected)
@@ -221,6 +220,11 @@ def object_masks(
     return masks
 
 
+def _length(vectors: Float[np.ndarray, "*s 2"]) -> Float[np.ndarray, "*s"]:
+    """As np.linalg.norm over the last axis, which takes ten times as long where that has two numbers."""
+    return np.sqrt(np.square(vectors[..., 0]) + np.square(vectors[..., 1]))
+
+
 def _filled(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     size = max(round(CLOSE * min(mask.shape)), 1)
     closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((size, size), np.uint8))
@@ -230,8 +234,8 @@ def _filled(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
 
 def _leaves(move: Float[np.ndarray, "h w 2"]) -> Bool[np.ndarray, "h w"]:
     height, width = move.shape[:2]
-    target = _pixels(height, width) + move
-    return (target < 0).any(-1) | (target > (width - 1, height - 1)).any(-1)
+    x, y = np.moveaxis(_pixels(height, width) + move, -1, 0)
+    return (x < 0) | (x > width - 1) | (y < 0) | (y > height - 1)
 
 
 def _mismatch(
