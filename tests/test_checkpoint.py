@@ -364,7 +364,8 @@ def test_killed_while_saving(tmp_path):
     assert process.returncode == 0, error
     last = int(out)
     assert names(tmp_path) == [str(last - 1), str(last)]
-    assert error == ""
+    # Orbax says that the folder which a kill left half-written is no checkpoint; nothing else is wrong.
+    assert all("_CHECKPOINT_METADATA" in line for line in error.splitlines()), error
 
 
 PAIR = """
