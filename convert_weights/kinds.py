@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tora_jax.configs import common
 
-from convert_weights import aesthetic, clip, mapping, measure, raft, stdit3, t5, vae
+from convert_weights import aesthetic, clip, i3d, mapping, measure, raft, stdit3, t5, vae
 from convert_weights.measure import Fields
 from convert_weights.sources import Source, parse_json
 from tora_jax.errors import UserError
@@ -22,6 +22,7 @@ from tora_jax.models.aesthetic import V2, AestheticHead
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.clip import CLIP, CLIPText, CLIPVision
 from tora_jax.models.clip import clip as released_clip
+from tora_jax.models.i3d import I3D, MIN_FRAMES, SIZE
 from tora_jax.models.raft import RAFT
 from tora_jax.models.stdit import SIZES, STDiT, parse_variant
 from tora_jax.models.t5 import T5Encoder
@@ -115,6 +116,10 @@ def _raft(fields: Fields):
     module = RAFT(**tuples(fields))
     frame = jnp.zeros((1, *(8 * 2**module.corr_levels,) * 2, 3))
     return _shapes(module, frame, frame)
+
+
+def _i3d(fields: Fields):
+    return _shapes(I3D(**fields), jnp.zeros((1, MIN_FRAMES, SIZE, SIZE, 3)))
 
 
 def _clip(fields: Fields):
@@ -211,6 +216,15 @@ KINDS = {
             model=_raft,
             released={"large": _defaults(RAFT)},
             needs=("corr_levels", "corr_radius"),
+        ),
+        Kind(
+            name="i3d",
+            part="i3d",
+            table=i3d.TABLE,
+            ignored=i3d.IGNORED,
+            measure=measure.i3d,
+            model=_i3d,
+            released={"k400": {"num_classes": 400}},
         ),
         Kind(
             name="clip",

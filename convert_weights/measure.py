@@ -146,6 +146,11 @@ def aesthetic(shapes: Shapes) -> Fields:
     }
 
 
+def i3d(shapes: Shapes) -> Fields:
+    bias = r"Logits\.Conv3d_0c_1x1/conv_3d/bias|logits\.conv3d\.bias"
+    return _known(num_classes=_size(shapes, bias))
+
+
 def raft(shapes: Shapes) -> Fields:
     def encoder(name: str) -> list[int] | None:
         levels = _count(shapes, rf"{name}_encoder\.layer([0-9]+)\.") or 1

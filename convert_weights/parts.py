@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights import kinds, mapping, safetensors_io, stream, t5
+from convert_weights import i3d, kinds, mapping, safetensors_io, stream, t5
 from convert_weights.kinds import Kind
 from convert_weights.mapping import ConversionError, Move
 from convert_weights.measure import Fields
@@ -49,15 +49,17 @@ class Part:
         """Raises what is wrong, as one list.
 
         Raises:
-          ConversionError: when there is a problem, or T5's two names hold two tensors.
+          ConversionError: when there is a problem, T5's two names hold two tensors, or I3D's norms have scales.
         """
         if self.problems:
             raise ConversionError(self.complaint(SHOWN))
-        if len(self.tied) == 2:
-            try:
+        try:
+            if len(self.tied) == 2:
                 t5.untie({key: self.source.read(key) for key in self.tied})
-            except ConversionError as error:
-                raise ConversionError(f"{self.source.name}: {error}") from None
+            if self.kind.name == "i3d":
+                i3d.check([key for key in self.ignored if re.fullmatch(i3d.SCALES, key)], self.source.read)
+        except ConversionError as error:
+            raise ConversionError(f"{self.source.name}: {error}") from None
 
     def complaint(self, shown: int | None = None) -> str:
         """The problems as one text; `shown` cuts the list."""

@@ -149,5 +149,6 @@ def _write(
         (folder / RECORD).write_text(json.dumps(record) + "\n")
         (folder / "README.md").write_text(readme)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / "tokenizer.model")
+            suffix = ".json" if tokenizer.suffix == ".json" else ".model"  # CLIP's, or a sentencepiece model
+            shutil.copyfile(tokenizer, folder / f"tokenizer{suffix}")
     return nbytes

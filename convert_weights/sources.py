@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import serialization, traverse_util
 
 from convert_weights import safetensors_io
 from tora_jax.errors import UserError
 
+MSGPACK = (".flax", ".msgpack")  # trees that flax.serialization wrote
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch's zip archive, and the form before it
 # Hub folders may hold the same weights several times (fp16, EMA ...); these names are the plain ones.
@@ -64,6 +66,9 @@ def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "
         config = _json(path / "config.json") if (path / "config.json").is_file() else {}
         places = (path / folder / name for folder in (".", "tokenizer") for name in TOKENIZERS)
         tokenizer = next((place for place in places if place.is_file()), None)
+    if files[0].suffix in MSGPACK:
+        merged = _merge(path, [_unpack(file) for file in files])
+        return _source(name, files, merged, lambda key: merged[key], config, tokenizer)
     if any(_is_pickle(file) for file in files):
         if not allow_pickle:
             raise UserError(
@@ -83,6 +88,12 @@ def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "
 def _source(name, files, tensors, read, config, tokenizer) -> Source:
     shapes = {key: tuple(t.shape) for key, t in tensors.items()}
     return Source(name, tuple(files), shapes, {k: t.dtype for k, t in tensors.items()}, read, config, tokenizer)
+
+
+def beside(source: Source, name: str) -> Path | None:
+    """A file in the folder of the weights, if it is there."""
+    path = source.files[0].parent / name
+    return path if path.is_file() else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -124,7 +135,7 @@ def _hub_cache() -> Path:
 def _of_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     """The weights in a folder and, where they are sharded, the index: tensor name -> file name."""
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    for endings in ((".safetensors",), PICKLES):
+    for endings in ((".safetensors",), PICKLES, MSGPACK):
         indices = [p for p in files if p.name.endswith(tuple(e + ".index.json" for e in endings))]
         weights = [p for p in files if p.suffix in endings]
         plain = [p for p in weights if p.name in PLAIN_NAMES]
@@ -194,6 +205,23 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{name}: should hold a JSON object")
     return value
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Flax
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _unpack(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a msgpack file; paths joined by "/", without "params" on top. Code cannot be in there."""
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+        flat = traverse_util.flatten_dict(tree.get("params", tree), sep="/")
+    except Exception as error:  # msgpack has many kinds for broken bytes
+        raise UserError(f"{path}: is no file of Flax's serialization ({error})") from None
+    if odd := [key for key, leaf in flat.items() if not isinstance(leaf, np.ndarray)]:
+        raise UserError(f"{path}: not a tree of arrays ({odd[0]})")
+    return flat
 
 
 # ----------------------------------------------------------------------------------------------------------

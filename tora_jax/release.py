@@ -96,6 +96,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return tuples(config)
 
 
+def part_config(folder: str | Path, part: str) -> dict[str, Any]:
+    """The fields of one part, by the config of a folder that may hold nothing else.
+
+    Raises:
+      UserError: as `read_config`, or the folder holds another part.
+    """
+    config = read_config(folder)
+    if not isinstance(config.get(part), Mapping):
+        raise UserError(f"{folder}: holds {', '.join(config)}, but no {part}")
+    return dict(config[part])
+
+
 def load(folder: str | Path) -> Release:
     """Reads a release folder.
 

@@ -6,9 +6,14 @@ from __future__ import annotations
 import einops
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tora_jax.models.layers import Dtype, attention, dense
+
+# Of each colour, 0..1: the image tower takes (pixel - MEAN) / STD.
+MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
+STD = np.float32([0.26862954, 0.26130258, 0.27577711])
 
 EPS = 1e-5
 LEGACY_EOS = 2  # what transformers' configs of OpenAI's models say by mistake; the real id is the largest one
@@ -143,8 +148,7 @@ class CLIP(nn.Module):
         return _unit(self.text_projection(self.text(ids)))
 
     def encode_image(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
-        """Embeddings of length 1 of images at the tower's size, each colour normalised with CLIP's mean
-        (0.481, 0.458, 0.408) and standard deviation (0.269, 0.261, 0.276)."""
+        """Embeddings of length 1 of images at the tower's size, normalised by MEAN and STD."""
         return _unit(self.image_projection(self.vision(pixels)))
 
     def __call__(

@@ -16,15 +16,12 @@ from tora_jax import release
 from tora_jax.data.curate.probe import UnusableError, opened, small
 from tora_jax.errors import UserError
 from tora_jax.models.aesthetic import AestheticHead
-from tora_jax.models.clip import CLIP, CLIPText, CLIPVision
+from tora_jax.models.clip import CLIP, MEAN, STD, CLIPText, CLIPVision
 from tora_jax.video_io import resize_crop
 
 FRAMES = 4  # of a clip, evenly spread, that are looked at
 HASH_SIDE, HASH_KEPT = 32, 8  # pixels of the picture, and frequencies of it that make the hash
 BITS = FRAMES * HASH_KEPT**2
-
-CLIP_MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
-CLIP_STD = np.float32([0.26862954, 0.26130258, 0.27577711])
 
 Pictures = UInt8[np.ndarray, "t h w 3"]
 # Frames -> a score of about 1 to 10, their mean.
@@ -105,7 +102,7 @@ def clip_judge(model: CLIP, params: Mapping[str, Any], head: AestheticHead, head
         return head.apply({"params": head_params}, embeddings).mean()
 
     def judge(frames: Pictures) -> float:
-        pixels = (resize_crop(frames, side, side).astype(np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+        pixels = (resize_crop(frames, side, side).astype(np.float32) / 255 - MEAN) / STD
         return float(run(params, head_params, pixels))
 
     return judge
