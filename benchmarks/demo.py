@@ -36,7 +36,7 @@ import numpy as np
 from tora_jax.configs import common
 from tqdm import tqdm
 
-from tora_jax import chain, command, draw, flow, generate, release, video_io
+from tora_jax import chain, command, draw, flow, generation, release, video_io
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout, traj_error
@@ -56,7 +56,7 @@ class Bench:
         self.models, self.settings, self.count, self.batch, self.save = models, settings, clips, batch, save
         if settings["height"] != settings["width"]:
             raise UserError(f"the sprites are square, and the size is {settings['width']}x{settings['height']}")
-        self.side, _ = generate.video_size(models, settings["height"], settings["width"])
+        self.side, _ = generation.video_size(models, settings["height"], settings["width"])
         self.clips, self.videos, self.through = map(functools.cache, (self._clips, self._videos, self._through))
 
     def _clips(self, split: str) -> list[sprites.Clip]:
@@ -71,7 +71,7 @@ class Bench:
                 rows = [
                     (start + i) % len(clips) for i in range(size)
                 ]  # the last batch is filled up: nothing new compiles
-                results = generate.generate_batch(
+                results = generation.generate_batch(
                     self.models,
                     [clips[i].caption for i in rows],
                     [clips[i].tracks for i in rows] if trajectory else None,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import demo
-from tora_jax import generate, release, video_io
+from tora_jax import generation, release, video_io
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
 
@@ -57,9 +57,9 @@ def perfect(monkeypatch):
             if images is not None:
                 np.testing.assert_array_equal(images[i][0], clip.video[0])
         still = [clip.video if tracks is not None else np.repeat(clip.video[:1], 17, 0) for clip in clips]
-        return [generate.Result(video, None, {}) for video in still]
+        return [generation.Result(video, None, {}) for video in still]
 
-    monkeypatch.setattr(generate, "generate_batch", generate_batch)
+    monkeypatch.setattr(generation, "generate_batch", generate_batch)
     return asked
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tora_jax import chain, generate, rectified_flow, release, text, trajectory
+from tora_jax import chain, generation, rectified_flow, release, text, trajectory
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
 from tora_jax.models.video_vae import latent_of
@@ -33,7 +33,7 @@ def trained(tiny_models):
 
 
 def run(models, **changes):
-    return generate.generate(models, **{"prompt": "a red star.", **SIZE, **changes})
+    return generation.generate(models, **{"prompt": "a red star.", **SIZE, **changes})
 
 
 def picture(seed):
@@ -64,7 +64,7 @@ def test_a_batch_is_its_clips_one_by_one(trained, tracks):
     prompts, seeds, images = ["a red star.", "two green waves.", "a blue disc."], [1, 2, 3], [{}, {0: picture(0)}, {}]
     paths = [tracks, np.concatenate([tracks, tracks[..., ::-1]]), tracks[:, ::-1]]
     settings = {**SIZE, "guidance": 3.0, "trajectory_guidance": 2.0}
-    batch = generate.generate_batch(trained, prompts, paths, images, seeds=seeds, **settings)
+    batch = generation.generate_batch(trained, prompts, paths, images, seeds=seeds, **settings)
     for i, result in enumerate(batch):
         alone = run(trained, prompt=prompts[i], tracks=paths[i], images=images[i], seed=seeds[i], **settings)
         np.testing.assert_array_equal(result.motion, alone.motion)
@@ -77,7 +77,7 @@ def test_a_batch_is_its_clips_one_by_one(trained, tracks):
 )
 def test_a_batch_with_something_missing(tiny_models, changes):
     with pytest.raises(UserError, match="one for each video"):
-        generate.generate_batch(tiny_models, **{"prompts": ["a", "b"], "seeds": [0, 1], **SIZE, **changes})
+        generation.generate_batch(tiny_models, **{"prompts": ["a", "b"], "seeds": [0, 1], **SIZE, **changes})
 
 
 def test_trajectory_reaches_the_video(tiny_models, trained, tracks):
@@ -121,7 +121,7 @@ def test_given_images_fill_their_latents(tiny_models, num_frames):
 
 
 def test_sizes_are_cut_to_whole_cells(tiny_models, tracks):
-    images = {0: np.zeros((*generate.video_size(tiny_models, 37, 44), 3), np.uint8)}
+    images = {0: np.zeros((*generation.video_size(tiny_models, 37, 44), 3), np.uint8)}
     result = run(tiny_models, tracks=tracks, images=images, height=37, width=44)
     assert result.video.shape == result.motion.shape == (5, 32, 40, 3)
 

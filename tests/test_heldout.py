@@ -9,7 +9,7 @@ import pytest
 from tora_jax.configs import common
 
 from tests import records, training_runs
-from tora_jax import generate, sharding, training, video_io
+from tora_jax import generation, sharding, training, video_io
 from tora_jax.data import pipeline, precompute, sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout
@@ -94,9 +94,9 @@ def perfect(monkeypatch):
         clips = [sprites.make_clip(i, "benchmark_one", size=64, frames=9) for i in range(6)]
         by_caption = {clip.caption: i for i, clip in enumerate(clips)}
         videos = [clips[(by_caption[prompt] + asked["off"]) % 6].video for prompt in prompts]
-        return [generate.Result(video, None, {}) for video in videos]
+        return [generation.Result(video, None, {}) for video in videos]
 
-    monkeypatch.setattr(heldout.generate, "generate_batch", generate_batch)
+    monkeypatch.setattr(heldout.generation, "generate_batch", generate_batch)
     return asked
 
 

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from tora_jax import chain, command, draw, generate, release, trajectory, video_io
+from tora_jax import chain, command, draw, generation, release, trajectory, video_io
 from tora_jax.configs import common
 from tora_jax.data import buckets
 from tora_jax.errors import UserError
@@ -54,11 +54,11 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     command.use_compilation_cache()
 
     seconds: dict[str, dict[str, float]] = {}
-    with generate.timed(seconds, "load"):
+    with generation.timed(seconds, "load"):
         models = chain.load(config, args.weights, settings["seed"])
     if args.weights is None:
         print(f"{models.origin}: no --weights given, so the video will be noise", file=sys.stderr)
-    size = generate.video_size(models, settings["height"], settings["width"])
+    size = generation.video_size(models, settings["height"], settings["width"])
     images = {frame: video_io.resize_crop(picture, *size) for frame, picture in pictures.items()}
     tracks = trajectory.tracks(trajectories, settings["num_frames"]) if trajectories else None
 
@@ -67,14 +67,14 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         check_interrupt()
 
     with tqdm(total=settings["steps"], desc="sampling", unit="step", disable=args.quiet) as bar:
-        result = generate.generate(
+        result = generation.generate(
             models,
             settings["prompt"],
             tracks,
             images,
             negative_prompt=settings["negative_prompt"],
             progress=progress,
-            **{name: settings[name] for name in generate.CHECKED},
+            **{name: settings[name] for name in generation.CHECKED},
         )
     check_interrupt()
     seconds.update(result.seconds)
@@ -159,7 +159,7 @@ def _settings(args: flags.FlagValues, section: Any) -> dict[str, Any]:
         settings["height"], settings["width"] = size
     del settings["resolution"], settings["aspect_ratio"]
     settings["num_frames"] = buckets.frame_count(str(settings["num_frames"]))
-    generate.check_settings(**{name: settings[name] for name in generate.CHECKED})
+    generation.check_settings(**{name: settings[name] for name in generation.CHECKED})
     return settings
 
 
@@ -208,7 +208,7 @@ def _outputs(out: Path) -> dict[str, Path]:
     return {"video": out, **named, "report": out.with_suffix(".json")}
 
 
-def _write(out: Path, result: generate.Result, tracks: np.ndarray | None, report: dict[str, Any]) -> None:
+def _write(out: Path, result: generation.Result, tracks: np.ndarray | None, report: dict[str, Any]) -> None:
     """All files or none: each is written aside, and all are renamed at the end."""
     fps = report["settings"]["fps"]
     paths = _outputs(out)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from tora_jax import draw, generate, training, video_io
+from tora_jax import draw, generation, training, video_io
 from tora_jax.chain import Models
 from tora_jax.data import motion, pipeline, sources
 from tora_jax.errors import UserError
@@ -144,7 +144,7 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
         current.update(params)
         with nn.logical_axis_rules(()):  # so few clips need not divide over the mesh
             captions, tracks = [clip.caption for clip in clips], [clip.tracks for clip in clips]
-            results = generate.generate_batch(models, captions, tracks, seeds=range(len(clips)), **settings)
+            results = generation.generate_batch(models, captions, tracks, seeds=range(len(clips)), **settings)
         current.clear()
         folder.mkdir(parents=True, exist_ok=True)
         found = []
