@@ -111,6 +111,7 @@ def test_each_file_is_counted_under_its_reason(videos, whole):
     # The text file beside good.mp4 is no video, by its content; the copies are found before they are decoded.
     traits = dict.fromkeys(("variable rate", "rotated", "10 bit", "odd size", "wrong name"), 1)
     assert found["traits"] == traits
+    assert (found["scenes"], found["short scenes"]) == (found["used"] + 1, 1)  # black frames, and then a scene
 
 
 def test_each_clip_is_counted_under_its_reason(whole):
@@ -410,14 +411,14 @@ def test_report_of_nothing():
 
 
 def test_names_on_the_page_are_harmless():
-    row = {"name": "a", "seconds": 1.0, "camera": "static", "caption": "<script>", "reason": ""}
+    row = {"name": "a", "path": "b/c.mp4", "seconds": 1.0, "camera": "static", "caption": "<script>", "reason": ""}
     page = report.page(report.stats([], "x"), [("kept", row, b"jpeg")])
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
 
 def test_all_reasons_have_their_place_on_the_page():
-    row = {"name": "a", "seconds": 1.0, "camera": "static"}
+    row = {"name": "a", "path": "b/c.mp4", "seconds": 1.0, "camera": "static"}
     page = report.page(report.stats([], "x"), [(reason, row, b"") for reason in rules.REASONS])
     assert all(f"<h2>{reason}: 1 of 0</h2>" in page for reason in rules.REASONS)
 

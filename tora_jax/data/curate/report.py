@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def count_file(facts: Mapping[str, Any]) -> Counted:
     if "video" in facts:
         yield ("files", "seconds"), facts["video"]["seconds"]
         yield ("files", "scenes"), facts["scenes"]
+        yield ("files", "short scenes"), facts["short scenes"]
         for trait in facts["video"]["traits"]:
             yield ("files", "traits", trait), 1
 
@@ -75,7 +77,8 @@ def count_clip(row: Row) -> Counted:
 def stats(numbers: Iterable[tuple[tuple[str, ...], float]], folder: str) -> dict[str, Any]:
     """The counts as they stand in stats.json."""
     nested: dict[str, Any] = {"data": folder}
-    nested |= {"files": dict.fromkeys(("total", "used", "scenes"), 0) | {"seconds": 0.0, "dropped": {}, "traits": {}}}
+    nested |= {"files": dict.fromkeys(("total", "used", "scenes", "short scenes"), 0)}
+    nested["files"] |= {"seconds": 0.0, "dropped": {}, "traits": {}}
     nested |= {"clips": dict.fromkeys(("total", "kept", "copied", "encoded"), 0)}
     nested["clips"] |= {"seconds": 0.0, "kept seconds": 0.0, "dropped": {}}
     nested |= {"cameras": {"kept": {}, "dropped": {}}, "histograms": {}}
@@ -134,8 +137,9 @@ def page(stats: Mapping[str, Any], samples: Sequence[tuple[str, Row, bytes]]) ->
             {
                 "files": found["total"],
                 "used": found["used"],
-                "hours": f"{found['seconds'] / 3600:.2f}",
+                "length": _time(found["seconds"]),
                 "scenes": found["scenes"],
+                "too short for a clip": found["short scenes"],
                 **{f"dropped: {reason}": number for reason, number in found["dropped"].items()},
                 **{f"odd: {trait}": number for trait, number in found["traits"].items()},
             },
@@ -145,8 +149,8 @@ def page(stats: Mapping[str, Any], samples: Sequence[tuple[str, Row, bytes]]) ->
             {
                 "clips": clips["total"],
                 "kept": clips["kept"],
-                "hours": f"{clips['seconds'] / 3600:.2f}",
-                "hours kept": f"{clips['kept seconds'] / 3600:.2f}",
+                "length": _time(clips["seconds"]),
+                "length kept": _time(clips["kept seconds"]),
                 **{f"dropped: {reason}": number for reason, number in clips["dropped"].items()},
                 "packets copied": clips["copied"],
                 "encoded anew": clips["encoded"],
@@ -155,7 +159,7 @@ def page(stats: Mapping[str, Any], samples: Sequence[tuple[str, Row, bytes]]) ->
         _table("Camera, of kept clips", stats["cameras"]["kept"]),
         "</div><h2>Scores<span class='key kept'></span>kept<span class='key dropped'></span>dropped</h2>",
         "<div class=row>",
-        *(_histogram(name, histogram) for name, histogram in stats["histograms"].items()),
+        *(_histogram(name, stats["histograms"][name]) for name in RANGES if name in stats["histograms"]),
         "</div>",
     ]
     for name, figures in groups.items():
@@ -163,6 +167,11 @@ def page(stats: Mapping[str, Any], samples: Sequence[tuple[str, Row, bytes]]) ->
             parts.append(f"<h2>{html.escape(name)}: {len(figures)} of {counts.get(name, 0)}</h2>")
             parts.append(f"<div class=row>{''.join(figures)}</div>")
     return "\n".join(parts) + "</html>\n"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _table(title: str, entries: Mapping[str, Any]) -> str:
@@ -192,7 +201,7 @@ def _histogram(name: str, found: Mapping[str, Any]) -> str:
 def _figure(row: Row, picture: bytes) -> str:
     numbers = {"flow": ".1f", "foreground": ".3f", "aesthetic": ".1f"}
     told = [f"{name} {row[name]:{form}}" for name, form in numbers.items() if row.get(name) is not None]
-    words = [row["name"], f"{row['seconds']:.1f} s", row["camera"], *told]
+    words = [row["name"], PurePath(row["path"]).name, f"{row['seconds']:.1f} s", row["camera"], *told]
     words += [f"copy of {row['copy_of']}"] if "copy_of" in row else []
     caption = f"<br>{html.escape(row['caption'])}" if "caption" in row else ""
     source = "data:image/jpeg;base64," + base64.b64encode(picture).decode()

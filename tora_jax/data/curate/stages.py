@@ -102,7 +102,9 @@ def _probe(work: Work) -> Fill:
                 video, look = probe.probe(here, options["damaged_share"], options["threshold"])
             pieces = cuts.plan(video, look, *(options[name] for name in ("shortest", "longest", "loss")))
             found |= {"video": dataclasses.asdict(video), "pieces": [dataclasses.asdict(piece) for piece in pieces]}
-            found["scenes"] = len(look.cuts) + 1
+            starts = look.ticks[[0, *look.cuts]]
+            used = {int(np.searchsorted(starts, piece.start, "right")) for piece in pieces}
+            found |= {"scenes": len(starts), "short scenes": len(starts) - len(used)}
             if not pieces:
                 raise UnusableError("too short")
         except UnusableError as error:
