@@ -2,16 +2,18 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tora_jax.configs import common
 
 from tests import records
 from tora_jax import flow, text, video_io
-from tora_jax.data import pipeline, sprites
+from tora_jax.data import buckets, pipeline, sprites
 from tora_jax.errors import UserError
 from tora_jax.sharding import make_mesh
 
@@ -214,6 +216,66 @@ def test_a_clip_goes_to_buckets_that_it_fits(tmp_path):
     iterator.close()
     assert len(batches[32]) == 6
     np.testing.assert_array_equal(batches[48], [frames_of(record) for record in both[:3]])
+
+
+def of_table(frames, resolution, share, batch):
+    return {**bucket(frames, 0, 0, batch), "resolution": resolution, "share": share}
+
+
+def test_buckets_of_a_table(tmp_path):
+    """Each clip goes where `Buckets` puts it: by its length, its area and its own aspect ratio."""
+    shapes = {"wide": (7, 144, 256), "high": (7, 256, 144), "square": (12, 208, 208), "tiny": (12, 64, 64)}
+    rng = np.random.default_rng(0)
+    for name, (frames, height, width) in shapes.items():
+        for i in range(3):
+            video = rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+            video_io.write_video(tmp_path / f"{name}{i}.mp4", video, 8)
+            (tmp_path / f"{name}{i}.txt").write_text(name)
+    table = (of_table(10, "144p", (1.0, 0.5), 1), of_table(5, "144p", 1.0, 2))
+    data = config(tmp_path, buckets=table)
+    opened = pipeline.Opened(data, "train")
+    want = buckets.Buckets({"144p": {10: ((1.0, 0.5), 1), 5: (1.0, 2)}})
+    found = opened.choose(seed=3)
+    placed = {index: bucket for bucket, indices in found for index in indices}
+    for index in range(len(opened.source)):
+        name = Path(opened.source.name(index)).stem[:-1]
+        frames, height, width = shapes[name]
+        choice = want(frames, height, width, 3 + 2 * index)
+        assert (choice is None) == (index not in placed) == (name == "tiny")
+        if choice:
+            size = [placed[index][key] for key in ("frames", "height", "width", "batch")]
+            assert size == [choice.frames, choice.height, choice.width, choice.batch]
+    assert {(b["frames"], b["height"], b["width"]) for b in placed.values()} >= {(5, 144, 256), (5, 256, 144)}
+    iterator = pipeline.batches(data, "train", seed=3)
+    seen = {}
+    for _ in range(12):
+        batch = next(iterator)
+        size = batch["video"].shape[:4]
+        assert (batch["height"] == size[2]).all()
+        seen[size] = seen.get(size, 0) + 1
+    iterator.close()
+    assert set(seen) == {(b["batch"], b["frames"], b["height"], b["width"]) for b, _ in found}
+    assert abs(seen[2, 5, 144, 256] - seen[2, 5, 256, 144]) <= 1  # three clips each
+    once = pipeline.batches(data, "train", seed=3, training=False)
+    assert sum(len(batch["video"]) for batch in once) == sum(len(i) // b["batch"] * b["batch"] for b, i in found)
+    once.close()
+    with pytest.raises(UserError, match="no clip fits any of the buckets"):
+        pipeline.batches(config(tmp_path, buckets=(of_table(51, "144p", 1.0, 1),)), "train", seed=0)
+
+
+def test_open_soras_buckets():
+    """The config's are those of the table that the reference's choices come from, but for the images."""
+    table = json.loads((Path(__file__).parent / "golden" / "buckets.json").read_text())["bucket_config"]
+    found = {}
+    for entry in common.opensora_buckets(part=1):
+        found.setdefault(entry["resolution"], {})[entry["frames"]] = (entry["share"], entry["batch"])
+        assert (entry["height"], entry["width"]) == buckets.image_size(entry["resolution"], "16:9")
+    want = {}
+    for name, levels in table.items():
+        for frames, (share, batch) in levels.items():
+            if frames != "1":
+                want.setdefault(name, {})[int(frames)] = (tuple(share) if isinstance(share, list) else share, batch)
+    assert found == want
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from tora_jax import text, video_io
-from tora_jax.data import masks, motion, sources
+from tora_jax.data import buckets, masks, motion, sources
 from tora_jax.errors import UserError
 from tora_jax.models import video_vae
 
@@ -59,7 +59,10 @@ def batches(
         sources: folders, see `sources.open_folder`; records are drawn from all of them alike.
         buckets: dicts of `frames`, `height`, `width`, `fps` (about which clips are thinned out to; 0 = as they
           are), `batch` (over all processes) and `weight` (the share of batches). A bucket takes all clips that
-          are long and large enough for it; of precomputed sets, those of its size.
+          are long and large enough for it; of precomputed sets, those of its size. Or Open-Sora's: all of them
+          with `resolution` and `share` (the probabilities of `Buckets`) and the same `fps`; then each clip goes into
+          one bucket, of its own aspect ratio, as `Buckets` draws it, the batches are shared out by the numbers of
+          clips, and `height`, `width` and `weight` are not used.
         motion: "none", "dense", "sparse" or "mixed". tracks: "given" or "flow". max_tracks: of sparse motion.
         crop: pixels a side of a random square of each clip; 0 = the whole.
         frame_masks: shares of the masks by name, see `masks`.
@@ -84,8 +87,9 @@ def batches(
         if bucket["batch"] < 1 or bucket["batch"] % count:
             raise UserError(f"bucket {_size(bucket)}: {count} processes do not divide a batch of {bucket['batch']}")
     opened, parts = Opened(config, split), []
-    for bucket in config["buckets"]:
-        load = opened.loader(bucket, tokenizer, training, latent_frames(bucket["frames"]))
+    chosen = opened.choose(seed)
+    for bucket, fitting in chosen:
+        load = opened.loader(bucket, tokenizer, training, latent_frames(bucket["frames"]), fitting=fitting)
         clips = grain.MapDataset.source(load.fitting)
         if training:
             clips = clips.shuffle(seed=seed).repeat()
@@ -93,9 +97,11 @@ def batches(
         # for any number of processes.
         local = clips.random_map(load, seed=seed).batch(bucket["batch"] // count, drop_remainder=True, batch_fn=_stack)
         parts.append(local[: len(clips) // bucket["batch"] * count][index::count])
-    if not all(map(len, parts)):
+    if not training and _of_table(config):
+        parts = list(filter(len, parts))
+    if not parts or not all(map(len, parts)):
         raise UserError(f"split {split!r} has too few clips for a batch of each bucket; make the batches smaller")
-    weights = [bucket["weight"] for bucket in config["buckets"]]
+    weights = [bucket["weight"] for bucket, _ in chosen]
     joined = grain.MapDataset.mix(parts, weights) if training else grain.MapDataset.concatenate(parts)
     return Batches(joined, config["workers"], config["prefetch"], opened, config["damaged_share"])
 
@@ -295,6 +301,36 @@ class Opened:
             name, reason = next(iter(self.damaged.items()))
             raise UserError(f"{name}: damaged ({reason}), and so are all others of the split")
 
+    def choose(self, seed: int) -> list[tuple[Mapping[str, Any], list[int] | None]]:
+        """The config's buckets, each with the numbers of the clips that go into it; None = all that fit.
+
+        Of Open-Sora's table, those that clips are drawn into, by the clip's number and the seed.
+
+        Raises:
+          UserError: they are drawn into none, or the table is wrong.
+        """
+        if not _of_table(self.config):
+            return [(bucket, None) for bucket in self.config["buckets"]]
+        if self.source.made:
+            raise UserError("precomputed sets hold clips of one size: give buckets with their frames, height and width")
+        levels = {(bucket["resolution"], bucket["frames"]): bucket for bucket in self.config["buckets"]}
+        table: dict[str, dict[int, Any]] = {}
+        for (name, frames), bucket in levels.items():
+            table.setdefault(name, {})[frames] = (bucket["share"], bucket["batch"])
+        draw, found = buckets.Buckets(table), {}
+        rate = self.config["buckets"][0]["fps"]
+        for index, (frames, height, width, fps) in enumerate(self.infos):
+            if choice := draw(int(frames), int(height), int(width), seed + index * len(levels), _step(fps, rate)):
+                found.setdefault(choice, []).append(index)
+        if not found:
+            raise UserError("no clip fits any of the buckets; give longer or larger clips, or other buckets")
+        sized = []
+        for choice, indices in sorted(found.items()):
+            level = levels[choice.resolution, choice.frames]
+            size = {"height": choice.height, "width": choice.width, "weight": len(indices) / choice.batch}
+            sized.append(({**level, **size}, indices))
+        return sized
+
     def loader(
         self,
         bucket: Mapping[str, Any],
@@ -302,11 +338,13 @@ class Opened:
         training: bool,
         latent_frames: int,
         draws: int = 0,
+        fitting: Sequence[int] | None = None,
     ) -> Loader:
         """What makes a clip for a bucket of the number of a record.
 
         Args:
           draws: of the motion maps, on an axis of their own; 0 = one, without the axis.
+          fitting: the numbers of the clips for it; None = of all that are long and large enough.
 
         Raises:
           UserError: the bucket is larger than any clip.
@@ -315,8 +353,9 @@ class Opened:
         if crop > min(size[1:]):
             raise UserError(f"data.crop is {crop}, more than a side of the bucket {_size(bucket)}")
         sizes = self.infos[:, :3]
-        fits = sizes == size if self.source.made else sizes >= size
-        fitting = np.flatnonzero(fits.all(1)).tolist()
+        if fitting is None:
+            fits = sizes == size if self.source.made else sizes >= size
+            fitting = np.flatnonzero(fits.all(1)).tolist()
         if not fitting:
             largest = "x".join(f"{side:g}" for side in sizes.max(0))
             raise UserError(
@@ -324,6 +363,15 @@ class Opened:
                 f"widest make {largest}; choose another bucket"
             )
         return Loader(self.source, self.infos, fitting, bucket, self.config, tokenizer, training, latent_frames, draws)
+
+
+def _of_table(config: Mapping[str, Any]) -> bool:
+    return "resolution" in config["buckets"][0]
+
+
+def _step(rate: float, fps: float) -> int:
+    """Every how many frames of a clip of some rate make one of about `fps`; 0 = as it is."""
+    return max(round(rate / fps), 1) if fps else 1
 
 
 def _size(bucket: Mapping[str, Any]) -> str:
@@ -408,8 +456,7 @@ class Loader:
         config, info = self.config, video_io.VideoInfo(*self.infos[index])
         frames, height, width = (self.bucket[name] for name in ("frames", "height", "width"))
         rate, length = float(record.get("fps", info.fps)), int(info.frames)
-        step = max(round(rate / self.bucket["fps"]), 1) if self.bucket["fps"] else 1
-        step = min(step, (length - 1) // (frames - 1)) if frames > 1 else 1
+        step = min(_step(rate, self.bucket["fps"]), (length - 1) // (frames - 1)) if frames > 1 else 1
         reach = (frames - 1) * step + 1
         start = int(rng.integers(length - reach + 1)) if self.training else 0
         wanted = range(start, start + reach, step)
