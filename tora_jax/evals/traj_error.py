@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Bool, Float, UInt8
 
-from tora_jax import flow
+from tora_jax import flow, release
 from tora_jax.errors import UserError
 from tora_jax.models.raft import RAFT, STRIDE
 
@@ -33,6 +33,7 @@ Visible = Bool[np.ndarray, "n t"]
 # position of a point that is not is the last one believed in.
 Tracker = Callable[[Video, Points], tuple[Tracks, Visible]]
 
+TRACKERS = ("lk", "raft", "tapnext")
 WITHIN = (1, 2, 4, 8)  # pixels
 
 
@@ -62,6 +63,27 @@ def traj_error(given: Tracks, tracked: Tracks, visible: Visible, size: tuple[int
         **{f"within_{limit}": float((distance <= limit).mean()) for limit in WITHIN},
         "visible": float(visible.mean()),
     }
+
+
+def make_tracker(name: str, weights: str | Path = "") -> Tracker:
+    """A tracker by name.
+
+    Args:
+      name: "lk", "raft" or "tapnext".
+      weights: of "raft" a folder that `python -m convert_weights raft` wrote, of "tapnext" the published file.
+
+    Raises:
+      UserError: there is no such tracker, or its weights are missing or broken.
+    """
+    if name not in TRACKERS:
+        raise UserError(f"tracker {name!r}: there are {', '.join(TRACKERS)}")
+    if name == "lk":
+        return track_lk
+    if not weights:
+        raise UserError(f"the tracker {name} needs weights; lk does without")
+    if name == "tapnext":
+        return tapnext_tracker(weights)
+    return raft_tracker(release.load_part(weights, "raft"), **release.part_config(weights, "raft"))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""All measures of one video. Those that need weights are left out where there are none, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from tora_jax.evals import clip_sim, fvd, quality, sprites, traj_error
+from tora_jax.evals.benchmarks import Task
+from tora_jax.models.i3d import MIN_FRAMES
+
+Video = UInt8[np.ndarray, "t h w 3"]
+
+
+class Measures:
+    """What a config asks for, loaded.
+
+    Attributes:
+      asked: all that changes a figure; a record that was made otherwise is made again.
+      left_out: measure -> why it is not there.
+
+    Raises:
+      UserError: weights that are named are missing or broken, or there is no such tracker.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        """
+        Args:
+          config: `tracker` ("lk", "raft" or "tapnext") and `tracker_weights`; `clip` and `i3d`, folders of the
+            converter, "" = none; `size`, (width, height) in whose pixels TrajError counts.
+        """
+        self.asked = {name: config[name] for name in ("tracker", "tracker_weights", "clip", "i3d", "size")}
+        self.size = tuple(config["size"])
+        self._track = traj_error.make_tracker(config["tracker"], config["tracker_weights"])
+        self._similarity = clip_sim.load(config["clip"]) if config["clip"] else None
+        self._features = fvd.load(config["i3d"]) if config["i3d"] else None
+        self.left_out = {}
+        for name, kind, variant in (("CLIPSIM", "clip", "CLIP ViT-B/32"), ("FVD", "i3d", "I3D of Kinetics-400")):
+            if not config[kind]:
+                self.left_out[name] = f"needs the weights of {variant}: --config.measures.{kind}=FOLDER"
+
+    def __call__(self, task: Task, video: Video, first_frame: bool = False, whole: bool = False) -> dict[str, Any]:
+        """A record of one video, fit for JSON.
+
+        Args:
+          first_frame: the video was given the true clip's first frame: is it kept?
+          whole: compare with the whole true clip, frame by frame.
+
+        Returns:
+          metrics: name -> number; see `report.COLUMNS`.
+          tracked: where the points of the paths' starts went.
+          features, true_features: of I3D, where they are wanted.
+        """
+        tracked, visible = self._track(video, task.tracks[:, 0])
+        metrics = traj_error.traj_error(task.tracks, tracked, visible, self.size)
+        metrics["traj_error"] = metrics.pop("l1")
+        if task.colours:
+            found = sprites.path_error(video, task.colours, task.tracks)
+            metrics |= {"path_error_percent": 100 * found["error"], "found": found["found"]}
+        metrics |= quality.steadiness(video)
+        for wanted, name, frames in ((first_frame, "_first", slice(0, 1)), (whole, "", slice(None))):
+            if wanted and task.video is not None and video[frames].shape == task.video[frames].shape:
+                pair = video[frames], task.video[frames]
+                metrics |= {f"psnr{name}": quality.psnr(*pair), f"ssim{name}": quality.ssim(*pair)}
+        if self._similarity is not None:
+            metrics["clipsim"] = self._similarity(video, task.prompt)
+        record: dict[str, Any] = {"tracked": np.round(tracked, 5).tolist()}
+        if self._features is not None and task.video is not None and min(len(video), len(task.video)) >= MIN_FRAMES:
+            record |= {"features": self._features(video).tolist(), "true_features": self._features(task.video).tolist()}
+        return {"metrics": {k: v if np.isfinite(v) else None for k, v in metrics.items()}, **record}
