@@ -99,12 +99,7 @@ def main(argv: list[str], check_interrupt) -> None:
 
     # ----- The step, and how its result is judged ---------------------------------------------------------------
     parts = {part: getattr(models, part) for part in chain.PARTS}
-    loss = training.loss_of(config["job"], parts, config["loss"])
-    train_step = jax.jit(
-        training.make_train_step(loss, optimizer, combine=combine, ema=config["ema"], accumulate=config["accumulate"]),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
-    )
+    train_step = training.jit_train_step(config, parts, optimizer, combine, state)
     key = jax.random.key(config["seed"])
     validation = {**data, "crop": 0, "workers": 0}
     open_validation = functools.partial(open_split, validation, data["validation"], training=False)

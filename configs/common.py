@@ -60,7 +60,7 @@ def opensora(variant: str = "XL/2") -> dict:
                 "caption_channels": 4096,
                 "caption_length": 300,
                 "base_resolution": 512.0,
-                "remat": "none",
+                "remat": "nothing_saveable",  # in training, the activations between pairs of blocks alone
                 "dtype": "bfloat16",
             },
             "fuser": "adaptive_norm",

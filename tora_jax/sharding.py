@@ -48,14 +48,19 @@ def parse_mesh(spec: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(spec: str) -> Mesh:
-    """The mesh of `parse_mesh` over all processes' devices.
+def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `parse_mesh`.
+
+    Neighbours along the last axes, which talk most, are devices of one process.
+
+    Args:
+      devices: None = all processes' devices.
 
     Raises:
       UserError: when there are fewer devices.
     """
     sizes = parse_mesh(spec)
-    count, devices = math.prod(sizes.values()), jax.devices()
+    count, devices = math.prod(sizes.values()), jax.devices() if devices is None else devices
     if count > len(devices):
         raise UserError(f"--mesh {spec}: wants {count} devices, there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
@@ -99,7 +104,7 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def _size(mesh: Mesh | jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or ()))
 
 
@@ -130,3 +135,27 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
+
+
+def in_use() -> bool:
+    """Is there a mesh, of `use`?"""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def platform() -> str:
+    """Of the mesh's devices, or of JAX's own where there is no mesh: "cpu", "gpu" or "tpu"."""
+    return jax.sharding.get_abstract_mesh().abstract_device.platform if in_use() else jax.default_backend()
+
+
+def shards(name: str | None) -> int:
+    """Parts that the mesh in use cuts an axis of this logical name into; without a mesh, 1."""
+    if name is None or not in_use():
+        return 1
+    (axes,) = nn.logical_to_mesh_axes((name,), nn.get_logical_axis_rules())
+    return _size(jax.sharding.get_abstract_mesh(), axes)
+
+
+def spec(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
+    """For `jax.shard_map` on the mesh in use: where the axes of these logical names lie, if it divides them."""
+    divided = [None if length % shards(name) else name for length, name in zip(shape, names, strict=True)]
+    return nn.logical_to_mesh_axes(divided, nn.get_logical_axis_rules())

@@ -86,6 +86,28 @@ def make_train_step(
     return train_step
 
 
+def jit_train_step(
+    config: Mapping[str, Any],
+    parts: Mapping[str, nn.Module],
+    optimizer: optax.GradientTransformation,
+    combine: Callable[[Any, Any], Any],
+    state: TrainState,
+) -> Callable:
+    """`make_train_step` of a job's config, to be called where `sharding.use` holds.
+
+    Args:
+      state: of arrays or shapes with shardings, where the next one shall lie, too; it is donated.
+    """
+    step = make_train_step(
+        loss_of(config["job"], parts, config["loss"]),
+        optimizer,
+        combine=combine,
+        ema=config["ema"],
+        accumulate=config["accumulate"],
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
+
+
 def loss_of(job: str, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
     """The loss of a job.
 

@@ -16,7 +16,7 @@ timestep embeddings are always float32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import einops
 import flax.linen as nn
@@ -24,6 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+from tora_jax import sharding
+from tora_jax.models.attention import attention
 
 Dtype = jnp.dtype | type | str  # "bfloat16", as configs have it, is fine
 
@@ -90,7 +93,22 @@ def conv3d(x: Array, kernel: Array, strides, padding, *, precision, **_) -> Arra
     return einops.rearrange(x, "(b t) h w c -> b t h w c", b=batch)
 
 
-gathered_conv3d = gathered(conv3d, None, None, None, None, "hidden")
+def gathered_conv3d(x: Array, kernel: Array, *args, **kwargs) -> Array:
+    """`conv3d` for activations of the logical axes ("batch", "time", None, None, None), see `gathered`.
+
+    Where both axes are sharded, each device convolves its own frames: merged with the batch they could not be.
+    """
+    ours, theirs = ("batch", "time", None, None, None), (None, None, None, None, "hidden")
+    kernel = nn.with_logical_constraint(kernel, theirs)
+    run = functools.partial(conv3d, **kwargs)
+    if sharding.shards("time") == 1 or len(kernel) > 1:  # taps of other frames: XLA sends what is at the edges
+        return run(x, kernel, *args)
+    of_x, of_kernel = sharding.spec(x.shape, ours), sharding.spec(kernel.shape, theirs)
+    out = jax.sharding.PartitionSpec(*of_x[:-1], of_kernel[-1])
+    cut = jax.shard_map(
+        lambda x, kernel: run(x, kernel, *args), in_specs=(of_x, of_kernel), out_specs=out, check_vma=False
+    )
+    return cut(x, kernel)
 
 
 def unroll(depth: int) -> int:
@@ -121,36 +139,6 @@ class RMSNorm(nn.Module):
         return (scale * x32).astype(x.dtype)
 
 
-def attention(
-    q: Float[Array, "b *l k d"],
-    k: Float[Array, "b *n k d"],
-    v: Float[Array, "b *n k d"],
-    key_mask: Bool[Array, "b n"] | None = None,
-    *,
-    bias: Float[Array, "1 k l n"] | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-) -> Float[Array, "b *l k d"]:
-    """Softmax attention, the softmax in float32: the one room for attention of all models.
-
-    Axes stay apart, because merged ones could not be sharded both.
-
-    Args:
-      q, k, v: axes after b that all have hold attentions of their own, axes that q alone has hold further queries.
-      key_mask: True = may be attended to.
-      bias: added to the scores.
-      scale: of the scores; None = 1 / sqrt(d).
-      causal: a query sees no key after it.
-    """
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    attend = functools.partial(jax.nn.dot_product_attention, bias=bias, mask=mask, scale=scale, is_causal=causal)
-    for _ in range(k.ndim - 4):
-        attend = jax.vmap(attend, in_axes=1, out_axes=1)
-    for _ in range(q.ndim - k.ndim):
-        attend = jax.vmap(attend, in_axes=(1, None, None), out_axes=1)
-    return attend(q, k, v)
-
-
 def rotate(x: Float[Array, "*b l k d"], base: float = 10000.0) -> Float[Array, "*b l k d"]:
     """Rotary position embedding over l with interleaved pairs (channels 2i and 2i + 1 turn together)."""
     length, half = x.shape[-3], x.shape[-1] // 2
@@ -163,16 +151,21 @@ def rotate(x: Float[Array, "*b l k d"], base: float = 10000.0) -> Float[Array, "
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over l: fused qkv with bias, RMS norm of q and k over the head, optional rotary."""
+    """Multi-head self-attention over l: fused qkv with bias, RMS norm of q and k over the head, optional rotary.
+
+    `backend`, `axes`: see `attention`.
+    """
 
     num_heads: int
     qk_norm: bool = True
     rotary: bool = False
     out_init: Callable | None = None
+    backend: str = "auto"
+    axes: Sequence[str | None] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b l c"]) -> Float[Array, "*b l c"]:
+    def __call__(self, x: Float[Array, "b *e l c"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b *e l c"]:
         width = x.shape[-1]
         qkv = dense(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = einops.rearrange(qkv, "... (three k d) -> three ... k d", three=3, k=self.num_heads)
@@ -180,16 +173,19 @@ class SelfAttention(nn.Module):
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         if self.rotary:
             q, k = rotate(q), rotate(k)
-        x = einops.rearrange(attention(q, k, v), "... k d -> ... (k d)")
+        x = attention(q, k, v, mask, backend=self.backend, axes=self.axes)
+        x = einops.rearrange(x, "... k d -> ... (k d)")
         return dense(width, dtype=self.dtype, name="proj", kernel_init=self.out_init)(x)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from x to a context, both with axes as `attention` has; `qk_norm` as in `SelfAttention`."""
+    """Multi-head attention from x to a context, both with axes as `attention` has; fields as in `SelfAttention`."""
 
     num_heads: int
     qk_norm: bool = False
     out_init: Callable | None = None
+    backend: str = "auto"
+    axes: Sequence[str | None] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -206,7 +202,8 @@ class CrossAttention(nn.Module):
         k, v = einops.rearrange(kv, "... (two k d) -> two ... k d", two=2, k=self.num_heads)
         if self.qk_norm:
             q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
-        x = einops.rearrange(attention(q, k, v, context_mask), "... k d -> ... (k d)")
+        x = attention(q, k, v, context_mask, backend=self.backend, axes=self.axes)
+        x = einops.rearrange(x, "... k d -> ... (k d)")
         return dense(width, dtype=self.dtype, name="proj", kernel_init=self.out_init)(x)
 
 
@@ -288,6 +285,13 @@ def patchify(x: Float[Array, "b t h w c"], patch: int) -> Float[Array, "b t h2 w
     _, _, h, w, _ = x.shape
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -h % patch), (0, -w % patch), (0, 0)))
     return einops.rearrange(x, "b t (h p) (w q) c -> b t h w (p q c)", p=patch, q=patch)
+
+
+def pad_axis(x: Array, axis: int, name: str) -> Array:
+    """Repeats the end of an axis, up to a length that the mesh divides an axis of this logical name into."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % sharding.shards(name))
+    return jnp.pad(x, widths, mode="edge") if any(widths[axis]) else x
 
 
 def unpatchify(x: Float[Array, "b t h2 w2 _"], patch: int, size: tuple[int, int]) -> Float[Array, "b t h w c"]:

@@ -63,6 +63,7 @@ class MotionFuser(nn.Module):
                 self.num_heads,
                 qk_norm=True,
                 out_init=nn.initializers.zeros,
+                axes=FRAMES[:3],
                 dtype=self.dtype,
                 name="attention",
             )

@@ -62,6 +62,7 @@ class STDiTBlock(nn.Module):
     num_heads: int
     temporal: bool
     qk_norm: bool = True
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -71,6 +72,7 @@ class STDiTBlock(nn.Module):
         text: Float[Array, "b n c"],
         text_mask: Bool[Array, "b n"] | None,
         modulation: Float[Array, "b t_or_1 6 c"],
+        valid: Bool[Array, "b t"] | None = None,
     ) -> Float[Array, "b t s c"]:
         """Applies the block.
 
@@ -78,10 +80,15 @@ class STDiTBlock(nn.Module):
           x: tokens.
           text, text_mask: embedded caption; True = a valid token.
           modulation: from the timestep; one row for all frames, or one for each where frames are conditioned.
+          valid: False = a frame that is padding; None = all True.
         """
-        c = x.shape[-1]
-        # On a mesh, spatial blocks hold whole frames and temporal blocks whole tracks; the switch is one all-to-all.
-        layout = TRACKS if self.temporal else FRAMES
+        c, s = x.shape[-1], x.shape[2]
+        layout = FRAMES
+        if self.temporal:
+            # On a mesh, spatial blocks hold whole frames and temporal blocks whole tracks; the switch is one
+            # all-to-all, of tracks that the mesh divides.
+            layout = TRACKS
+            x = nn.with_logical_constraint(layers.pad_axis(x, 2, "space"), FRAMES)
         x = nn.with_logical_constraint(x, layout)
         # Temporal blocks start as the identity: the reference starts from an image model (initialize_weights).
         out_init = ZEROS if self.temporal else None
@@ -94,21 +101,31 @@ class STDiTBlock(nn.Module):
             self.qk_norm,
             rotary=self.temporal,
             out_init=out_init,
+            backend=self.attention,
+            axes=("batch", "space" if self.temporal else "time"),
             dtype=self.dtype,
             name="attn",
         )
         y = modulate(layer_norm(x), shift_attn, scale_attn).astype(self.dtype)
-        y = attend(y.swapaxes(1, 2)).swapaxes(1, 2) if self.temporal else attend(y)
+        y = attend(y.swapaxes(1, 2), valid).swapaxes(1, 2) if self.temporal else attend(y)
         x = x + (gate_attn * y).astype(x.dtype)
 
-        cross = layers.CrossAttention(self.num_heads, out_init=out_init, dtype=self.dtype, name="cross_attn")
+        cross = layers.CrossAttention(
+            self.num_heads,
+            out_init=out_init,
+            backend=self.attention,
+            axes=layout[:3],
+            dtype=self.dtype,
+            name="cross_attn",
+        )
         x = x + cross(x, text, text_mask)
 
         y = modulate(layer_norm(x), shift_mlp, scale_mlp).astype(self.dtype)
         y = layers.MLP(4 * c, c, out_init=out_init, dtype=self.dtype, name="mlp")(y)
         # Without this second one, XLA may give the MLP's two sides different layouts, and then its partitioner sums
         # the kernels' gradients over one of the two sharded axes alone.
-        return nn.with_logical_constraint(x + (gate_mlp * y).astype(x.dtype), layout)
+        x = nn.with_logical_constraint(x + (gate_mlp * y).astype(x.dtype), layout)
+        return nn.with_logical_constraint(x, FRAMES)[:, :, :s]
 
 
 class BlockPair(nn.Module):
@@ -118,16 +135,17 @@ class BlockPair(nn.Module):
     qk_norm: bool
     fuser: str | None
     placement: str
+    attention: str
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x, features, has_motion, text, text_mask, modulation):
+    def __call__(self, x, features, has_motion, text, text_mask, modulation, valid):
         for kind in ("spatial", "temporal"):
             if features is not None and self.placement in (kind, "both"):
                 fuser = MotionFuser(self.fuser, self.num_heads, self.dtype, name=f"{kind}_fuser")
                 x = fuser(x, features, has_motion)
-            block = STDiTBlock(self.num_heads, kind == "temporal", self.qk_norm, self.dtype, name=kind)
-            x = block(x, text, text_mask, modulation)
+            block = STDiTBlock(self.num_heads, kind == "temporal", self.qk_norm, self.attention, self.dtype, name=kind)
+            x = block(x, text, text_mask, modulation, valid)
         return x, None
 
 
@@ -172,6 +190,7 @@ class STDiT(nn.Module):
       fuser: a form of `MotionFuser`, or None for plain Open-Sora.
       placement: the blocks that get a fuser before them: "temporal" (best in the paper), "spatial" or "both".
       remat: rematerialisation policy for a pair of blocks, a name in `jax.checkpoint_policies` or "none".
+      attention: a backend of `attention`; "auto" = the kernel of the devices.
       dtype: of matrix products; parameters are float32.
     """
 
@@ -184,6 +203,7 @@ class STDiT(nn.Module):
     fuser: str | None = None
     placement: str = "temporal"
     remat: str = "none"
+    attention: str = "auto"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -199,7 +219,7 @@ class STDiT(nn.Module):
         text_mask: Bool[Array, "b n"] | None = None,
         drop_text: Bool[Array, "b"] | None = None,
         frame_mask: Bool[Array, "b t"] | None = None,
-        features: Float[Array, "depth b2 t h2 w2 m"] | None = None,
+        features: Float[Array, "depth b2 t2 h2 w2 m"] | None = None,
         has_motion: Bool[Array, "b"] | None = None,
     ) -> Float[Array, "b t h w c2"]:
         """Predicts the velocity.
@@ -223,7 +243,12 @@ class STDiT(nn.Module):
           float32; the first `in_channels` channels are the velocity, data minus noise.
         """
         size = parse_variant(self.variant)
-        c, (h, w) = size.width, x.shape[2:4]
+        c, frames, (h, w) = size.width, x.shape[1], x.shape[2:4]
+        # Frames that the mesh does not divide are filled up with the last, as at the ends of the fusers' convolutions.
+        x = layers.pad_axis(x, 1, "time")
+        valid = None if x.shape[1] == frames else jnp.broadcast_to(jnp.arange(x.shape[1]) < frames, x.shape[:2])
+        frame_mask = None if frame_mask is None else layers.pad_axis(frame_mask, 1, "time")
+        features = None if features is None else layers.pad_axis(features, 2, "time")
 
         def embed(value: Array, name: str, **init) -> Array:
             return layers.ScalarEmbedder(c, dtype=self.dtype, name=name, **init)(value)
@@ -257,13 +282,13 @@ class STDiT(nn.Module):
             layers.remat(BlockPair, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *(nn.broadcast,) * 5),
             length=size.depth,
             unroll=layers.unroll(size.depth),
-        )(size.num_heads, self.qk_norm, self.fuser, self.placement, self.dtype, name="blocks")
-        x, _ = blocks(x, features, has_motion, text, text_mask, modulation)
+        )(size.num_heads, self.qk_norm, self.fuser, self.placement, self.attention, self.dtype, name="blocks")
+        x, _ = blocks(x, features, has_motion, text, text_mask, modulation, valid)
 
         features_out = size.patch**2 * 2 * self.in_channels
-        x = FinalLayer(features_out, self.dtype, name="final_layer")(x, t, t0, frame_mask)
+        x = FinalLayer(features_out, self.dtype, name="final_layer")(x, t, t0, frame_mask)[:, :frames]
         x = einops.rearrange(x, "b t (h w) c -> b t h w c", h=grid[0])
         return layers.unpatchify(x, size.patch, (h, w)).astype(jnp.float32)

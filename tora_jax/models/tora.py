@@ -38,10 +38,13 @@ class Tora(nn.Module):
             raise ValueError(f"unknown placement {self.placement!r}; choose one of {', '.join(PLACEMENTS)}")
         size = parse_variant(self.stdit.get("variant", STDiT.variant))
         dtype: Dtype = self.stdit.get("dtype", STDiT.dtype)
-        self.extractor = TrajectoryExtractor(size.depth, size.patch, self.motion_features, dtype, name="extractor")
+        remat = self.stdit.get("remat", STDiT.remat)
+        self.extractor = TrajectoryExtractor(
+            size.depth, size.patch, self.motion_features, remat, dtype, name="extractor"
+        )
         self.denoiser = STDiT(**self.stdit, fuser=self.fuser, placement=self.placement, name="stdit")
 
-    def extract(self, motion: Float[Array, "b t h w c"]) -> Float[Array, "depth b t h2 w2 m"]:
+    def extract(self, motion: Float[Array, "b t h w c"]) -> Float[Array, "depth b t2 h2 w2 m"]:
         """Motion latents -> features; see `TrajectoryExtractor`."""
         return self.extractor(motion)
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tora_jax.models.layers import Dtype, gathered_conv3d, layer_norm, patchify, unroll
+from tora_jax.models.layers import Dtype, gathered_conv3d, layer_norm, pad_axis, patchify, remat, unroll
 
 
 class ExtractorBlock(nn.Module):
@@ -48,19 +48,20 @@ class TrajectoryExtractor(nn.Module):
     depth: int
     patch: int = 2
     features: int = 128
+    remat: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, motion: Float[Array, "b t h w c"]) -> Float[Array, "depth b t h2 w2 m"]:
+    def __call__(self, motion: Float[Array, "b t h w c"]) -> Float[Array, "depth b t2 h2 w2 m"]:
         """Extracts.
 
         Args:
           motion: motion latents on the video latents' grid; the far edges are padded to a multiple of the patch.
 
         Returns:
-          Feature maps, the first axis over the pairs of blocks.
+          Feature maps, the first axis over the pairs of blocks; on a mesh with frames up to what it divides.
         """
-        x = patchify(motion.astype(self.dtype), self.patch)
+        x = patchify(pad_axis(motion.astype(self.dtype), 1, "time"), self.patch)
         x = nn.with_logical_constraint(x, ("batch", "time", None, None, None))
         x = nn.Conv(
             self.features,
@@ -71,7 +72,7 @@ class TrajectoryExtractor(nn.Module):
             name="conv_in",
         )(x)
         blocks = nn.scan(
-            ExtractorBlock,
+            remat(ExtractorBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.depth,

@@ -1,0 +1,141 @@
+"""Softmax attention: one function for all models, and the kernels behind it.
+
+  xla      plain products and a softmax, with all scores in memory
+  cudnn    fused, on NVIDIA GPUs, 16-bit alone
+  splash   fused, on TPUs: JAX's Pallas kernel (Dao, FlashAttention-2); elsewhere it is interpreted, for tests
+  auto     the kernel of the mesh's devices, or of JAX's own where there is no mesh, if it can do what is asked
+
+The letters of shapes are those of `layers`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import einops
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jaxtyping import Array, Bool, Float
+
+from tora_jax import sharding
+
+BACKENDS = ("auto", "xla", "cudnn", "splash")
+LANES = 128  # widths and lengths that the TPU's kernel works on are multiples
+FEW = 128  # keys that plain attention is as good for: tracks of latents
+
+
+def attention(
+    q: Float[Array, "b *l k d"],
+    k: Float[Array, "b *n k d"],
+    v: Float[Array, "b *n k d"],
+    key_mask: Bool[Array, "b n"] | None = None,
+    *,
+    bias: Float[Array, "1 k l n"] | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    backend: str = "auto",
+    axes: Sequence[str | None] = (),
+) -> Float[Array, "b *l k d"]:
+    """Softmax attention, the softmax in float32.
+
+    Axes stay apart, because merged ones could not be sharded both.
+
+    Args:
+      q, k, v: axes after b that all have hold attentions of their own, axes that q alone has hold further queries.
+      key_mask: True = may be attended to.
+      bias: added to the scores; for "xla" alone.
+      scale: of the scores; None = 1 / sqrt(d).
+      causal: a query sees no key after it; for "xla" alone.
+      backend: one of BACKENDS.
+      axes: logical names of q's leading axes (see `sharding`), for kernels that XLA cannot cut by itself.
+
+    Raises:
+      ValueError: for another backend, or one that cannot do what is asked.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention {backend!r}; choose one of {', '.join(BACKENDS)}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto":
+        backend = _best(q, k, plain=bias is None and not causal)
+    elif backend != "xla" and (bias is not None or causal):
+        raise ValueError(f"attention {backend!r} has neither biases nor a causal form; use 'xla'")
+    if backend == "splash":
+        return _on_devices(functools.partial(_splash, scale=scale), q, k, v, key_mask, axes)
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    attend = functools.partial(
+        jax.nn.dot_product_attention, bias=bias, mask=mask, scale=scale, is_causal=causal, implementation=backend
+    )
+    for _ in range(k.ndim - 4):
+        attend = jax.vmap(attend, in_axes=1, out_axes=1)
+    for _ in range(q.ndim - k.ndim):
+        attend = jax.vmap(attend, in_axes=(1, None, None), out_axes=1)
+    return attend(q, k, v)
+
+
+def _best(q: Array, k: Array, plain: bool) -> str:
+    if not plain or k.shape[-3] <= FEW:
+        return "xla"
+    if (platform := sharding.platform()) == "tpu":
+        return "splash"
+    fits = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return "cudnn" if platform in ("gpu", "cuda") and fits else "xla"
+
+
+def _on_devices(attend, q: Array, k: Array, v: Array, key_mask: Array | None, axes: Sequence[str | None]) -> Array:
+    """`attend` on each device's own part of the arrays; axes that the mesh does not divide are whole on all."""
+    if not sharding.in_use():
+        return attend(q, k, v, key_mask)
+    names = (*axes, *(None,) * (q.ndim - 2 - len(axes)), "hidden", None)
+    of_q = sharding.spec(q.shape, names)
+    of_k = sharding.spec(k.shape, (*names[: k.ndim - 3], None, "hidden", None))
+    of_mask = None if key_mask is None else sharding.spec(key_mask.shape, (*names[:1], None))
+    cut = jax.shard_map(attend, in_specs=(of_q, of_k, of_k, of_mask), out_specs=of_q, check_vma=False)
+    return cut(q, k, v, key_mask)
+
+
+def _splash(q: Array, k: Array, v: Array, key_mask: Array | None, *, scale: float) -> Array:
+    """Attention of the shapes in `attention` by the TPU's kernel, with widths and lengths padded to its blocks."""
+    own = k.ndim - 3  # leading axes that q and k share
+    shape, heads, lengths = q.shape, q.shape[-2], (math.prod(q.shape[own:-2]), k.shape[-3])
+    block = tuple(map(_block, lengths))
+
+    def prepare(x: Array, length: int, to: int) -> Array:
+        x = einops.rearrange(x.reshape(-1, length, *x.shape[-2:]), "b l k d -> b k l d")
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -length % to), (0, -x.shape[-1] % LANES)))
+
+    q = prepare((q * scale).astype(q.dtype), lengths[0], block[0])
+    k, v = (prepare(x, lengths[1], block[1]) for x in (k, v))
+    segments, masked = None, key_mask is not None
+    if masked or lengths[1] % block[1]:
+        valid = key_mask if masked else jnp.ones((1, lengths[1]), bool)
+        valid = jnp.repeat(valid, len(k) // len(valid), axis=0)
+        valid = jnp.pad(valid, ((0, 0), (0, -lengths[1] % block[1]))).astype(jnp.int32)
+        segments = splash.SegmentIds(jnp.ones((len(q), q.shape[2]), jnp.int32), valid)
+    sizes = splash.BlockSizes(
+        block_q=block[0],
+        block_kv=block[1],
+        block_q_dkv=block[0],
+        block_kv_dkv=block[1],
+        block_kv_dkv_compute=block[1],
+        block_q_dq=block[0],
+        block_kv_dq=block[1],
+    )
+    mask = splash_attention_mask.FullMask((q.shape[2], k.shape[2]))
+    kernel = splash.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=sharding.platform() != "tpu",
+    )
+    out = jax.vmap(kernel)(q, k, v, segments)[:, :, : lengths[0], : shape[-1]]
+    return einops.rearrange(out, "b k l d -> b l k d").reshape(shape)
+
+
+def _block(length: int) -> int:
+    """The block, a multiple of LANES, that cuts a length with the least padding; of equals the largest."""
+    return LANES if length <= LANES else min((512, 384, 256), key=lambda size: -(-length // size) * size)
