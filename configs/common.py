@@ -70,7 +70,7 @@ def opensora(variant: str = "XL/2") -> dict:
         "vae": opensora_vae(),
         "motion_vae": opensora_vae(),
         "t5": {**t5_xxl(), "dtype": "bfloat16"},
-        "sampling": {**sampling(), "resolution": "240p"},
+        "sampling": {**sampling(), "resolution": "240p", "segment": 204},
     }
 
 
@@ -158,6 +158,8 @@ def sampling() -> dict:
         "height": 0,
         "width": 0,
         "num_frames": 51,
+        "segment": 0,  # frames that are made at once, a longer video in segments; 0 = num_frames of the config
+        "overlap": 0,  # latent frames that a segment takes over; 0 = those of a micro-frame, or 2 where it has only one
         "fps": 24.0,
         "steps": 30,
         "guidance": 7.0,

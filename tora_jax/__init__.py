@@ -1,1 +1,76 @@
-"""Tora, a trajectory-controlled video diffusion transformer, in JAX and Flax."""
+"""Tora, a trajectory-controlled video diffusion transformer, in JAX and Flax.
+
+    from tora_jax import generate, load
+
+    models = load()
+    video = generate(models, "a red star over blue waves.", trajectories="circle").video
+
+docs/api.md has more. Importing this package loads nothing heavy; the first call does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tora_jax.chain import Models
+    from tora_jax.generation import Result
+
+__all__ = ["generate", "load"]
+
+
+def load(weights: str | PathLike | None = None, *, config: Mapping[str, Any] | None = None, seed: int = 0) -> Models:
+    """Loads a model.
+
+    Args:
+      weights: a release folder; None = the small model's weights, which ship with the package.
+      config: plain nested dict, in place of the weights' own; with `weights=None`, random weights of this config.
+      seed: of random weights.
+
+    Raises:
+      tora_jax.errors.UserError: the folder is missing, broken, or does not fit the config.
+    """
+    from tora_jax import chain, release
+
+    return chain.load(config, release.DEMO if weights is None and config is None else weights, seed)
+
+
+def generate(
+    models: Models,
+    prompt: str | list[str] | None = None,
+    trajectories: Any = None,
+    conditions: Mapping[int, Any] | None = None,
+    **settings: Any,
+) -> Result:
+    """Makes a video.
+
+    Args:
+      models: of `load`.
+      prompt: what the video shows; several are shared out among the segments of a long video; None = the weights' own.
+      trajectories: a file, the name of a preset, points [[x, y], ...] or [[x, y, t], ...] on a 256x256 canvas, or a
+        list of one of these kinds; None = no trajectory.
+      conditions: frame -> an image or video file, uint8 pixels [h, w, 3] or [n, h, w, 3], or (one of them, edit ratio).
+        Negative frames count from the end; a clip there ends at it.
+      settings: as the flags of sample.py (docs/sampling.md): num_frames, height, width, fps, steps, guidance,
+        trajectory_guidance, negative_prompt, seed, segment, overlap, aesthetic_score, motion_score, camera_motion;
+        also `progress`, a function called with the number of steps done: what it raises stops the generation.
+
+    Returns:
+      video: uint8 [frames, height, width, 3]; motion: the trajectory map in the same form, None without a trajectory;
+      seconds: of each part.
+
+    Raises:
+      tora_jax.errors.UserError: for a value that cannot be.
+    """
+    from tora_jax import generation, request
+
+    progress = settings.pop("progress", None)
+    given = settings | ({} if prompt is None else {"prompt": prompt})
+    placed = [
+        request.Condition(frame, *(item if isinstance(item, tuple) else (item,)))
+        for frame, item in (conditions or {}).items()
+    ]
+    wanted = request.make(models.sampling, given | {"trajectories": trajectories, "conditions": placed})
+    return generation.joined([piece for (piece,) in request.generate(models, [wanted], progress=progress)])

@@ -46,6 +46,7 @@ class Models:
       params: part name -> parameter tree.
       tokenizer: for `t5`.
       origin: where the parameters come from, for people: a folder, or "random weights (seed 0)".
+      sampling: that section of the config: what is to be generated where a person does not say.
     """
 
     tora: Tora
@@ -55,6 +56,7 @@ class Models:
     params: Mapping[str, Any]
     tokenizer: text.Tokenizer
     origin: str
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def encode_text(self) -> Callable:
@@ -200,7 +202,7 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | None = N
     else:
         params, origin = released.params, str(weights)
         _check_sizes(shapes, params, origin)
-    return Models(**parts, params=params, tokenizer=tokenizer, origin=origin)
+    return Models(**parts, params=params, tokenizer=tokenizer, origin=origin, sampling=config.get("sampling", {}))
 
 
 def tokenizer_path(weights: str | Path | None) -> Path:

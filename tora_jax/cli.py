@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import json
-import os
-import platform
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from tora_jax import chain, command, draw, generation, release, trajectory, video_io
+from tora_jax import batch, chain, command, generation, output, release, request, rewrite, sharding
 from tora_jax.configs import common
-from tora_jax.data import buckets
 from tora_jax.errors import UserError
 
 USAGE = """Makes a video that moves along drawn trajectories.
 
 Without arguments: the default prompt and trajectory, by the small model with its weights. Writes the video (--out),
 the same with the trajectories drawn over it (*_trajectory), the flow map that the model saw (*_flow), and a report
-(*.json).
+(*.json). With --batch: the same for each line of a file.
 """
 
 
 def sample(argv: list[str] | None = None) -> None:
     """Runs the command and exits: 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
-    command.run(_sample, sys.argv if argv is None else argv)
+    command.run(_sample, sys.argv if argv is None else argv, "what is finished stays, nothing half-written does")
 
 
 def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
@@ -43,44 +34,50 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     if args.weights is None and args["config"].using_default_value:
         args.weights = str(release.DEMO)
     config = _config(args)
-    settings = _settings(args, config.get("sampling", {}))
-    sources = [] if args.no_trajectory else _trajectory_paths(settings["trajectory"])
-    out = _output(args.out, [*sources, *filter(None, (args.image, args.last_image))], args.weights)
-    trajectories = [points for path in sources for points in trajectory.load(path)]
-    if args.image and args.last_image and settings["num_frames"] == 1:
-        raise UserError("--image and --last_image name the same frame of a video of one frame; give one of them")
-    given = [(0, args.image), (settings["num_frames"] - 1, args.last_image)]
-    pictures = {frame: video_io.read_image(path) for frame, path in given if path}
+    section = config.get("sampling", {})
+    given = _given(args)
+    wanted = request.make(section, given)
+    if args.rewrite_url:
+        wanted = request.make(
+            section, given | {"prompt": rewrite.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model)}
+        )
+    mesh = sharding.make_mesh(args.mesh or f"data={len(jax.devices()) if args.batch else 1}")
+    if args.batch:
+        folder = Path(args.out if args["out"].present else "outputs/batch")
+        jobs = batch.read(args.batch, folder, section, given)
+    else:
+        sources = map(request.trajectory_path, wanted.settings["trajectory"])
+        read = [*sources, *(condition.source for condition in wanted.conditions)]
+        out = output.check(args.out, read, args.weights)
+        images = wanted.read()
     command.use_compilation_cache()
 
     seconds: dict[str, dict[str, float]] = {}
     with generation.timed(seconds, "load"):
-        models = chain.load(config, args.weights, settings["seed"])
+        models = chain.load(config, args.weights, wanted.settings["seed"])
+        if mesh.size > 1:
+            models = generation.place(models, mesh, tuple(common.training()["rules"].items()))
+    mesh = mesh if mesh.size > 1 else None
     if args.weights is None:
         print(f"{models.origin}: no --weights given, so the video will be noise", file=sys.stderr)
-    size = generation.video_size(models, settings["height"], settings["width"])
-    images = {frame: video_io.resize_crop(picture, *size) for frame, picture in pictures.items()}
-    tracks = trajectory.tracks(trajectories, settings["num_frames"]) if trajectories else None
+    if args.batch:
+        batch.run(models, jobs, folder, args.batch_size, mesh, args.quiet, check_interrupt)
+        return
 
     def progress(step: int) -> None:
         bar.update(step - bar.n)
         check_interrupt()
 
-    with tqdm(total=settings["steps"], desc="sampling", unit="step", disable=args.quiet) as bar:
-        result = generation.generate(
-            models,
-            settings["prompt"],
-            tracks,
-            images,
-            negative_prompt=settings["negative_prompt"],
-            progress=progress,
-            **{name: settings[name] for name in generation.CHECKED},
-        )
-    check_interrupt()
-    seconds.update(result.seconds)
-    _write(out, result, tracks, {"settings": settings, "weights": models.origin, "seconds": seconds})
+    report = {"settings": dict(wanted.settings), "weights": models.origin, "seconds": seconds}
+    with (
+        tqdm(total=request.steps(models, wanted), desc="sampling", unit="step", disable=args.quiet) as bar,
+        output.writer(out, wanted.tracks, report) as write,
+    ):
+        for (piece,) in request.generate(models, [wanted], [images], mesh=mesh, progress=progress):
+            write(piece)
+            check_interrupt()
     if not args.quiet:
-        spent = ", ".join(f"{part} {s['run']:.1f}+{s['compile']:.1f}" for part, s in seconds.items())
+        spent = ", ".join(f"{part} {s['run']:.1f}+{s['compile']:.1f}" for part, s in report["seconds"].items())
         print(f"wrote {out} (seconds, run+compile: {spent})")
 
 
@@ -101,16 +98,30 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **to)
     flags.DEFINE_string("image", None, "Picture for the first frame.", **to)
     flags.DEFINE_string("last_image", None, "Picture for the last frame.", **to)
+    what = "frame=image_or_video[:edit_ratio]: what is to be seen from that frame on; -1 = up to the end. Repeatable."
+    flags.DEFINE_multi_string("condition", None, what, **to)
+    flags.DEFINE_string("batch", None, "JSON lines, a video each (docs/sampling.md); --out is then a folder.", **to)
+    flags.DEFINE_integer("batch_size", 1, "Videos that each device makes at once, with --batch.", lower_bound=1, **to)
+    flags.DEFINE_string("mesh", "", "Axes of devices, such as data=4,fsdp=2. Default: --batch uses all for data.", **to)
+    flags.DEFINE_float("aesthetic_score", None, "Appended to the prompt; 6.5 looks good.", **to)
+    flags.DEFINE_float("motion_score", None, "Appended to the prompt; 5 is calm, 20 fast.", **to)
+    flags.DEFINE_string("camera_motion", None, 'Appended to the prompt: "static", "pan left", "zoom in" ...', **to)
+    server = "OpenAI-compatible server that rewrites the prompt, such as http://localhost:8000/v1. Off by default."
+    flags.DEFINE_string("rewrite_url", None, server, **to)
+    flags.DEFINE_string("rewrite_model", "", "Its model. Default: the first that it names.", **to)
     # The flags below stand for the config's sampling section, which has their defaults.
-    files = f"Trajectory file (text, JSON or .npy), or one of {', '.join(_presets())}. Repeatable."
+    files = f"Trajectory file (text, JSON or .npy), or one of {', '.join(request.presets())}. Repeatable."
     flags.DEFINE_multi_string("trajectory", None, files, **to)
-    flags.DEFINE_string("prompt", None, "What the video shows.", **to)
+    text = "What the video shows. Repeatable: the segments of a long video are shared out among them."
+    flags.DEFINE_multi_string("prompt", None, text, **to)
     flags.DEFINE_string("negative_prompt", None, "What it shall not show.", **to)
     flags.DEFINE_string("resolution", None, 'Named size, such as "480p"; with --aspect_ratio.', **to)
     flags.DEFINE_string("aspect_ratio", None, 'width:height, such as "16:9".', **to)
     flags.DEFINE_integer("height", None, "Pixels; with --width.", **to)
     flags.DEFINE_integer("width", None, "Pixels.", **to)
     flags.DEFINE_string("num_frames", None, 'Number of frames, or "2s", "4s", ...', **to)
+    flags.DEFINE_integer("segment", None, "Frames that are made at once; a longer video is made in segments.", **to)
+    flags.DEFINE_integer("overlap", None, "Latent frames that a segment takes over; 0 = by the model.", **to)
     flags.DEFINE_float("fps", None, "Frames per second.", **to)
     flags.DEFINE_integer("steps", None, "Steps of the sampler.", **to)
     flags.DEFINE_float("guidance", None, "Weight of the prompt; 1 = none.", **to)
@@ -135,98 +146,18 @@ def _config(args: flags.FlagValues) -> dict[str, Any]:
     return config.to_dict()
 
 
-def _settings(args: flags.FlagValues, section: Any) -> dict[str, Any]:
-    """The sampling section of the config under the flags, sizes resolved to pixels and frames."""
-    known = common.sampling()
-    if not isinstance(section, dict) or section.keys() - known.keys():
-        raise UserError(f"config: sampling should hold {', '.join(known)}")
-    defaults = {**known, **section}
-    given = {name: args[name].value for name in known if args[name].value is not None}
-    settings = {**defaults, **given}
-    for name, value in known.items():
-        kind = (int, str) if name == "num_frames" else (int, float) if isinstance(value, float) else type(value)
-        if not isinstance(release.tuples(settings[name]), kind) or isinstance(settings[name], bool):
-            raise UserError(f"config: sampling.{name} is {settings[name]!r}; it should be like {value!r}")
-    by_name, by_pixels = {"resolution", "aspect_ratio"} & given.keys(), {"height", "width"} & given.keys()
-    if by_name and by_pixels:
-        raise UserError("give --resolution with --aspect_ratio, or --height with --width, not both")
-    if len(by_pixels) == 1:
-        raise UserError("--height and --width belong together; give both")
-    if by_name and not settings["resolution"]:
-        raise UserError("--aspect_ratio needs --resolution, such as 240p")
-    if by_name or not (settings["height"] and settings["width"]):
-        size = buckets.image_size(settings["resolution"], settings["aspect_ratio"])
-        settings["height"], settings["width"] = size
-    del settings["resolution"], settings["aspect_ratio"]
-    settings["num_frames"] = buckets.frame_count(str(settings["num_frames"]))
-    generation.check_settings(**{name: settings[name] for name in generation.CHECKED})
-    return settings
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Files
-# ----------------------------------------------------------------------------------------------------------
-
-
-def _presets() -> list[str]:
-    folder = resources.files("tora_jax").joinpath("assets/trajectories")
-    return sorted(Path(item.name).stem for item in folder.iterdir())
-
-
-def _trajectory_paths(sources: Sequence[str]) -> list[Path]:
-    folder = Path(str(resources.files("tora_jax").joinpath("assets/trajectories")))
-    return [folder / f"{s}.txt" if s in _presets() and not os.path.lexists(s) else Path(s) for s in sources]
-
-
-def _output(name: str, inputs: Sequence[str | Path], weights: str | None) -> Path:
-    """The output path, tried before the long work starts; `_write` makes the folders that are missing."""
-    out = Path(name)
-    if out.suffix.lower() not in (".mp4", ".gif"):
-        raise UserError(f"--out {name}: a video is written; end the name in .mp4 or .gif")
-    if out.is_dir():
-        raise UserError(f"--out {name}: this is a folder; name a file")
-    try:
-        exists = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
-        if not exists.is_dir():
-            raise NotADirectoryError(None, f"{exists} is no folder")
-        with tempfile.TemporaryFile(dir=exists):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {name}: cannot write there ({error.strerror})") from None
-    taken = {Path(path).resolve() for path in inputs}
-    for path in _outputs(out).values():
-        if path.resolve() in taken:
-            raise UserError(f"--out {name}: would overwrite {path}, which is read; choose another name")
-    if weights is not None and Path(weights).resolve() in out.resolve().parents:
-        raise UserError(f"--out {name}: lies in the folder of the weights; choose another place")
-    return out
-
-
-def _outputs(out: Path) -> dict[str, Path]:
-    """All that is written: the video, the one with the trajectories, the flow map, the report."""
-    named = {part: out.with_stem(f"{out.stem}_{part}") for part in ("trajectory", "flow")}
-    return {"video": out, **named, "report": out.with_suffix(".json")}
-
-
-def _write(out: Path, result: generation.Result, tracks: np.ndarray | None, report: dict[str, Any]) -> None:
-    """All files or none: each is written aside, and all are renamed at the end."""
-    fps = report["settings"]["fps"]
-    paths = _outputs(out)
-    videos = {paths["video"]: result.video}
-    if tracks is not None:
-        videos[paths["trajectory"]] = draw.draw_tracks(result.video, tracks)
-        videos[paths["flow"]] = result.motion
-    report = {
-        **report,
-        "files": [path.name for path in videos],
-        "seconds": {part: {k: round(v, 3) for k, v in s.items()} for part, s in report["seconds"].items()},
-        "versions": {name: importlib.metadata.version(name) for name in ("tora_jax", "jax", "flax", "numpy")},
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        aside = {path: stack.enter_context(video_io.write_atomic(path)) for path in (*videos, paths["report"])}
-        for path, frames in videos.items():
-            video_io.write_video(aside[path], frames, fps)
-        aside[paths["report"]].write_text(json.dumps(report, indent=2) + "\n")
+def _given(args: flags.FlagValues) -> dict[str, Any]:
+    """The flags that were set, as `request.make` takes them."""
+    names = (*common.sampling(), *request.SCORES)
+    given = {name: args[name].value for name in names if args[name].value is not None}
+    if args.prompt is not None and len(args.prompt) == 1:
+        (given["prompt"],) = args.prompt
+    given.pop("trajectory", None)
+    if args.no_trajectory:
+        given["trajectories"] = None
+    elif args.trajectory is not None:
+        given["trajectories"] = args.trajectory
+    pictures = [(0, args.image), (-1, args.last_image)]
+    given["conditions"] = [request.Condition(frame, Path(file)) for frame, file in pictures if file]
+    given["conditions"] += map(request.parse_condition, args.condition or ())
+    return given

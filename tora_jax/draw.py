@@ -12,13 +12,14 @@ FRACTION_BITS = 4  # OpenCV draws at sub-pixel positions given as fixed-point in
 
 
 def draw_tracks(
-    video: UInt8[np.ndarray, "t h w 3"], tracks: Float[np.ndarray, "n t 2"]
+    video: UInt8[np.ndarray, "t h w 3"], tracks: Float[np.ndarray, "n _ 2"], start: int = 0
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Draws each track's path so far and a dot where it is now, each track in its own colour.
 
     Args:
       video: uint8 RGB; it is not changed.
-      tracks: (x, y) in 0..1 of the frame, one point for each frame of the video; pixel = x * width - 0.5.
+      tracks: (x, y) in 0..1 of the frame, one point for each frame of the whole video; pixel = x * width - 0.5.
+      start: which frame of the whole video the first one given is.
 
     Returns:
       uint8 RGB, a copy with the drawing. Lines are as wide at every size as 1/180 of the shorter side, with a
@@ -30,7 +31,7 @@ def draw_tracks(
     pixels = np.asarray(tracks, np.float64) * (width, height) - 0.5
     fixed = np.round(pixels * 2**FRACTION_BITS).astype(np.int32)
     drawn = np.ascontiguousarray(video).copy()
-    for t, frame in enumerate(drawn):
+    for t, frame in enumerate(drawn, start):
         for path, color in zip(fixed, _colors(len(fixed)), strict=True):
             _stroke(frame, path[: t + 1], (0, 0, 0), line + 2 * rim, dot + rim)
             _stroke(frame, path[: t + 1], color, line, dot)

@@ -44,6 +44,8 @@ class Given(NamedTuple):
 
 Images = Mapping[int, Pixels | Given]  # by frame number
 
+STEPS = 30
+SEED_STEP = 0x9E3779B9  # between the seeds of a video's segments; any odd number would do
 IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
 
 
@@ -89,7 +91,7 @@ def generate_batch(
     width: int,
     num_frames: int,
     fps: float = 24.0,
-    steps: int = 30,
+    steps: int = STEPS,
     guidance: float = 7.0,
     trajectory_guidance: float = 1.0,
     negative_prompt: str = "",
@@ -199,6 +201,162 @@ def generate_batch(
             )
         videos, latents = np.asarray(videos), np.asarray(x)
     return [Result(video, rgb, seconds, z) for video, rgb, z in zip(videos, motion, latents, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Videos longer than the model's own
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Segments(NamedTuple):
+    """How a video is made piece by piece.
+
+    Attributes:
+      starts: the first frame of each segment.
+      length: frames of a segment.
+      latents, shared: latent frames, and the frames in them, that a segment takes over from the one before.
+      aligned: they are whole micro-frames in both, so the latents themselves are taken over; otherwise the frames are
+        encoded again.
+    """
+
+    starts: range
+    length: int
+    latents: int
+    shared: int
+    aligned: bool
+
+
+def segments(models: Models, num_frames: int, segment: int, overlap: int = 0) -> Segments:
+    """Cuts a video of `num_frames` into segments of at most `segment` frames.
+
+    Args:
+      segment: what the model makes at once.
+      overlap: latent frames that a segment takes over; 0 = a micro-frame's where a segment has several, else 2.
+
+    Raises:
+      UserError: a segment would bring nothing new.
+    """
+    size, factor = models.vae.micro_frame_size, models.vae.time_factor
+    if num_frames <= segment:
+        return Segments(range(1), num_frames, 0, 0, True)
+    if segment < 1 or overlap < 0:
+        raise UserError(f"segment is {segment} and overlap {overlap}; they must be at least 1 and 0")
+    latents = overlap or (latent_frames(size, size, factor) if 0 < size < segment else 2)
+    shared = sum(latent_of(frame, segment, size, factor) < latents for frame in range(segment))
+    if shared >= segment:
+        raise UserError(f"an overlap of {latents} latent frames leaves nothing of a segment of {segment} frames")
+    step = segment - shared
+    starts = range(0, step * math.ceil((num_frames - shared) / step), step)
+    aligned = size > 0 and segment % size == 0 and shared % size == 0
+    return Segments(starts, segment, latents, shared, aligned)
+
+
+def generate_pieces(
+    models: Models,
+    prompts: Sequence[str | Sequence[str]],
+    tracks: Sequence[Tracks] | None = None,
+    images: Sequence[Images] | None = None,
+    *,
+    seeds: Sequence[int],
+    num_frames: int,
+    segment: int,
+    overlap: int = 0,
+    progress: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> Iterator[list[Result]]:
+    """Makes videos of any length: `generate_batch`, segment after segment, each begun with the end of the one before.
+
+    The device and the host hold one segment at a time. Tracks are cut without a jump, and one displacement has full
+    colour in the maps of the whole video.
+
+    Args:
+      prompts: for each video one, or several: the segments are shared out among them in equal parts.
+      tracks, images: as in `generate_batch`, over the whole video.
+      segment, overlap: see `segments`.
+      progress: called after each step with the number of steps done in all segments.
+      settings: of `generate_batch`.
+
+    Yields:
+      for each segment, what is new: its frames after those that it took over.
+
+    Raises:
+      UserError: for a value out of its range.
+    """
+    plan = segments(models, num_frames, segment, overlap)
+    prompts = [[each] if isinstance(each, str) else list(each) for each in prompts]
+    if not all(prompts):
+        raise UserError("a video has no prompt")
+    images = [_all_given(each) for each in images or [None] * len(prompts)]
+    windows = [(start, start + plan.length) for start in plan.starts]
+    norms = None
+    if tracks is not None and len(windows) > 1:
+        size = video_size(models, settings["height"], settings["width"])
+        _check_inputs(prompts, tracks, images, seeds, num_frames, size)
+        norms = [
+            max(flow.largest_norm(flow.displacement_maps(_window(track, *window), *size)) for window in windows)
+            for track in tracks
+        ]
+    results: list[Result] = []
+    for i, window in enumerate(windows):
+        given = [_within(each, *window, plan.shared if i else 0) for each in images] if len(windows) > 1 else images
+        if i and not plan.aligned:
+            given = [{**each, 0: Given(r.video[-plan.shared :])} for each, r in zip(given, results, strict=True)]
+        results = generate_batch(
+            models,
+            [each[i * len(each) // len(windows)] for each in prompts],
+            None if tracks is None else [_window(track, *window) for track in tracks],
+            given,
+            seeds=[(seed + i * SEED_STEP) % 2**32 for seed in seeds],
+            num_frames=plan.length,
+            heads=[r.latents[-plan.latents :] for r in results] if i and plan.aligned else None,
+            max_norms=norms,
+            progress=progress and (lambda step, i=i: progress(i * settings.get("steps", STEPS) + step)),
+            **settings,
+        )
+        new = slice(plan.shared if i else 0, num_frames - window[0])
+        yield [
+            dataclasses.replace(r, video=r.video[new], motion=None if r.motion is None else r.motion[new])
+            for r in results
+        ]
+
+
+def _window(track: Tracks, start: int, stop: int) -> Float[np.ndarray, "_ _ 2"]:
+    """The frames from `start` to `stop` of tracks that rest after their end."""
+    return np.asarray(track)[:, np.clip(np.arange(start, stop), 0, track.shape[1] - 1)]
+
+
+def _within(images: Mapping[int, Given], start: int, stop: int, taken: int) -> dict[int, Given]:
+    """What is given for the frames of a segment, as it counts them; the first `taken` are made already."""
+    found = {}
+    for frame, (pixels, edit) in images.items():
+        clip = pixels if pixels.ndim == 4 else pixels[None]
+        first, last = max(frame, start + taken), min(frame + len(clip), stop)
+        if first < last:
+            part = clip[first - frame : last - frame]
+            found[first - start] = Given(part if pixels.ndim == 4 else part[0], edit)
+    return found
+
+
+def joined(pieces: Sequence[Result]) -> Result:
+    """The pieces of one video as one; its seconds are theirs together."""
+    seconds: dict[str, dict[str, float]] = {}
+    for piece in pieces:
+        add_seconds(seconds, piece.seconds)
+    video = np.concatenate([piece.video for piece in pieces])
+    motion = None if pieces[0].motion is None else np.concatenate([piece.motion for piece in pieces])
+    return Result(video, motion, seconds, pieces[0].latents if len(pieces) == 1 else None)
+
+
+def add_seconds(total: dict[str, dict[str, float]], more: Mapping[str, Mapping[str, float]]) -> None:
+    """Adds the seconds of each part of a `Result` to others."""
+    for part, spent in more.items():
+        before = total.get(part, {})
+        total[part] = {name: before.get(name, 0.0) + value for name, value in spent.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checks
+# ----------------------------------------------------------------------------------------------------------
 
 
 def video_size(models: Models, height: int, width: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import os
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -77,18 +77,28 @@ def write_video(path: str | os.PathLike, frames: Frames, fps: float | int) -> No
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [t, h, w, 3]")
+    with video_writer(path, fps) as write:
+        write(frames)
+
+
+@contextlib.contextmanager
+def video_writer(path: str | os.PathLike, fps: float | int) -> Iterator[Callable[[Frames], None]]:
+    """`write_video` for frames that come piece by piece: yields the function that takes them, at least one in all.
+
+    An .mp4 is encoded as they come; a .gif is held in memory until the end.
+    """
     if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
         raise UserError(f"{path}: fps is {fps}; it must be from 0.01 to 1000")
-    writers = {".mp4": _write_mp4, ".gif": _write_gif}
+    writers = {".mp4": _mp4_writer, ".gif": _gif_writer}
     suffix = Path(path).suffix.lower()
     if suffix not in writers:
         raise UserError(f"{path}: is not a video name; end it in .mp4 or .gif")
-    with write_atomic(path) as aside:
-        writers[suffix](aside, frames, fps)
+    with write_atomic(path) as aside, writers[suffix](aside, fps) as write:
+        yield write
 
 
-def _write_mp4(path: Path, frames: Frames, fps: float | int) -> None:
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+@contextlib.contextmanager
+def _mp4_writer(path: Path, fps: float | int) -> Iterator[Callable[[Frames], None]]:
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(str(path.absolute()), "w", format="mp4", options=options) as container:
         stream = container.add_stream(
@@ -96,15 +106,21 @@ def _write_mp4(path: Path, frames: Frames, fps: float | int) -> None:
             rate=Fraction(fps).limit_denominator(1001),
             options={"crf": "18", "preset": "medium", "x264-params": REPEATABLE},
         )
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
         codec.thread_count = ENCODER_THREADS
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = 1  # 16..235
-        for array in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-            container.mux(stream.encode(_convert(frame, "yuv420p", dst_colorspace=BT709)))
+
+        def write(frames: Frames) -> None:
+            frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+            if not codec.is_open:
+                stream.height, stream.width = frames.shape[1:3]
+            for array in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+                container.mux(stream.encode(_convert(frame, "yuv420p", dst_colorspace=BT709)))
+
+        yield write
         container.mux(stream.encode())
 
 
@@ -113,11 +129,13 @@ def _convert(frame: av.VideoFrame, pixels: str, **options) -> av.VideoFrame:
     return frame.reformat(format=pixels, interpolation="AREA", threads=1, **options)
 
 
-def _write_gif(path: Path, frames: Frames, fps: float | int) -> None:
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+@contextlib.contextmanager
+def _gif_writer(path: Path, fps: float | int) -> Iterator[Callable[[Frames], None]]:
+    pictures: list[Image.Image] = []
+    yield lambda frames: pictures.extend(map(Image.fromarray, frames))
     # Browsers slow a GIF down whose frames last under 2/100 s.
     milliseconds = 10 * max(round(100 / fps), 2)
-    first.save(path, format="GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
 
 
 class VideoInfo(NamedTuple):

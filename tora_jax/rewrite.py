@@ -1,0 +1,51 @@
+"""Prompts made longer by a language model behind an OpenAI-compatible server; nothing is sent unless it is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tora_jax.errors import UserError
+
+# After the instructions of Open-Sora v1.2 (opensora/utils/inference_utils.py, refine_prompt_by_openai), in short.
+INSTRUCTIONS = (
+    "You write prompts for a text-to-video model. Rewrite the user's prompt as one paragraph of at most 80 words that "
+    "describes what is seen: the subject, how it moves, the background, the light and the camera. Keep every subject, "
+    "number, colour and movement that the user names, invent no others, and end with the score suffixes of the prompt "
+    "('aesthetic score: ...', 'motion score: ...', 'camera motion: ...') unchanged, if there are any. Answer with the "
+    "prompt alone, in English."
+)
+TIMEOUT = 60.0  # seconds
+
+
+def rewrite(prompts: Sequence[str], server: str, model: str = "") -> list[str]:
+    """The prompts, rewritten.
+
+    Args:
+      server: address, such as "http://localhost:8000/v1". The key, if it wants one, is taken from OPENAI_API_KEY.
+      model: its name there; "" = the first that the server names.
+
+    Raises:
+      UserError: the `openai` package or the server is not there, or it gives no answer.
+    """
+    try:
+        import openai
+    except ImportError:
+        raise UserError("--rewrite_url needs the openai package: pip install openai") from None
+    try:
+        client = openai.OpenAI(base_url=server, timeout=TIMEOUT)
+    except openai.OpenAIError:  # no key in the environment: local servers want none
+        client = openai.OpenAI(base_url=server, timeout=TIMEOUT, api_key="none")
+    try:
+        model = model or client.models.list().data[0].id
+        return [_ask(client, model, prompt) for prompt in prompts]
+    except (openai.OpenAIError, IndexError, ValueError) as error:
+        raise UserError(f"--rewrite_url {server}: gives no prompt ({error}); start it, or leave the flag out") from None
+
+
+def _ask(client, model: str, prompt: str) -> str:
+    messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": prompt}]
+    answer = client.chat.completions.create(model=model, messages=messages, temperature=0.0, max_tokens=300)
+    text = " ".join((answer.choices[0].message.content or "").split())
+    if not text:
+        raise ValueError("an empty answer")
+    return text
