@@ -164,7 +164,20 @@ def test_records(whole):
     assert np.median(errors) < 2
     assert max(errors) < 10
     names = sorted(path.name for path in Path(stats["data"]).iterdir())
-    assert names == [shards.shard_name("train", i, 2) for i in range(2)] + ["dataset_info.json", "features.json"]
+    told = ["dataset_info.json", "features.json", "sizes-train.npy"]
+    assert names == [shards.shard_name("train", i, 2) for i in range(2)] + told
+
+
+@pytest.mark.parametrize("split", ["train", "train[2:5]"])
+def test_sizes_lie_beside_the_shards(whole, split, monkeypatch):
+    """So no clip is opened before it is needed."""
+    source = sources.open_folder(whole[0], split)
+    want = [video_io.probe(source[i]["video"]) for i in range(len(source))]
+    assert len(want) == (6 if split == "train" else 3)
+    monkeypatch.setattr(video_io, "probe", None)
+    infos, damaged = sources.scan(source)
+    np.testing.assert_array_equal(infos, want)
+    assert not damaged
 
 
 @pytest.mark.parametrize("motion", ["dense", "sparse"])

@@ -344,6 +344,49 @@ def test_wanted_frames(tmp_path, only):
     np.testing.assert_array_equal(video_io.read_video(path, only=only)[0], video_io.read_video(path)[0][only])
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"g": 20, "bf": 3}),
+        ("a.mp4", "libx264", {"g": 20, "bf": 3, "x264-params": "open-gop=1:scenecut=0"}),
+        ("a.mp4", "libx265", {"x265-params": "keyint=20:open-gop=1:log-level=none"}),
+        ("a.mp4", "mpeg4", {"g": 20}),
+        ("a.mkv", "libx264", {"g": 20}),
+        ("a.avi", "mpeg4", {"g": 20}),
+        ("a.webm", "libvpx-vp9", {"g": 20, "deadline": "realtime", "cpu-used": 8}),
+    ],
+)
+def test_frames_far_into_a_video(tmp_path, name, codec, options):
+    """They are the same, however the file is stored; and only what they need is decoded, where that is known."""
+    path, frames = tmp_path / name, clip(97)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8, options={key: str(value) for key, value in options.items()})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    whole, _ = video_io.read_video(path)
+    for start in (*range(38, 43), 59, 60, 61, 80, 96):
+        only = range(start, min(start + 5, 97), 2)
+        np.testing.assert_array_equal(video_io.read_video(path, only=only, strict=True)[0], whole[only], str(start))
+
+
+def test_what_lies_before_the_wanted_frames_is_not_decoded(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"g": "20"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in clip(97):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    whole, _ = video_io.read_video(path)
+    content, (first, last) = bytearray(path.read_bytes()), packet_ends(path)[3:5]
+    content[first:last] = bytes(last - first)
+    with pytest.raises(UserError):
+        video_io.read_video(bytes(content), strict=True)
+    np.testing.assert_array_equal(video_io.read_video(bytes(content), only=range(80, 90), strict=True)[0], whole[80:90])
+
+
 def test_strict_reading_raises_where_the_other_warns(tmp_path):
     path = tmp_path / "a.mp4"
     video_io.write_video(path, clip(), 24)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import sys
@@ -30,6 +31,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # (measured on a machine with AVX-512) the same frames gave other bytes from one run to the next.
 ENCODER_THREADS = 4
 REPEATABLE = "weightp=0:mbtree=0"
+REORDERED = 32  # frames, between the orders in which they are stored and shown; H.264 allows 16
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
 
 
@@ -178,8 +180,8 @@ def read_video(
     Args:
       source: path, or the bytes, of any format FFmpeg reads.
       max_frames: stop after so many.
-      only: the numbers of the frames that are wanted, rising; the others are decoded, but not converted, and what
-        follows the last one is not read.
+      only: the numbers of the frames that are wanted, rising; what lies before the key frame that they need, and
+        after the last one, is not decoded, where the file has an index (as mp4 has).
       strict: what is otherwise a warning is an error.
 
     Returns:
@@ -193,9 +195,10 @@ def read_video(
     """
     name, only = _name(source), range(max_frames or sys.maxsize) if only is None else only
     frames: list[np.ndarray] = []
-    seen, damaged, cut_off = 0, 0, False
+    damaged, cut_off = 0, False
     with _open_video(source, frames) as (container, stream):
         declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
+        seen = _jump(container, stream, only[0])
         for packet in container.demux(stream):
             if seen > only[-1]:
                 break
@@ -241,6 +244,26 @@ def _open_video(source: Source, frames: list) -> Iterator[tuple]:
     except (OSError, av.FFmpegError) as e:
         where = f"after frame {len(frames)}" if frames else "as a video"
         raise UserError(f"{name}: cannot be decoded {where} ({e.strerror}); is the file complete?") from e
+
+
+def _jump(container: av.container.InputContainer, stream: av.VideoStream, number: int) -> int:
+    """Goes to a key frame before the frame of that number, and returns the number of that one; 0 = to the beginning.
+
+    That is where all files go of which the index does not tell for sure which frame is which.
+    """
+    entries = list(getattr(stream, "index_entries", ())) if number > REORDERED else []  # older PyAV has none
+    if not entries or len(entries) != stream.frames or any(entry.is_discard for entry in entries):
+        return 0
+    keys = {entry.pos: place for place, entry in enumerate(entries) if entry.is_keyframe}
+    target = entries[number - REORDERED].timestamp
+    container.seek(target, stream=stream)
+    first, *more = itertools.islice((packet for packet in container.demux(stream) if packet.size), REORDERED)
+    start = keys.get(first.pos, 0)
+    # Nothing after it is shown before it.
+    if start > number or any(None in (first.pts, packet.pts) or packet.pts < first.pts for packet in more):
+        start = 0
+    container.seek(target, stream=stream) if start else container.seek(0)
+    return start
 
 
 def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:

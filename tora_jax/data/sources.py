@@ -15,7 +15,7 @@ The second and the third raise UserError where a record is damaged.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Records:
             raise UserError(f"{folder}: has no split {split!r}; there are {', '.join(builder.info.splits)}")
         # TFDS cannot open a split without records.
         self._records = builder.as_data_source(split) if builder.info.splits[split].num_examples else ()
+        self._infos = _infos(folder, builder.info.splits, split)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -67,10 +68,33 @@ class Records:
     def info(self, index: int) -> video_io.VideoInfo:
         if self.made:
             return video_io.VideoInfo(*(self.made[name] for name in video_io.VideoInfo._fields))
+        if self._infos is not None:
+            *sizes, fps = self._infos[index]
+            return video_io.VideoInfo(*map(int, sizes), float(fps))
         return video_io.probe(self[index]["video"])
 
     def name(self, index: int) -> str:
         return f"{self.folder} {self.split} record {index}"
+
+
+def sizes_name(split: str) -> str:
+    """The file beside the shards in which curation writes `video_io.VideoInfo` of all clips, so that none is opened."""
+    return f"sizes-{split}.npy"
+
+
+def _infos(folder: Path, splits: Mapping[str, Any], split: str) -> Float[np.ndarray, "n 4"] | None:
+    """What such a file says of the clips of a split, or of a part such as "train[:10%]"."""
+    name = split.split("[")[0]
+    if not (folder / sizes_name(name)).is_file():
+        return None
+    every = np.load(folder / sizes_name(name))
+    ends = np.cumsum(splits[name].shard_lengths)
+    starts = dict(zip(sorted(splits[name].filenames), ends - splits[name].shard_lengths, strict=True))
+    parts = [every[:0]]
+    for part in splits[split].file_instructions:
+        start = starts[Path(part.filename).name] + part.skip
+        parts.append(every[start : start + part.take])
+    return np.concatenate(parts)
 
 
 class VideoFolder:

@@ -17,7 +17,7 @@ from tora_jax.data.curate.probe import UnusableError, opened, small
 from tora_jax.errors import UserError
 from tora_jax.models.aesthetic import AestheticHead
 from tora_jax.models.clip import CLIP, MEAN, STD, CLIPText, CLIPVision
-from tora_jax.video_io import resize_crop
+from tora_jax.video_io import VideoInfo, resize_crop
 
 FRAMES = 4  # of a clip, evenly spread, that are looked at
 HASH_SIDE, HASH_KEPT = 32, 8  # pixels of the picture, and frequencies of it that make the hash
@@ -30,7 +30,7 @@ Judge = Callable[[Pictures], float]
 
 def read_frames(
     source: str | os.PathLike | bytes, numbers: Callable[[int, float], Iterable[int]], short: int
-) -> tuple[Pictures, int, float]:
+) -> tuple[Pictures, VideoInfo]:
     """Some frames of a clip, made small.
 
     Args:
@@ -39,7 +39,7 @@ def read_frames(
       short: pixels of the shorter side, at most.
 
     Returns:
-      those frames, and the number of all frames and their rate.
+      those frames, and what the clip is as a whole.
 
     Raises:
       UnusableError: "damaged".
@@ -51,9 +51,10 @@ def read_frames(
             if count in wanted:
                 pictures.append(small(frame, short))
             count += 1
-    if not count or count != stream.frames:
-        raise UnusableError("damaged")
-    return np.stack(pictures), count, rate
+        if not count or count != stream.frames:
+            raise UnusableError("damaged")
+        info = VideoInfo(count, stream.height, stream.width, rate)
+    return np.stack(pictures), info
 
 
 def spread(count: int, rate: float = 0.0) -> list[int]:

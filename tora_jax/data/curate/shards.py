@@ -11,8 +11,10 @@ import tensorflow_datasets as tfds
 from apache_beam.io.filesystems import FileSystems
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
+from jaxtyping import Float
 
 from tora_jax.data.curate import files
+from tora_jax.data.sources import sizes_name
 
 NAME = "clips"
 DONE = "dataset_info.json"  # is written last
@@ -63,23 +65,30 @@ def write_shard(path: str, records: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def finish(folder: str, lengths: Mapping[str, Sequence[int]]) -> None:
-    """Writes what TFDS wants to know of the shards: their lengths, by split."""
+def finish(folder: str, infos: Mapping[str, Sequence[Float[np.ndarray, "_ 4"]]]) -> None:
+    """Writes what TFDS wants to know of the shards, their lengths, and for `data.sources` the sizes of their clips.
+
+    Args:
+      infos: `VideoInfo` of the clips of each shard, by split.
+    """
     with files.local_folder() as here:
-        infos = []
-        for split, counts in lengths.items():
-            for number in range(len(counts)):  # TFDS looks for their names
-                (here / shard_name(split, number, len(counts))).touch()
+        splits = []
+        for split, shards in infos.items():
+            lengths = [len(shard) for shard in shards]
+            np.save(here / sizes_name(split), np.concatenate(shards))
+            for number in range(len(shards)):  # TFDS looks for their names
+                (here / shard_name(split, number, len(shards))).touch()
             template = tfds.core.ShardedFileTemplate(
                 data_dir=epath.Path(here), dataset_name=NAME, split=split, filetype_suffix="array_record"
             )
-            infos.append(
-                tfds.core.SplitInfo(name=split, shard_lengths=list(counts), num_bytes=0, filename_template=template)
+            splits.append(
+                tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=0, filename_template=template)
             )
         tfds.folder_dataset.write_metadata(
-            data_dir=epath.Path(here), features=FEATURES, split_infos=infos, check_data=False
+            data_dir=epath.Path(here), features=FEATURES, split_infos=splits, check_data=False
         )
-        for file in sorted(here.glob("*.json"), key=lambda file: file.name == DONE):
+        told = [file for file in here.iterdir() if file.suffix in (".json", ".npy")]
+        for file in sorted(told, key=lambda file: file.name == DONE):
             files.write(
                 FileSystems.join(folder, file.name), lambda aside, file=file: aside.write_bytes(file.read_bytes())
             )

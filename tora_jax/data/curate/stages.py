@@ -32,6 +32,7 @@ from tora_jax.data.curate.files import Work
 from tora_jax.data.curate.probe import UnusableError
 from tora_jax.data.curate.rules import Row
 from tora_jax.errors import UserError
+from tora_jax.video_io import VideoInfo
 
 DIGITS = 15  # hexadecimal, of a number that says which clips a data set holds: Beam's integers have 63 bits
 # A process of the local runner. Beam's own command for it tells all that it does.
@@ -90,6 +91,7 @@ class _Fill(beam.DoFn):
 
 
 Fill = Callable[[Source, str], None]
+Written = tuple[str, int, np.ndarray]  # a shard: its split, its number, and `VideoInfo` of its clips
 
 
 def _probe(work: Work) -> Fill:
@@ -167,9 +169,9 @@ def measure(
         wanted = min(max(round((count - 1) * options["fps"] / rate) + 1, 2), count)
         return np.round(np.linspace(0, count - 1, wanted)).astype(int)
 
-    video, count, rate = looks.read_frames(clip, sampled, options["short"])
-    at = sampled(count, rate)
-    seconds = (count - 1) / rate / max(len(at) - 1, 1)
+    video, info = looks.read_frames(clip, sampled, options["short"])
+    at = sampled(info.frames, info.fps)
+    seconds = (info.frames - 1) / info.fps / max(len(at) - 1, 1)
     forward = flow(video)
     found = camera.analyse(video, forward, seconds, options["static"])
     paths, seen = np.zeros((0, len(at), 2), np.float32), np.zeros((0, len(at)), bool)
@@ -178,7 +180,7 @@ def measure(
         starts = max(round(options["track_seconds"] / seconds), 1)
         paths, seen = tracks.inside_objects(rng, video, forward, backward, found.masks, starts, options["tracks"])
     paths, seen = tracks.to_all_frames(paths, seen, at)
-    scores = {"frames": count, "fps": rate, "flow": camera.flow_score(forward, seconds)}
+    scores = {**info._asdict(), "flow": camera.flow_score(forward, seconds)}
     scores |= {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "masks"}
     return scores, {"tracks": paths, "visible": seen}
 
@@ -214,7 +216,7 @@ def _looks(work: Work) -> Fill:
         found: dict[int, dict[str, Any]] = {}
         for i, clip in _each_clip(work, source):
             try:
-                frames, *_ = looks.read_frames(clip, looks.spread, options["short"])
+                frames, _ = looks.read_frames(clip, looks.spread, options["short"])
             except UnusableError:
                 continue
             score = judge(frames) if judge else None
@@ -370,7 +372,6 @@ def _rows(source: Source, work: Work) -> Iterator[Row]:
     for i, piece in enumerate(found["pieces"]):
         row = {"name": clip_name(source.key, i), "key": source.key, "index": i, "path": source.path}
         row |= {name: piece[name] for name in ("seconds", "copied", "black", "frozen")}
-        row |= {name: found["video"][name] for name in ("height", "width")}
         damaged = str(i) not in motion or str(i) not in seen
         yield {**row, "reason": "damaged"} if damaged else {**row, **motion[str(i)], **seen[str(i)], "reason": ""}
 
@@ -454,7 +455,7 @@ class _Caption(beam.DoFn):
         path = self._work.path("captions", files.digest(video))
         if files.exists(path):
             return files.read_json(path)
-        frames, *_ = looks.read_frames(video, looks.spread, self._options["short"])
+        frames, _ = looks.read_frames(video, looks.spread, self._options["short"])
         caption = self._ask(frames)
         files.write_json(path, caption)
         return caption
@@ -480,7 +481,7 @@ class Shards(beam.PTransform):
         folder = beam.pvalue.AsSingleton(
             content | "folder" >> beam.Map(lambda number: FileSystems.join(work.folder, shards.folder_name(number)))
         )
-        lengths = (
+        written = (
             rows
             | "place" >> beam.Map(_place, options, beam.pvalue.AsDict(ordered))
             | "shards" >> beam.GroupByKey()
@@ -488,7 +489,7 @@ class Shards(beam.PTransform):
         )
         finished = rows.pipeline | "last" >> beam.Create([work.folder])
         return finished | "finish" >> beam.Map(
-            _finish, folder, beam.pvalue.AsList(lengths), bool(options["validation"])
+            _finish, folder, beam.pvalue.AsList(written), bool(options["validation"])
         )
 
 
@@ -508,13 +509,13 @@ def _number(*parts: str) -> int:
     return int(files.digest(*parts)[:DIGITS], 16)
 
 
-def _write(group: tuple[tuple[str, int, int], Iterable[Row]], work: Work, folder: str) -> tuple[str, int, int]:
-    """Writes a shard, unless it is there: (split, its number, its length)."""
+def _write(group: tuple[tuple[str, int, int], Iterable[Row]], work: Work, folder: str) -> Written:
+    """Writes a shard, unless it is there."""
     (split, number, count), rows = group[0], sorted(group[1], key=lambda row: row["name"])
     path = FileSystems.join(folder, shards.shard_name(split, number, count))
     if not files.exists(path):
         shards.write_shard(path, (_record(row, work) for row in rows))
-    return split, number, len(rows)
+    return split, number, np.array([[row[name] for name in VideoInfo._fields] for row in rows], float)
 
 
 def _record(row: Row, work: Work) -> dict[str, Any]:
@@ -534,14 +535,14 @@ def _record(row: Row, work: Work) -> dict[str, Any]:
     }
 
 
-def _finish(output: str, folder: str, lengths: Sequence[tuple[str, int, int]], validation: bool) -> str:
-    by_split: dict[str, list[int]] = {"train": [], **({"validation": []} if validation else {})}
-    for split, _, length in sorted(lengths):
-        by_split[split].append(length)
+def _finish(output: str, folder: str, written: Sequence[Written], validation: bool) -> str:
+    by_split: dict[str, list[np.ndarray]] = {"train": [], **({"validation": []} if validation else {})}
+    for split, _, infos in sorted(written, key=lambda one: one[:2]):
+        by_split[split].append(infos)
     for split, found in by_split.items():
         if not found:  # TFDS wants at least one file of each split
             shards.write_shard(FileSystems.join(folder, shards.shard_name(split, 0, 1)), ())
-            found.append(0)
+            found.append(np.zeros((0, len(VideoInfo._fields))))
     shards.finish(folder, by_split)
     shards.remove_others(output, folder)
     return folder
@@ -550,7 +551,7 @@ def _finish(output: str, folder: str, lengths: Sequence[tuple[str, int, int]], v
 def _picture(sample: tuple[str, Row], work: Work) -> Iterator[tuple[str, Row, bytes]]:
     group, row = sample
     if row["reason"] != "damaged":
-        frames, *_ = looks.read_frames(read_clip(work, row["key"], row["index"]), looks.spread, report.SHORT)
+        frames, _ = looks.read_frames(read_clip(work, row["key"], row["index"]), looks.spread, report.SHORT)
         yield group, row, report.sheet(frames)
 
 
