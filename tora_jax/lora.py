@@ -48,7 +48,7 @@ def init(params: Mapping[str, Any], patterns: Sequence[str], rank: int, key: PRN
     return adapter
 
 
-def merge(adapter: Mapping[str, Array], params: Mapping[str, Any], alpha: float) -> dict[str, Any]:
+def merge(adapter: Mapping[str, Any], params: Mapping[str, Any], alpha: float) -> dict[str, Any]:
     """Parameters with the updates added, to be used in a loss, or to be released.
 
     Args:
@@ -71,14 +71,14 @@ def merge(adapter: Mapping[str, Array], params: Mapping[str, Any], alpha: float)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def save(path: str | Path, adapter: Mapping[str, Array], alpha: float) -> None:
+def save(path: str | Path, adapter: Mapping[str, Any], alpha: float) -> None:
     """Writes an adapter as a safetensors file; `alpha` is in its metadata.
 
     Raises:
       UserError: when it cannot be written.
     """
     with video_io.write_atomic(path) as aside:
-        save_file(dict(adapter), aside, metadata={"alpha": repr(float(alpha))})
+        save_file({path: jnp.asarray(leaf) for path, leaf in adapter.items()}, aside, metadata={"alpha": repr(float(alpha))})
 
 
 def load(path: str | Path) -> tuple[dict[str, Array], float]:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from tora_jax import draw, generation, training, video_io
+from tora_jax import draw, generation, sharding, training, video_io
 from tora_jax.chain import Models
 from tora_jax.data import motion, pipeline, sources
 from tora_jax.errors import UserError
@@ -200,13 +200,16 @@ def latent_statistics(
     """A trained VAE's parameters -> `shift` and `scale` that normalise its latents on held-out clips."""
     part = config["job"]
     vae, pixels = getattr(models, part), {"vae": "video", "motion_vae": "maps"}[part]
-    moments = jax.jit(
-        lambda params, batch: vae.apply({"params": params}, training.to_float(batch[pixels]), method="moments").latent
-    )
+
+    @jax.jit
+    def moments(params, batch):  # of drawn frames, as training has them
+        return vae.apply(
+            {"params": params}, training.to_float(batch[pixels]), jax.random.key(0), method="moments"
+        ).latent
 
     def statistics(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         found = [
-            jax.device_get(moments(params, batch))
+            sharding.to_host(moments(params, batch))
             for batch in _first(open_split, mesh, config["evaluation"]["batches"])
         ]
         axes = (0, 1, 2, 3)
