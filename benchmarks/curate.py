@@ -2,6 +2,7 @@
 
   python -m benchmarks.curate --workers 1 2       on videos that it draws: 480p, 24 frames a second, three scenes each
   python -m benchmarks.curate --videos DIR --workers 1 2
+  python -m benchmarks.curate --draw DIR --height 144 --codec mpeg4       only draws them, for other measurements
 
 Each run is the whole command in a process of its own, from files to shards, in a new folder. The fixed part, which is
 that of a run over a single short video, is taken off: it is what starting Python and Beam costs. Prints one JSON line.
@@ -24,26 +25,33 @@ import av
 import cv2
 import numpy as np
 
-HEIGHT, WIDTH, FPS = 480, 854, 24
+FPS = 24
 SCENES = 3
 
 
-def draw(path: Path, seed: int, seconds: float) -> None:
-    """A video of scenes in which a disc crosses the picture, before a camera that is still or pans."""
-    rng = np.random.default_rng(seed)
+def draw(path: Path, seed: int, seconds: float, height: int, codec: str) -> None:
+    """A video of scenes in which a ball crosses the picture, before a camera that is still or pans."""
+    rng, width = np.random.default_rng(seed), height * 16 // 18 * 2
+    ball = cv2.resize(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8), (height // 3, height // 3))
+    noise = rng.normal(0, 3, (8, height, width, 1)).astype(np.float32)  # of the sensor: without it, decoding costs less
+    inside = np.hypot(*(np.mgrid[: len(ball), : len(ball)] - len(ball) / 2)) < len(ball) / 2
+    options = {"crf": "23", "preset": "veryfast"} if codec == "libx264" else {"qscale:v": "4", "g": "240"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "23", "preset": "veryfast"})
-        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        stream = container.add_stream(codec, rate=FPS, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for scene in range(SCENES):
             cells = rng.integers(0, 256, (18 + 12 * scene, 40, 3), dtype=np.uint8)
-            picture = cv2.resize(cells, (2 * WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+            picture = cv2.resize(cells, (2 * width, height), interpolation=cv2.INTER_CUBIC)
             picture = np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
-            colour, speed = rng.integers(0, 256, 3).tolist(), int(rng.choice([0, 1, 2]))
-            count = round(seconds / SCENES * FPS)
+            speed, count = int(rng.choice([0, 1, 2])) * height // 480, round(seconds / SCENES * FPS)
             for j in range(count):
-                frame = np.ascontiguousarray(picture[:, speed * j : speed * j + WIDTH])
-                centre = (int(WIDTH * (0.1 + 0.8 * j / count)), int(HEIGHT * (0.3 + 0.2 * scene)))
-                cv2.circle(frame, centre, 70, colour, -1, cv2.LINE_AA)
+                frame = np.ascontiguousarray(picture[:, speed * j : speed * j + width])
+                left, top = (
+                    round((width - len(ball)) * j / count),
+                    round((height - len(ball)) * (scene + 1) / (SCENES + 1)),
+                )
+                frame[top : top + len(ball), left : left + len(ball)][inside] = ball[inside]
+                frame = np.clip(frame + noise[rng.integers(len(noise))], 0, 255).astype(np.uint8)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
@@ -78,17 +86,26 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, help="folder of videos; unset: they are drawn")
     parser.add_argument("--count", type=int, default=8, help="videos to draw")
     parser.add_argument("--seconds", type=float, default=24.0, help="length of each")
+    parser.add_argument("--height", type=int, default=480, help="of those, at 16:9")
+    parser.add_argument("--codec", choices=("libx264", "mpeg4"), default="libx264", help="mpeg4 must be encoded anew")
+    parser.add_argument("--draw", type=Path, help="folder for them; nothing else is done")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+
+    def fill(folder: Path, seeds: range, seconds: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for seed in seeds:
+            draw(folder / f"{seed}.mp4", seed, seconds, args.height, args.codec)
+
+    if args.draw:
+        fill(args.draw, range(1, args.count + 1), args.seconds)
+        return
     with tempfile.TemporaryDirectory() as drawn:
         videos, short = Path(drawn) / "videos", Path(drawn) / "short"
-        for folder in (videos, short):
-            folder.mkdir()
-        draw(short / "short.mp4", 0, 6.0)
+        fill(short, range(1), 6.0)
         if args.videos is None:
-            for seed in range(args.count):
-                draw(videos / f"{seed}.mp4", seed + 1, args.seconds)
+            fill(videos, range(1, args.count + 1), args.seconds)
         videos = args.videos or videos
         seconds, load, rates, fixed, busy = length(videos), os.getloadavg()[0], {}, {}, {}
         for workers in args.workers:
