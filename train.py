@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -44,6 +45,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_boolean("help", False, "Shows this.", short_name="h", **to)
     flags.DEFINE_string("workdir", None, "Where everything is written.", **to)
     flags.DEFINE_string("weights", None, "Release folder to start from; none = random weights.", **to)
+    flags.DEFINE_boolean("distributed", False, "One of several processes; docs/scaling.md has launch lines.", **to)
     flags.DEFINE_boolean("quiet", False, "No progress bar.", **to)
 
 
@@ -52,6 +54,9 @@ def main(argv: list[str], check_interrupt) -> None:
     args = command.parse(argv, define_flags, USAGE, common.training())
     if args.workdir is None:
         raise UserError("--workdir is missing; name a folder for checkpoints, metrics and the trained weights")
+    if args.distributed:
+        command.join_processes()
+    first = jax.process_index() == 0  # writes what is written once
     config = release.tuples(args.config.to_dict())
     workdir = Path(args.workdir)
     released = workdir / "release"
@@ -103,7 +108,8 @@ def main(argv: list[str], check_interrupt) -> None:
     key = jax.random.key(config["seed"])
     validation = {**data, "crop": 0, "workers": 0}
     open_validation = functools.partial(open_split, validation, data["validation"], training=False)
-    judge = heldout.make(config, models, open_validation, mesh, workdir / "samples")
+    samples = workdir / "samples"
+    judge = heldout.make(config, models, open_validation, mesh, samples)
 
     # ----- Resume -----------------------------------------------------------------------------------------------
     manager = checkpoint.Manager(workdir / "checkpoints", config["keep"], best="objective")
@@ -114,7 +120,7 @@ def main(argv: list[str], check_interrupt) -> None:
         if found.data is not None:
             batches.set_state(found.data)
     start = step = int(state.step)
-    log = Log(workdir, start, config["steps"], args.quiet)
+    log = Log(workdir, start, config["steps"], args.quiet, first)
 
     # ----- The loop ---------------------------------------------------------------------------------------------
     judged = {}
@@ -129,6 +135,7 @@ def main(argv: list[str], check_interrupt) -> None:
             judged = {}
             if final or step % config["eval_every"] == 0:
                 judged = log.write(step, judge(combine(state.ema, frozen), step))
+                log.show(step, samples)
             # The checkpoint is written before the next batch is drawn, so that the data goes on exactly there.
             if final or stop or judged or step % config["save_every"] == 0:
                 log.flush()
@@ -142,12 +149,15 @@ def main(argv: list[str], check_interrupt) -> None:
         judged = judged or judge(combine(state.ema, frozen), step)  # killed between the last step and the release
 
     # ----- The release folder -----------------------------------------------------------------------------------
-    params = jax.tree.map(np.asarray, combine(state.ema, frozen))
+    params = sharding.to_host(combine(state.ema, frozen))
     if config["job"] != "tora":
         normalise = heldout.latent_statistics(config, models, open_validation, mesh)
         params[config["job"]].update(normalise(params[config["job"]]))
+    adapter = sharding.to_host(state.ema) if rank else None
+    if not first:
+        return
     if rank:
-        lora.save(workdir / "adapter.safetensors", jax.device_get(state.ema), alpha)
+        lora.save(workdir / "adapter.safetensors", adapter, alpha)
     launch = shlex.join(["python", *argv])
     figures = json.dumps(judged, indent=2)
     readme = f"Trained by\n\n    {launch}\n\nSeed {config['seed']}. On held-out clips:\n\n{figures}\n"
@@ -157,21 +167,22 @@ def main(argv: list[str], check_interrupt) -> None:
 
 
 class Log:
-    """metrics.jsonl with every step, TensorBoard, and a progress bar.
+    """metrics.jsonl with every step, TensorBoard, and a progress bar; of several processes, the first one's.
 
     Values stay on the device until `flush`, so that steps are not waited for one by one.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, quiet: bool):
+    def __init__(self, folder: Path, start: int, total: int, quiet: bool, first: bool):
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        with video_io.write_atomic(self._path) as aside:  # what came after the checkpoint comes again
-            aside.write_text("".join(kept))
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(folder), purge_step=start + 1)
-        self._bar = tqdm(total=total, initial=start, unit="step", disable=quiet, mininterval=1)
+        path = folder / "metrics.jsonl"
+        if first:
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            with video_io.write_atomic(path) as aside:  # what came after the checkpoint comes again
+                aside.write_text("".join(kept))
+        self._file = (path if first else Path(os.devnull)).open("a")
+        self._board = SummaryWriter(str(folder), purge_step=start + 1, write_to_disk=first)
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=quiet or not first, mininterval=1)
         self._waiting: list[tuple[int, dict, int]] = []
         self._since = time.perf_counter()
 
@@ -199,6 +210,13 @@ class Log:
             self._board.add_scalar(name, value, step)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         return values
+
+    def show(self, step: int, folder: Path) -> None:
+        """Eight frames of each clip that was sampled at this step."""
+        for path in sorted(folder.glob(f"{step:06}_*.mp4")):
+            frames, _ = video_io.read_video(path)
+            chosen = frames[np.linspace(0, len(frames) - 1, 8).round().astype(int)]
+            self._board.add_images(f"clip{path.stem.partition('_')[2]}", chosen, step, dataformats="NHWC")
 
     def __enter__(self):
         return self

@@ -62,14 +62,15 @@ def test_what_a_run_leaves(spatial):
 
 
 def tensorboard(folder):
-    """(name, step) -> value, of the event files: records of length, checksum, message, checksum."""
+    """(name, step) -> number, or width of an image, in the event files: length, checksum, message, checksum."""
     found = {}
     for path in folder.glob("events.*"):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + length])
-            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.image.width or value.simple_value
             data = data[16 + length :]
     return found
 
@@ -86,6 +87,7 @@ def test_adapters_from_clips_to_a_video(clips, spatial, tmp_path, monkeypatch):
     videos = sorted((tmp_path / "run/samples").iterdir())
     assert [path.name for path in videos] == ["000004_0.mp4", "000004_1.mp4"]
     assert video_io.read_video(videos[0])[0].shape == (5, 32, 32, 3)
+    assert tensorboard(tmp_path / "run")["clip1", 4] >= 8 * 32
 
     adapter, alpha = lora.load(tmp_path / "run/adapter.safetensors")
     assert all("/blocks/temporal/" in path for path in adapter)
