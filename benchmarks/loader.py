@@ -2,6 +2,12 @@
 
   python -m benchmarks.loader --source DIR --num_frames 17 --height 128 --width 128 --motion sparse --workers 0 1 2
 
+or, for clips of 51 frames at 144p, on shards that curation makes of drawn videos:
+
+  python -m benchmarks.curate --draw videos --height 144
+  python -m tora_jax.data.curate --input 'videos/*' --output curated --config.shards.validation=0
+  python -m benchmarks.loader --source curated --num_frames 51 --height 144 --width 256 --workers 1 2
+
 Prints one JSON line: for each number of worker processes the median of the repeats, after a warm-up that fills what
 is made ahead. Nothing else uses the machine meanwhile: a trainer leaves less to the loader.
 """
@@ -49,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = text.Tokenizer(resources.files("tora_jax").joinpath("assets/tokenizer.model").read_bytes(), 48)
     size = {"frames": args.num_frames, "height": args.height, "width": args.width}
-    rates = {}
+    rates, load = {}, os.getloadavg()[0]
     for workers in args.workers:
         config = {
             "sources": (args.source,),
@@ -74,6 +80,7 @@ def main() -> None:
         "batch": args.batch,
         "repeats": args.repeats,
         "cores": os.cpu_count(),
+        "load": round(load, 1),
     }
     print(json.dumps(figures))
 

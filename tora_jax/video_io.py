@@ -173,7 +173,7 @@ def probe(source: Source) -> VideoInfo:
 
 
 def read_video(
-    source: Source, max_frames: int | None = None, only: range | None = None, strict: bool = False
+    source: Source, max_frames: int | None = None, only: range | None = None, strict: bool = False, threads: int = 0
 ) -> tuple[Frames, float]:
     """Decodes a video, turned upright.
 
@@ -183,6 +183,7 @@ def read_video(
       only: the numbers of the frames that are wanted, rising; what lies before the key frame that they need, and
         after the last one, is not decoded, where the file has an index (as mp4 has).
       strict: what is otherwise a warning is an error.
+      threads: of the decoder; 0 = one for each core.
 
     Returns:
       uint8 [t, h, w, 3] RGB, and frames per second (the average rate).
@@ -197,6 +198,7 @@ def read_video(
     frames: list[np.ndarray] = []
     damaged, cut_off = 0, False
     with _open_video(source, frames) as (container, stream):
+        stream.thread_count = threads
         declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
         seen = _jump(container, stream, only[0])
         for packet in container.demux(stream):

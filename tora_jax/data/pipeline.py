@@ -18,11 +18,13 @@ From a precomputed set, in place of video and maps, normalised posteriors, and p
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import grain
 import jax
 import numpy as np
@@ -365,6 +367,11 @@ class Opened:
         return Loader(self.source, self.infos, fitting, bucket, self.config, tokenizer, training, latent_frames, draws)
 
 
+def _in_worker() -> bool:
+    """In a worker process one thread does all: there is such a process for each core."""
+    return multiprocessing.parent_process() is not None
+
+
 def _of_table(config: Mapping[str, Any]) -> bool:
     return "resolution" in config["buckets"][0]
 
@@ -395,6 +402,8 @@ class Loader:
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
         """A clip, or another one in place of a damaged one, which is then named under DAMAGED."""
         damaged = []
+        if _in_worker():
+            cv2.setNumThreads(1)
         for _ in range(TRIES):
             try:
                 return {**self.clip(index, rng), DAMAGED: tuple(damaged)}
@@ -460,7 +469,7 @@ class Loader:
         reach = (frames - 1) * step + 1
         start = int(rng.integers(length - reach + 1)) if self.training else 0
         wanted = range(start, start + reach, step)
-        original, _ = video_io.read_video(record["video"], only=wanted, strict=True)
+        original, _ = video_io.read_video(record["video"], only=wanted, strict=True, threads=int(_in_worker()))
         if len(original) < frames:
             raise UserError(f"{len(original)} of {frames} frames decoded")
         video = video_io.resize_crop(original, height, width)
