@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+# XLA keeps two cores busier as two devices, each with half of a batch, than as one: 1.6 against 1.3 steps a second.
+TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 
 def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
@@ -20,7 +24,7 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
 
     def train(name: str, config: str, source: Path, weights: str | None = None, held_out: int = 0):
         command = ["train.py", f"--config=configs/{config}", f"--workdir={out / name}", "--config.resume"]
-        command.append(f"--config.data.sources=('{source}',)")
+        command += [f"--config.data.sources=('{source}',)", "--config.mesh=data=2"]
         if weights:
             command.append(f"--weights={out / weights / 'release'}")
         if held_out:  # a cached set has one split, and no clips to draw over
@@ -41,7 +45,7 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
         train("vae", "vae.py:phase=joint,small", clips, "causal"),
         train("motion_vae", "motion_vae.py:small", clips, "vae"),
         cache("dense", "dense", "train[:400]"),
-        cache("sparse", "sparse", "train[:1024]"),
+        cache("sparse", "sparse", "train[:3600]"),
         train("stage1", "tora.py:stage=1,small", out / "dense", "motion_vae", held_out=64),
         train("stage2", "tora.py:stage=2,small", out / "sparse", "stage1", held_out=64),
     ]
@@ -59,7 +63,7 @@ def main() -> None:
             continue
         start = time.time()
         try:
-            subprocess.run([sys.executable, *command], check=True)
+            subprocess.run([sys.executable, *command], check=True, env=os.environ | TWO_DEVICES)
         except subprocess.CalledProcessError as error:
             sys.exit(f"{name}: stopped with exit code {error.returncode}; start again to go on")
         finally:
