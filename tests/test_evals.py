@@ -51,7 +51,7 @@ def perfect(monkeypatch):
 def test_what_it_leaves(config, perfect, tmp_path, capsys):
     results, records = evals.evaluate(config, release.DEMO, tmp_path)
     report.write(tmp_path, results, records)
-    evals.write_page(tmp_path, tmp_path / "page", results, records, ["python -m tora_jax.evals", "--out DIR"])
+    evals.write_page(tmp_path, tmp_path / "page", results, records, "python -m tora_jax.evals --out DIR")
     assert capsys.readouterr().err.count("is left out: needs the weights of") == 2
     names = ["5x32x32_8fps", "9x48x48_8fps", "9x48x48_8fps_free"]
     assert [cell["name"] for cell in results["cells"]] == names == list(records)
@@ -83,7 +83,7 @@ def test_what_it_leaves(config, perfect, tmp_path, capsys):
     readme = (tmp_path / "page/README.md").read_text()
     for file in re.findall(r"!\[.*\]\((.+)\)", readme):
         assert (tmp_path / "page" / file).stat().st_size < 100_000
-    assert "python -m tora_jax.evals --out DIR --page" in readme
+    assert "\npython -m tora_jax.evals --out DIR\n" in readme
     with Image.open(tmp_path / "page/9x48x48_8fps.webp") as sheet:
         assert sheet.size == (6 * 48, 4 * 48)
 

@@ -205,6 +205,23 @@ def test_raft_itself():
     assert track(video[:1], points)[1].all()
 
 
+def test_trackers_by_name(tmp_path, monkeypatch):
+    assert traj_error.make_tracker("lk") is traj_error.track_lk
+    for name, weights, message in (
+        ("sift", "", "there are lk, raft, tapnext"),
+        ("raft", "", "raft needs weights"),
+        ("raft", tmp_path / "nowhere", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            traj_error.make_tracker(name, weights)
+    for name in ("part_config", "load_part"):
+        monkeypatch.setattr(traj_error.release, name, lambda folder, part, name=name: {"from": (name, folder, part)})
+    monkeypatch.setattr(traj_error, "raft_tracker", lambda params, **fields: (params, fields))
+    params, fields = traj_error.make_tracker("raft", "weights")
+    assert params["from"] == ("load_part", "weights", "raft")
+    assert fields["from"] == ("part_config", "weights", "raft")
+
+
 def test_tapnext_without_tapnet(monkeypatch):
     monkeypatch.setitem(sys.modules, "tapnet", None)
     with pytest.raises(UserError, match=r"pip install --no-deps git\+https://github.com/google-deepmind/tapnet"):

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -57,8 +58,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     results, records = evaluate(config, args.weights, out, args.quiet, check_interrupt)
     report.write(out, results, records)
     if args.page is not None:
-        launch = [a for a in argv[1:] if not a.startswith("--page")]
-        write_page(out, Path(args.page), results, records, ["python -m tora_jax.evals", *launch])
+        write_page(out, Path(args.page), results, records, shlex.join(["python", "-m", *argv]))
     print(report.table(results))
     print(f"wrote {out / 'index.html'}", file=sys.stderr)
 
@@ -239,7 +239,7 @@ def _checksum(weights: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_page(out: Path, folder: Path, results, records, launch: list[str]) -> None:
+def write_page(out: Path, folder: Path, results, records, launch: str) -> None:
     """A README.md with the table, stills and plots, small enough for a repository, and the command that made it."""
     folder.mkdir(parents=True, exist_ok=True)
     text = [
@@ -248,7 +248,7 @@ def write_page(out: Path, folder: Path, results, records, launch: list[str]) -> 
         "Made by",
         "",
         "```",
-        f"{' '.join(launch)} --page {folder}",
+        launch,
         "```",
         "",
         report.table(results),

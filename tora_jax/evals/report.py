@@ -122,8 +122,8 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         f"TrajError: mean of |dx| + |dy| in pixels of a {width}x{height} frame, over trajectories and frames, by the "
         f"tracker `{results['tracker']}`. Flicker: mean change along the flow, 0..255.",
-        *(f"{name} is left out: {why}" for name, why in results["left_out"].items()),
         "",
+        *(line for name, why in results["left_out"].items() for line in (f"{name} is left out: {why}", "")),
         "The paper's numbers, on 185 real clips at 512x512, which are not these clips:",
         "",
         _line(["method", "frames", "FVD", "TrajError"]),
