@@ -1,5 +1,7 @@
 """What a person asks for: settings, scores, trajectories and visual conditions in all their forms."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +156,13 @@ class TestFiles:
         assert [found[i].pixels.shape for i in (0, 1)] == [(16, 24, 3), (3, 16, 24, 3)]
 
 
+@pytest.fixture(scope="module")
+def models(tiny_release):
+    return tora_jax.load(tiny_release)
+
+
 class TestApi:
     """`from tora_jax import load, generate`."""
-
-    @pytest.fixture(scope="class")
-    def models(self, tiny_release):
-        return tora_jax.load(tiny_release)
 
     def test_three_lines(self, models):
         result = tora_jax.generate(models)
@@ -199,8 +202,5 @@ class TestApi:
         assert len(trajectory.load(request.presets()["circle"])) == 1
 
     def test_the_import_is_cheap(self):
-        import subprocess
-        import sys
-
         code = "import sys, tora_jax; sys.exit(any(m in sys.modules for m in ('jax', 'numpy', 'flax')))"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

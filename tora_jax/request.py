@@ -247,7 +247,7 @@ def _names(sources: Any) -> tuple[str, ...]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def parse_condition(given: str) -> Condition:
+def parse_condition(given: Any) -> Condition:
     """ "frame=file" or "frame=file:edit" -> the condition.
 
     Raises:

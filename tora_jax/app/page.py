@@ -1,0 +1,213 @@
+"""The page itself: what stands where, and which of `Studio`'s functions answers."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from tora_jax import request, trajectory
+from tora_jax.app.studio import LONGEST, MOST_STEPS, MOST_TEXT, CancelledError, Made, Studio
+from tora_jax.errors import UserError
+
+HERE = Path(__file__).parent
+CSS = """
+.gradio-container { max-width: 1200px !important; }
+#run { min-height: 48px; }
+#preview img { width: 160px; border-radius: 8px; border: 1px solid var(--border-color-primary); }
+footer { display: none !important; }
+@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+"""
+PICTURES, CLIPS = ["image"], ["image", "video"]
+SMALL = {"height": 110, "min_width": 130}  # a field for files
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """A mistake of the person is shown as text, whatever is in it."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page of a studio."""
+    own, (size, *_) = studio.defaults, studio.sizes
+    with gr.Blocks(title="Tora", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown("# Tora\nDraw where things shall go, say what they are, and get a video.")
+        with gr.Row():
+            with gr.Column(min_width=300):
+                canvas = gr.HTML(
+                    {"trajectories": []},
+                    html_template=(HERE / "canvas.html").read_text(),
+                    css_template=(HERE / "canvas.css").read_text(),
+                    js_on_load=(HERE / "canvas.js").read_text(),
+                    elem_id="canvas",
+                    presets=_presets(),
+                    size=list(reversed(studio.sizes[size])),
+                )
+                with gr.Row():
+                    first = gr.File(label="First frame", file_types=PICTURES, elem_id="first", **SMALL)
+                    paths = gr.File(label="Import paths", elem_id="import", **SMALL)
+                preview = gr.HTML(_picture(""), elem_id="preview")
+            with gr.Column(min_width=300):
+                prompt = gr.Textbox(own["prompt"], label="Prompt", lines=2, max_length=MOST_TEXT, elem_id="prompt")
+                with gr.Row():
+                    frames = gr.Slider(
+                        min(5, own["segment"]),
+                        LONGEST * own["segment"],
+                        own["num_frames"],
+                        step=1,
+                        label="Frames",
+                        info=f"over {own['segment']}: in segments",
+                        min_width=130,
+                    )
+                    sizes = gr.Dropdown(list(studio.sizes), value=size, label="Size", min_width=130)
+                with gr.Row():
+                    guidance = gr.Slider(1, 15, own["guidance"], step=0.5, label="Guidance", min_width=130)
+                    weight = gr.Slider(
+                        1, 8, own["trajectory_guidance"], step=0.5, label="Trajectory weight", min_width=130
+                    )
+                with gr.Row():
+                    seed = gr.Number(own["seed"], label="Seed", precision=0, minimum=0, min_width=130)
+                    steps = gr.Slider(1, MOST_STEPS, own["steps"], step=1, label="Steps", min_width=130)
+                with gr.Accordion("More", open=False):
+                    negative = gr.Textbox(label="Negative prompt", max_length=MOST_TEXT)
+                    with gr.Row():
+                        look = gr.Number(None, label="Aesthetic score", min_width=100)
+                        motion = gr.Number(None, label="Motion score", min_width=100)
+                        camera = gr.Textbox(label="Camera motion", placeholder="static, pan left ...", min_width=130)
+                    with gr.Row():
+                        last = gr.File(label="Last frame", file_types=PICTURES, **SMALL)
+                        start = gr.File(label="Clip to go on from", file_types=CLIPS, **SMALL)
+                        end = gr.File(label="Clip to lead up to", file_types=CLIPS, **SMALL)
+                with gr.Row():
+                    run = gr.Button("Generate", variant="primary", elem_id="run", min_width=130)
+                    stop = gr.Button("Cancel", elem_id="stop", min_width=100)
+                status = gr.Textbox("", label="", show_label=False, interactive=False, elem_id="status", lines=2)
+        with gr.Row():
+            options = {"autoplay": True, "loop": True, "interactive": False, "min_width": 220, "height": 280}
+            video = gr.Video(label="Video", elem_id="video", **options)
+            overlay = gr.Video(label="With its paths", elem_id="overlay", **options)
+            map_ = gr.Video(label="Flow map", elem_id="flow", **options)
+        with gr.Row():
+            files = gr.File(label="Download", file_count="multiple", interactive=False, min_width=220, height=160)
+            gallery = gr.Gallery(
+                label="This visit",
+                columns=4,
+                interactive=False,
+                min_width=220,
+                height=240,
+                object_fit="contain",
+                elem_id="gallery",
+            )
+
+        form = {
+            "prompt": prompt,
+            "num_frames": frames,
+            "size": sizes,
+            "guidance": guidance,
+            "trajectory_guidance": weight,
+            "seed": seed,
+            "steps": steps,
+            "negative_prompt": negative,
+            "aesthetic_score": look,
+            "motion_score": motion,
+            "camera_motion": camera,
+        }
+        given = [first, last, start, end]
+
+        def generate(values: dict, session: gr.Request, progress=gr.Progress()):  # noqa: B008 (Gradio's way)
+            asked = {name: values[field] for name, field in form.items()}
+            head, tail, before, after = (values[field] for field in given)
+            with shown():
+                if (head and before) or (tail and after):
+                    raise UserError("give a frame or a clip for each end, not both")
+                uploads = {0: head or before, -1: tail or after}
+
+                def tell(done: int, total: int) -> None:
+                    progress((done, total), desc="sampling", unit="steps")
+
+                try:
+                    made = studio.generate(session.session_hash or "", values[canvas], asked, uploads, tell)
+                except CancelledError:
+                    raise gr.Error("cancelled", duration=3, print_exception=False) from None
+            results = studio.visit(session.session_hash or "").made
+            return (
+                *(str(path) if path else None for path in (made.video, made.overlay, made.flow)),
+                [str(path) for path in made.files],
+                [(str(each.video), None) for each in results],
+                _status(made),
+            )
+
+        def chosen(event: gr.SelectData, session: gr.Request):
+            made = studio.visit(session.session_hash or "").made[event.index]
+            shown_files = (str(path) if path else None for path in (made.video, made.overlay, made.flow))
+            return (*shown_files, [str(path) for path in made.files], _status(made))
+
+        def background(path, name):
+            with shown():
+                told = studio.picture(path, name) if path else None
+                return {"background": told, "size": list(reversed(studio.sizes[name]))}
+
+        def imported(path):
+            with shown():
+                return {"add": studio.read_trajectories(path)}, None
+
+        def previewed(drawn, name, count):
+            with shown():
+                return _picture(studio.preview(drawn, name, count))
+
+        def cancel(session: gr.Request) -> str:
+            studio.visit(session.session_hash or "").cancelled.set()
+            return "cancelled"
+
+        def left(session: gr.Request) -> None:
+            studio.leave(session.session_hash or "")
+
+        results = [video, overlay, map_, files]
+        event = run.click(
+            generate,
+            {canvas, *form.values(), *given},
+            [*results, gallery, status],
+            concurrency_limit=1,
+            concurrency_id="device",
+            show_progress_on=[status],
+            api_name="generate",
+        )
+        stop.click(cancel, None, status, queue=False, cancels=[event], api_name=False)
+        gallery.select(chosen, None, [*results, status], queue=False, api_name=False)
+        quick = {"queue": False, "show_progress": "hidden", "api_name": False}
+        first.change(background, [first, sizes], canvas, **quick)
+        sizes.change(background, [first, sizes], canvas, **quick)
+        paths.upload(imported, paths, [canvas, paths], **quick)
+        drawn = [canvas, sizes, frames]
+        canvas.input(previewed, drawn, preview, trigger_mode="always_last", **quick)
+        frames.release(previewed, drawn, preview, trigger_mode="always_last", **quick)
+        page.load(previewed, drawn, preview, **quick)
+        page.unload(left)
+    return page.queue(max_size=50, default_concurrency_limit=4)
+
+
+def _presets() -> dict[str, list[Any]]:
+    return {
+        name: [np.round(points, 5).tolist() for points in trajectory.load(path)]
+        for name, path in request.presets().items()
+    }
+
+
+def _picture(address: str) -> str:
+    """Of the flow map. The address is made here, never by a visitor."""
+    return f'<img src="{address}" alt="The flow map that the model will see">' if address else ""
+
+
+def _status(made: Made) -> str:
+    error = "no path" if made.error is None else f"TrajError {made.error:.1f} px (tracked by Lucas-Kanade)"
+    prompt = made.settings["prompt"]
+    return f"{error}; seed {made.settings['seed']}, {made.settings['num_frames']} frames: {prompt}"
