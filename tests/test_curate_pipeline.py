@@ -344,6 +344,15 @@ def test_two_processes_make_the_same(videos, whole, tmp_path):
     equal(records(stats), records(whole[1]))
 
 
+@pytest.mark.slow
+def test_the_portable_job_service_makes_the_same(videos, whole, tmp_path):
+    """Beam's interface to Flink and Spark, with the server that Beam brings along."""
+    flags = ("--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK")
+    stats = stages.run([f"{videos[0]}/**/*.*"], str(tmp_path), options(), beam_flags=flags)
+    assert {**stats, "data": ""} == {**whole[1], "data": ""}
+    equal(records(stats), records(whole[1]))
+
+
 # ---------------------------------------------------------------- training
 
 
