@@ -40,7 +40,7 @@ from tora_jax import chain, command, flow, generation, release, video_io
 from tora_jax.data import precompute, sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, measures
-from tora_jax.models.video_vae import Gaussian, Moments, latent_of
+from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE, latent_of
 
 ROOT = Path(__file__).parent.parent
 TABLES = ("motion", "fuser", "placement", "stages", "trajectory")
@@ -88,24 +88,20 @@ def cells() -> dict[tuple[str, str], Cell]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Compression(nn.Module):
-    """Motion maps -> latents of the motion VAE's grid, without a network: key frames or mean pooling.
+class Compression(VideoVAE):
+    """In the motion VAE's place, on its grid, and without a network: key frames or mean pooling.
 
-    It has the parts of `VideoVAE` that caches and sampling use. The parameters, `centre` [192] and `basis` [192, c],
-    are those of `fit`.
+    The parameters, `centre` [192] and `basis` [192, channels], are those of `fit`.
     """
 
-    form: str
-    latent_channels: int = 8
-    micro_frame_size: int = 17
-    time_factor: int = 4
-    space_factor: int = 8
+    form: str = "mean_pooling"
+    channels: int = 8
 
     def setup(self):
         width = 3 * self.space_factor**2
         self.centre = self.param("centre", nn.initializers.zeros, (width,))
-        self.basis = self.param("basis", nn.initializers.zeros, (width, self.latent_channels))
-        self.shift, self.scale = jnp.zeros(self.latent_channels), jnp.ones(self.latent_channels)
+        self.basis = self.param("basis", nn.initializers.zeros, (width, self.channels))
+        self.shift, self.scale = jnp.zeros(self.channels), jnp.ones(self.channels)
 
     def moments(self, video: Float[Array, "b t h w 3"], rng: Array | None = None) -> Moments:
         frames = video.shape[1]
@@ -119,32 +115,26 @@ class Compression(nn.Module):
         mean = (patches - self.centre) @ self.basis
         return Moments(None, clip, Gaussian(mean, jnp.full_like(mean, -jnp.inf)))  # no spread
 
-    def encode(self, video: Float[Array, "b t h w 3"], rng: Array | None = None) -> Float[Array, "b t4 h8 w8 c"]:
-        return self.moments(video).latent.mean
 
-
-def fit(form: str, like: nn.Module, channels: int, side: int, frames: int) -> tuple[Compression, dict[str, Any]]:
+def fit(form: str, like: VideoVAE, channels: int, side: int, frames: int) -> tuple[Compression, dict[str, Any]]:
     """A `Compression` on the grid of a VAE, and its parameters: principal components, each of variance 1.
 
     Of the dense and sparse maps of the first training clips.
     """
-    fields = {name: getattr(like, name) for name in ("micro_frame_size", "time_factor", "space_factor")}
-    width = 3 * fields["space_factor"] ** 2
-    plain = Compression(form, width, **fields)
+    width = 3 * like.space_factor**2
+    plain = Compression(like.spatial, like.temporal, like.micro_frame_size, form=form, channels=width)
     maps = []
     for clip in (sprites.make_clip(i, "train", size=side, frames=frames) for i in range(FITTED)):
         sparse = flow.displacement_maps(clip.tracks, side, side, clip.visible)
         maps += [flow.flow_to_color(sparse), flow.flow_to_color(sprites.dense_flow(clip.labels, clip.tracks))]
     whole = {"params": {"centre": np.zeros(width, np.float32), "basis": np.eye(width, dtype=np.float32)}}
-    patches = np.asarray(plain.apply(whole, jnp.asarray(np.stack(maps)), method="encode"), np.float64).reshape(
-        -1, width
-    )
-    centre = patches.mean(0)
+    patches = np.asarray(plain.apply(whole, jnp.asarray(np.stack(maps)), method="encode"), np.float64)
+    patches = patches.reshape(-1, width)
     variances, directions = np.linalg.eigh(np.cov(patches, rowvar=False))
     strongest = slice(-1, -channels - 1, -1)
     basis = directions[:, strongest] / np.sqrt(np.maximum(variances[strongest], 1e-6))
-    params = {"centre": centre.astype(np.float32), "basis": basis.astype(np.float32)}
-    return plain.clone(latent_channels=channels), params
+    params = {"centre": patches.mean(0).astype(np.float32), "basis": basis.astype(np.float32)}
+    return plain.clone(channels=channels), params
 
 
 def with_motion(models: chain.Models, motion: str, side: int, frames: int) -> chain.Models:
@@ -218,9 +208,9 @@ class Run:
         weights = folder / "start"
         if not weights.exists():
             self.start(config, seed, weights)
+        sources = {stage: self.cache(config["ablation"]["motion"], stage) for stage in config["ablation"]["stages"]}
         begun = time.perf_counter()
-        for stage in config["ablation"]["stages"]:
-            source = self.cache(config["ablation"]["motion"], stage)
+        for stage, source in sources.items():
             if not (folder / stage / "release").exists():
                 train(
                     f"--config={ROOT}/configs/ablations/{cell.file}.py:{cell.launch(stage, self.runlocal)}",
@@ -240,7 +230,7 @@ class Run:
         with video_io.write_atomic(folder / "result.json") as aside:
             aside.write_text(json.dumps(result) + "\n")
         if not self.keep:
-            for inside in (folder / "start", *(folder / stage for stage in config["ablation"]["stages"])):
+            for inside in (folder / "start", *(folder / stage for stage in sources)):
                 shutil.rmtree(inside)
         return result
 

@@ -53,12 +53,18 @@ def frames_of(values, side=16):
     return jnp.asarray(np.broadcast_to(frames, (1, len(values), side, side, 3)))
 
 
+def whole(form):
+    """Without principal components."""
+    vae = common.small()["vae"]
+    return ablations.Compression(vae["spatial"], vae["temporal"], form=form, channels=192)
+
+
 def test_key_frames_and_means():
     """17 frames are 5 latents: the first alone, then fours, of which the third is the middle."""
     values = np.arange(17.0)
     params = {"centre": np.zeros(192, np.float32), "basis": np.eye(192, dtype=np.float32)}
     for form, want in (("key_frames", [0, 3, 7, 11, 15]), ("mean_pooling", [0, 2.5, 6.5, 10.5, 14.5])):
-        latents = ablations.Compression(form, 192).apply({"params": params}, frames_of(values), method="encode")
+        latents = whole(form).apply({"params": params}, frames_of(values), method="encode")
         assert latents.shape == (1, 5, 2, 2, 192)
         np.testing.assert_allclose(latents, np.broadcast_to(np.reshape(want, (1, 5, 1, 1, 1)), latents.shape))
 
@@ -66,7 +72,7 @@ def test_key_frames_and_means():
 def test_pixels_of_a_cell_become_its_channels():
     picture = np.random.default_rng(0).uniform(-1, 1, (1, 1, 16, 16, 3)).astype(np.float32)
     params = {"centre": np.zeros(192, np.float32), "basis": np.eye(192, dtype=np.float32)}
-    latents = ablations.Compression("key_frames", 192).apply({"params": params}, jnp.asarray(picture), method="encode")
+    latents = whole("key_frames").apply({"params": params}, jnp.asarray(picture), method="encode")
     np.testing.assert_array_equal(latents[0, 0, 1, 0].reshape(8, 8, 3), picture[0, 0, 8:, :8])
 
 
