@@ -24,11 +24,11 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
 
     def train(name: str, config: str, source: Path, weights: str | None = None, held_out: int = 0):
         command = ["train.py", f"--config=configs/{config}", f"--workdir={out / name}", "--config.resume"]
-        command += [f"--config.data.sources=('{source}',)", "--config.mesh=data=2"]
+        command.append(f"--config.data.sources=('{source}',)")
         if weights:
             command.append(f"--weights={out / weights / 'release'}")
         if held_out:  # a cached set has one split, and no clips to draw over
-            command += ["--config.evaluation.clips=0"]
+            command += ["--config.mesh=data=2", "--config.evaluation.clips=0"]
             command += [f"--config.data.split=train[:-{held_out}]", f"--config.data.validation=train[-{held_out}:]"]
         return name, out / name / "release", command
 

@@ -6,8 +6,8 @@
   python train.py --config configs/tora.py:runlocal ...      the same, shrunk to seconds on a laptop
 
 Arguments: `variant` (XL/2, 3B/2 or DEPTHxWIDTHxHEADS/PATCH); `stage`: 1 trains on dense flow, 2 on sparse
-trajectories; `buckets`: clips of all shapes, 144p to 360p and 51 to 204 frames; `small`: the small model, of which
-everything trains; `runlocal`: either of them at the least size, for a few steps.
+trajectories; `buckets=N`: clips of all shapes, 144p to 360p and 51 to 204 frames, for N devices (data x fsdp);
+`small`: the small model, of which everything trains; `runlocal`: either of them at the least size, for a few steps.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from tora_jax.configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, variant="XL/2", stage=1, buckets=False, small=False, runlocal=False)
+    arg = common.parse_arg(arg, variant="XL/2", stage=1, buckets=0, small=False, runlocal=False)
     if arg.stage not in (1, 2):
         raise ValueError(f"stage={arg.stage}: there are 1 (dense flow) and 2 (sparse trajectories)")
     config = ConfigDict(
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.motion = "dense" if arg.stage == 1 else "sparse"
     config.data.buckets = (common.bucket(51, 480, 854, batch=32, fps=24.0),)
     if arg.buckets:
-        config.data.buckets = common.opensora_buckets()
+        config.data.buckets = common.opensora_buckets(arg.buckets)
     config.data.frame_masks = {
         "random": 0.05,
         "interpolate": 0.005,

@@ -267,7 +267,7 @@ def test_open_soras_buckets():
     """The config's are those of the table that the reference's choices come from, but for the images."""
     table = json.loads((Path(__file__).parent / "golden" / "buckets.json").read_text())["bucket_config"]
     found = {}
-    for entry in common.opensora_buckets(part=1):
+    for entry in common.opensora_buckets(1, part=1):
         found.setdefault(entry["resolution"], {})[entry["frames"]] = (entry["share"], entry["batch"])
         assert (entry["height"], entry["width"]) == buckets.image_size(entry["resolution"], "16:9")
     want = {}
@@ -276,6 +276,7 @@ def test_open_soras_buckets():
             if frames != "1":
                 want.setdefault(name, {})[int(frames)] = (tuple(share) if isinstance(share, list) else share, batch)
     assert found == want
+    assert [entry["batch"] for entry in common.opensora_buckets(4)] == [100, 52, 24, 40, 20, 8, 16, 8, 4]
 
 
 @pytest.mark.parametrize(
