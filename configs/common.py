@@ -164,6 +164,11 @@ def sampling() -> dict:
         "steps": 30,
         "guidance": 7.0,
         "trajectory_guidance": 1.0,
+        "solver": "euler",
+        "guidance_from": 0.0,
+        "guidance_to": 1.0,
+        "guidance_every": 1,
+        "cache_every": 1,
         "seed": 0,
     }
 

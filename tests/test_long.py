@@ -32,6 +32,7 @@ def clip(seed, frames):
         (100, 51, 0, [0, 34, 68], 5, 17, True),
         (100, 51, 10, [0, 17, 34, 51], 10, 34, True),
         (60, 51, 2, [0, 46], 2, 5, False),
+        (6, 5, 0, [0, 4], 1, 1, False),
     ],
 )
 def test_segments(tiny_models, num_frames, segment, overlap, starts, latents, shared, aligned):
@@ -42,7 +43,7 @@ def test_segments(tiny_models, num_frames, segment, overlap, starts, latents, sh
     assert num_frames <= last < num_frames + plan.length - shared
 
 
-@pytest.mark.parametrize(("segment", "overlap"), [(0, 0), (5, 2), (17, 5), (17, -1)])
+@pytest.mark.parametrize(("segment", "overlap"), [(0, 0), (1, 0), (5, 2), (17, 5), (17, -1)])
 def test_segments_that_bring_nothing(tiny_models, segment, overlap):
     with pytest.raises(UserError, match=r"nothing|at least"):
         generation.segments(tiny_models, 100, segment, overlap)

@@ -82,6 +82,11 @@ class Models:
         return jax.jit(functools.partial(_step, self.tora), donate_argnums=1)
 
     @functools.cached_property
+    def saving_step(self) -> Callable:
+        """One step that takes from the ones before what need not be computed anew, see `_saving_step`."""
+        return jax.jit(functools.partial(_saving_step, self.tora), donate_argnums=1)
+
+    @functools.cached_property
     def decode(self) -> Callable:
         """Latents -> uint8 video, and whether all of it was finite."""
 
@@ -98,21 +103,56 @@ def _apply(module: nn.Module, params, *args, **kwargs):
 
 
 def _step(tora, params, x, times, guidance, trajectory_guidance, conditions, features, edit, noise):
-    passes = len(conditions["text"]) // len(x)
-
     def predict(x: Array, timestep: Array, frame_mask: Array | None) -> Array:
-        out = tora.apply(
-            {"params": params},
-            jnp.concatenate([x] * passes),
-            jnp.concatenate([timestep] * passes),
-            frame_mask=None if frame_mask is None else jnp.concatenate([frame_mask] * passes),
-            features=features,
-            method="denoise",
-            **conditions,
-        )
-        return out.reshape(passes, *x.shape[:-1], -1)
+        return _passes(tora, params, x, timestep, frame_mask, conditions, features)
 
     return rectified_flow.sampling_step(predict, x, times, guidance, trajectory_guidance, edit, noise)
+
+
+def _saving_step(
+    tora, params, x, times, guidance, trajectory_guidance, conditions, features, edit, noise, memory, ratio, residual
+):
+    """`_step` with `rectified_flow.saving_step`.
+
+    Args:
+      conditions: of all passes, or of the first alone.
+      residual: what the blocks added at the step before, in their place; None = they are computed.
+
+    Returns:
+      the latents, the memory, and what the blocks added.
+    """
+    added = []
+
+    def predict(x: Array, timestep: Array, frame_mask: Array | None) -> Array:
+        options = {"residual": residual} if residual is not None else {"mutable": ["intermediates"]}
+        out = _passes(tora, params, x, timestep, frame_mask, conditions, features, **options)
+        if residual is not None:
+            added.append(residual)
+            return out
+        out, sown = out
+        added.append(jax.tree.leaves(sown)[0])
+        return out
+
+    x, memory = rectified_flow.saving_step(predict, x, times, guidance, trajectory_guidance, edit, noise, memory, ratio)
+    return x, memory, added[0]
+
+
+def _passes(tora, params, x, timestep, frame_mask, conditions, features, **options):
+    """The passes of `rectified_flow.guide`, stacked; with `mutable`, also what was sown."""
+    passes = len(conditions["text"]) // len(x)
+    out = tora.apply(
+        {"params": params},
+        jnp.concatenate([x] * passes),
+        jnp.concatenate([timestep] * passes),
+        frame_mask=None if frame_mask is None else jnp.concatenate([frame_mask] * passes),
+        features=features,
+        method="denoise",
+        **conditions,
+        **options,
+    )
+    out, *rest = out if isinstance(out, tuple) else (out,)
+    out = out.reshape(passes, *x.shape[:-1], -1)
+    return (out, *rest) if rest else out
 
 
 def modules(config: Mapping[str, Any]) -> dict[str, nn.Module]:

@@ -127,6 +127,11 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_integer("steps", None, "Steps of the sampler.", **to)
     flags.DEFINE_float("guidance", None, "Weight of the prompt; 1 = none.", **to)
     flags.DEFINE_float("trajectory_guidance", None, "Extra weight of the trajectory; 1 = none.", **to)
+    flags.DEFINE_string("solver", None, "euler, or ab2: second order, for fewer steps.", **to)
+    flags.DEFINE_float("guidance_from", None, "Part of the steps, 0 to 1, before which there is no guidance.", **to)
+    flags.DEFINE_float("guidance_to", None, "Part of the steps after which there is none.", **to)
+    flags.DEFINE_integer("guidance_every", None, "Steps for which what guidance adds is kept.", **to)
+    flags.DEFINE_integer("cache_every", None, "Steps for which what the blocks add is kept.", **to)
     flags.DEFINE_integer("seed", None, "Seed of the noise.", **to)
 
 

@@ -49,6 +49,35 @@ SEED_STEP = 0x9E3779B9  # between the seeds of a video's segments; any odd numbe
 IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
 
 
+class Savings(NamedTuple):
+    """What may be left out to be faster; nothing by default. docs/sampling.md has what each saves and costs.
+
+    Attributes:
+      solver: "euler", or "ab2", the two-step Adams-Bashforth method, which needs fewer steps.
+      guidance_from, guidance_to: the part of the steps, 0..1, in which there is guidance at all.
+      guidance_every: the passes of guidance are computed at every so many steps; what they add is kept between.
+      cache_every: the blocks are computed at every so many steps; what they add is kept between. The first two steps
+        and the last are always computed.
+    """
+
+    solver: str = "euler"
+    guidance_from: float = 0.0
+    guidance_to: float = 1.0
+    guidance_every: int = 1
+    cache_every: int = 1
+
+    def check(self) -> None:
+        """Raises a `UserError` for a value out of its range."""
+        if self.solver not in ("euler", "ab2"):
+            raise UserError(f"solver is {self.solver!r}; choose euler or ab2")
+        if not 0 <= self.guidance_from <= self.guidance_to <= 1:
+            span = f"{self.guidance_from} to {self.guidance_to}"
+            raise UserError(f"guidance_from and guidance_to are {span}; give two numbers that rise within 0 to 1")
+        for name in ("guidance_every", "cache_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What `generate` gives.
@@ -98,6 +127,7 @@ def generate_batch(
     heads: Sequence[Float[np.ndarray, "k h8 w8 c"]] | None = None,
     max_norms: Sequence[float] | None = None,
     mesh: Mesh | None = None,
+    savings: Savings = Savings(),  # noqa: B008 (immutable)
     progress: Callable[[int], None] | None = None,
 ) -> list[Result]:
     """Makes videos, all at once; each comes out as it does alone, but for rounding.
@@ -121,6 +151,7 @@ def generate_batch(
         None = its own largest.
       mesh: the videos are shared out over it, whose "data" axis divides their number; the parameters lie on it
         already (`place`).
+      savings: what is left out to be faster.
       progress: called after each step with the number of steps done; an exception from it (or Ctrl-C) stops the
         generation.
 
@@ -139,6 +170,7 @@ def generate_batch(
             seed=seed,
         )
     size = video_size(models, height, width)
+    savings.check()
     images = [{}] * len(prompts) if images is None else [_all_given(each) for each in images]
     _check_inputs(prompts, tracks, images, seeds, num_frames, size)
     seconds: dict[str, dict[str, float]] = {}
@@ -182,12 +214,15 @@ def generate_batch(
         x, edit = spread((x, edit))
         weights = jnp.float32(guidance), jnp.float32(trajectory_guidance)
         times = rectified_flow.sampling_times(steps, height, width, frames)
+        step = functools.partial(models.step, params["tora"])
+        if savings != Savings():
+            step = _saving(models, savings, steps, len(prompts))
         for i in range(steps):
             noise = None
             if edit is not None:
                 noise = spread(jnp.concatenate([rectified_flow.step_noise(key, i, shape) for _, key in keys]))
             window = jnp.asarray(times[i : i + 3])
-            x = models.step(params["tora"], x, window, *weights, conditions, features, edit, noise)
+            x = step(x, window, *weights, conditions, features, edit, noise)
             # Waiting here keeps the progress bar honest, and Ctrl-C within one step.
             x.block_until_ready()
             if progress is not None:
@@ -231,7 +266,8 @@ def segments(models: Models, num_frames: int, segment: int, overlap: int = 0) ->
 
     Args:
       segment: what the model makes at once.
-      overlap: latent frames that a segment takes over; 0 = a micro-frame's where a segment has several, else 2.
+      overlap: latent frames that a segment takes over; 0 = a micro-frame's where a segment has several, else 2 (fewer
+        where it has no more).
 
     Raises:
       UserError: a segment would bring nothing new.
@@ -241,7 +277,8 @@ def segments(models: Models, num_frames: int, segment: int, overlap: int = 0) ->
         return Segments(range(1), num_frames, 0, 0, True)
     if segment < 1 or overlap < 0:
         raise UserError(f"segment is {segment} and overlap {overlap}; they must be at least 1 and 0")
-    latents = overlap or (latent_frames(size, size, factor) if 0 < size < segment else 2)
+    usual = latent_frames(size, size, factor) if 0 < size < segment else 2
+    latents = overlap or max(min(usual, latent_frames(segment, size, factor) - 1), 1)
     shared = sum(latent_of(frame, segment, size, factor) < latents for frame in range(segment))
     if shared >= segment:
         raise UserError(f"an overlap of {latents} latent frames leaves nothing of a segment of {segment} frames")
@@ -357,6 +394,35 @@ def add_seconds(total: dict[str, dict[str, float]], more: Mapping[str, Mapping[s
 # ----------------------------------------------------------------------------------------------------------
 # Checks
 # ----------------------------------------------------------------------------------------------------------
+
+
+def _saving(models: Models, savings: Savings, steps: int, count: int) -> Callable:
+    """Steps like `Models.step`, called one after the other, that leave out what `savings` says."""
+    done, memory, residual, before = 0, None, None, 0.0
+
+    def step(x, window, guidance, trajectory_guidance, conditions, features, edit, noise):
+        nonlocal done, memory, residual, before
+        share, i = done / steps, done
+        done += 1
+        if memory is None:
+            memory = rectified_flow.Memory(jnp.zeros_like(x), jnp.zeros_like(x))
+        guided = savings.guidance_from <= share < savings.guidance_to
+        first = math.ceil(savings.guidance_from * steps)
+        if not guided:
+            memory = memory._replace(extra=jnp.zeros_like(x))
+        if not guided or (i - first) % savings.guidance_every:
+            conditions = jax.tree.map(lambda rows: rows[:count], conditions)
+        known = residual is not None and len(residual) == len(conditions["text"])
+        cached = known and 1 < i < steps - 1 and i % savings.cache_every > 0
+        length = float(window[1] - window[2])
+        ratio = jnp.float32(length / before if savings.solver == "ab2" and i else 0.0)
+        before = length
+        weights = guidance, trajectory_guidance
+        rest = conditions, features, edit, noise, memory, ratio, residual if cached else None
+        x, memory, residual = models.saving_step(models.params["tora"], x, window, *weights, *rest)
+        return x
+
+    return step
 
 
 def video_size(models: Models, height: int, width: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ Source: opensora/schedulers/rf at tag v1.2.0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,16 +146,67 @@ def sampling_step(
         the timestep falls under 1000 * ratio, is then mixed with noise, and goes along from there.
       noise: Gaussian, for the frames that start at this step; needed with `edit`.
     """
-    before, now, after = times
-    given, moving = x, None
-    if edit is not None:
-        moving = edit * NUM_TIMESTEPS >= now
-        starts = moving & ~(edit * NUM_TIMESTEPS >= before)
-        noisy = add_noise(x, noise, jnp.broadcast_to(now, len(x)))
-        x = jnp.where(starts[:, :, None, None, None], noisy, x)
-    velocities = predict(x, jnp.broadcast_to(now, len(x)), moving)[..., : x.shape[-1]].astype(jnp.float32)
-    x = x + guide(velocities, guidance, trajectory_guidance) * ((now - after) / NUM_TIMESTEPS)
-    return x if edit is None else jnp.where(moving[:, :, None, None, None], x, given)
+    _, now, after = times
+    moving, start = _start(x, times, edit, noise)
+    velocities = predict(start, jnp.broadcast_to(now, len(x)), moving)[..., : x.shape[-1]].astype(jnp.float32)
+    end = start + guide(velocities, guidance, trajectory_guidance) * ((now - after) / NUM_TIMESTEPS)
+    return end if edit is None else jnp.where(moving[:, :, None, None, None], end, x)
+
+
+def _start(x: Array, times, edit: Array | None, noise: Array | None) -> tuple[Array | None, Array]:
+    """Which frames move at a step, and the latents with noise in those that start to."""
+    if edit is None:
+        return None, x
+    before, now, _ = times
+    moving = edit * NUM_TIMESTEPS >= now
+    starts = moving & ~(edit * NUM_TIMESTEPS >= before)
+    noisy = add_noise(x, noise, jnp.broadcast_to(now, len(x)))
+    return moving, jnp.where(starts[:, :, None, None, None], noisy, x)
+
+
+class Memory(NamedTuple):
+    """What a step of `saving_step` leaves to the next.
+
+    Attributes:
+      velocity: guided.
+      extra: what guidance added to the pass with everything, the last time that it was computed.
+    """
+
+    velocity: Float[Array, "b t h w c"]
+    extra: Float[Array, "b t h w c"]
+
+
+def saving_step(
+    predict: Callable[[Array, Array, Array | None], Array],
+    x: Float[Array, "b t h w c"],
+    times: Float[Array | np.ndarray, "3"],
+    guidance: float | Array,
+    trajectory_guidance: float | Array,
+    edit: Float[Array, "b t"] | None,
+    noise: Float[Array, "b t h w c"] | None,
+    memory: Memory,
+    ratio: float | Array = 0.0,
+) -> tuple[Float[Array, "b t h w c"], Memory]:
+    """`sampling_step` that may leave passes out, and may be of second order.
+
+    Where `predict` gives a single pass, what guidance added before is added again (`Memory.extra`; zeros: no guidance).
+
+    Args:
+      ratio: length of this step over that of the one before: the two-step Adams-Bashforth method, which extrapolates
+        the velocity to the middle of the step. 0 = Euler.
+    """
+    _, now, after = times
+    moving, start = _start(x, times, edit, noise)
+    velocities = predict(start, jnp.broadcast_to(now, len(x)), moving)[..., : x.shape[-1]].astype(jnp.float32)
+    if len(velocities) == 1:
+        velocity, extra = velocities[0] + memory.extra, memory.extra
+    else:
+        velocity = guide(velocities, guidance, trajectory_guidance)
+        extra = velocity - velocities[0]
+    middle = velocity + ratio / 2 * (velocity - memory.velocity)
+    end = start + middle * ((now - after) / NUM_TIMESTEPS)
+    end = end if edit is None else jnp.where(moving[:, :, None, None, None], end, x)
+    return end, Memory(velocity, extra)
 
 
 def step_noise(key: PRNGKeyArray, step: int | Array, shape: tuple[int, ...]) -> Float[Array, "b t h w c"]:

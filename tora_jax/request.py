@@ -26,6 +26,7 @@ from tora_jax.errors import UserError
 SCORES = ("aesthetic_score", "motion_score", "camera_motion")  # at the end of the prompt, see `text.append_scores`
 INPUTS = ("trajectories", "conditions")
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+SAVINGS = generation.Savings._fields
 # What the arguments of `generation.generate_pieces` are called in the settings, too.
 ARGUMENTS = (
     *("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt"),
@@ -78,7 +79,7 @@ class Request:
     def shape(self) -> tuple:
         """Equal for requests that one call can make together, and one compilation serves."""
         return (
-            *(self.settings[name] for name in ARGUMENTS),
+            *(self.settings[name] for name in (*ARGUMENTS, *SAVINGS)),
             self.trajectories is None,
             bool(self.conditions),
         )
@@ -145,6 +146,7 @@ def generate(
         seeds=[each.settings["seed"] for each in requests],
         mesh=mesh,
         progress=progress,
+        savings=generation.Savings(*(first.settings[name] for name in SAVINGS)),
         **{name: first.settings[name] for name in ARGUMENTS},
     )
 
@@ -191,6 +193,7 @@ def settings(section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     found["num_frames"] = buckets.frame_count(str(found["num_frames"]))
     found["segment"] = found["segment"] or buckets.frame_count(str(defaults["num_frames"]))
     generation.check_settings(**{name: found[name] for name in generation.CHECKED})
+    generation.Savings(*(found[name] for name in SAVINGS)).check()
     return found
 
 

@@ -142,7 +142,7 @@ def build(studio: Studio) -> gr.Blocks:
             return (
                 *(str(path) if path else None for path in (made.video, made.overlay, made.flow)),
                 [str(path) for path in made.files],
-                [(str(each.video), None) for each in results],
+                [str(each.poster) for each in results],
                 _status(made),
             )
 

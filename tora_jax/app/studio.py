@@ -47,6 +47,11 @@ class Made:
         return self.folder / "tora.mp4"
 
     @property
+    def poster(self) -> Path:
+        """The frame in the middle, for a gallery."""
+        return self.folder / "poster.webp"
+
+    @property
     def overlay(self) -> Path | None:
         return self._if_there("tora_trajectory.mp4")
 
@@ -222,9 +227,10 @@ class Studio:
             for (piece,) in request.generate(self.models, [wanted], [images], progress=step):
                 write(piece)
                 pieces.append(piece.video)
-            error = None
+            video, error = np.concatenate(pieces), None
+            Image.fromarray(video[len(video) // 2]).save(folder / "poster.webp")
             if tracks is not None:
-                error = self._error(np.concatenate(pieces), tracks)
+                error = self._error(video, tracks)
                 report["traj_error"] = round(error, 2)
                 text = json.dumps({"canvas": [1, 1], "trajectories": [p.tolist() for p in wanted.trajectories]})
                 (folder / "trajectories.json").write_text(text)

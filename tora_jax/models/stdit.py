@@ -221,8 +221,9 @@ class STDiT(nn.Module):
         frame_mask: Bool[Array, "b t"] | None = None,
         features: Float[Array, "depth b2 t2 h2 w2 m"] | None = None,
         has_motion: Bool[Array, "b"] | None = None,
+        residual: Float[Array, "b _ _ _"] | None = None,
     ) -> Float[Array, "b t h w c2"]:
-        """Predicts the velocity.
+        """Predicts the velocity. What the blocks add is sown as "residual" in "intermediates".
 
         Args:
           x: noisy latents; sides that are no multiple of the patch are padded and the output is cut.
@@ -238,6 +239,7 @@ class STDiT(nn.Module):
           features: motion features of the extractor, already on the patch grid; their batch divides b, see
             `MotionFuser`. None = no trajectory at all.
           has_motion: see `MotionFuser`.
+          residual: what the blocks added at another step, in their place.
 
         Returns:
           float32; the first `in_channels` channels are the velocity, data minus noise.
@@ -286,7 +288,12 @@ class STDiT(nn.Module):
             length=size.depth,
             unroll=layers.unroll(size.depth),
         )(size.num_heads, self.qk_norm, self.fuser, self.placement, self.attention, self.dtype, name="blocks")
-        x, _ = blocks(x, features, has_motion, text, text_mask, modulation, valid)
+        if residual is None:
+            before = x
+            x, _ = blocks(x, features, has_motion, text, text_mask, modulation, valid)
+            self.sow("intermediates", "residual", x - before)
+        else:
+            x = x + residual.astype(x.dtype)
 
         features_out = size.patch**2 * 2 * self.in_channels
         x = FinalLayer(features_out, self.dtype, name="final_layer")(x, t, t0, frame_mask)[:, :frames]

@@ -1,0 +1,160 @@
+"""Long videos and given frames on the benchmark sprites, as JSON on stdout.
+
+  python -m benchmarks.long [--weights DIR] [--parts extension,pause,ends] [--clips 8] [--frames 136] [--save FOLDER]
+
+Parts:
+  extension  a video of --frames by extension, on a closed curve with about a model's usual speed: the frame difference
+             at the seams over the median (aim: at most 1.5), and the path's error segment by segment, over what linear
+             growth from the first one allows (aim: at most 1)
+  pause      the same length, the path rests for a third of it: the object's speed there over its mean (aim: under 0.1)
+  ends       first and last frame given: PSNR of both and that of the VAE's own reconstruction of them (aim: within
+             1 dB), and the path's error in between (aim: under 1.5 % of the width)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tora_jax.configs import common
+from tqdm import tqdm
+
+from benchmarks.speed import SETTINGS, psnr
+from tora_jax import chain, command, draw, generation, release, video_io
+from tora_jax.data import sprites
+from tora_jax.errors import UserError
+from tora_jax.evals import sprites as measures
+
+TURNS = 1 / 34  # of the closed curve, each frame: about 3 % of the width a frame
+REST = (1 / 3, 2 / 3)  # of the video, in `pause`
+MARGIN = 4  # frames of the rest at either end that do not count: a latent holds as many
+
+
+def curve(index: int, frames: int, rest: bool) -> np.ndarray:
+    """A closed curve, float32 [1, frames, 2]; with `rest` it stands still in the middle third."""
+    rng = np.random.default_rng([7, index])
+    when = np.arange(frames, dtype=np.float64)
+    if rest:
+        start, stop = (round(share * frames) for share in REST)
+        when = np.minimum(when, start) + np.maximum(when - stop, 0)
+    phase, turns = rng.uniform(0, 2 * np.pi, 2), when * TURNS * 2 * np.pi
+    x, y = 0.5 + 0.28 * np.sin(turns + phase[0]), 0.5 + 0.28 * np.sin(2 * turns + phase[1])
+    return np.stack([x, y], -1)[None].astype(np.float32)
+
+
+def make(bench: dict[str, Any], index: int, rest: bool) -> tuple[np.ndarray, np.ndarray, list[int], str]:
+    """A long video, its track, the first frames of its segments but the first, and the object's colour."""
+    models, settings, frames = bench["models"], bench["settings"], bench["frames"]
+    clip = sprites.make_clip(index, "benchmark_one", size=settings["height"], frames=2, fps=settings["fps"])
+    track = curve(index, frames, rest)
+    pieces = generation.generate_pieces(
+        models,
+        [clip.caption],
+        [track],
+        seeds=[index],
+        segment=settings["num_frames"],
+        **{**settings, "num_frames": frames},
+    )
+    videos = [piece.video for (piece,) in pieces]
+    seams = np.cumsum([len(video) for video in videos])[:-1].tolist()
+    video = np.concatenate(videos)
+    if bench["save"]:
+        bench["save"].mkdir(parents=True, exist_ok=True)
+        path = bench["save"] / f"{'pause' if rest else 'extension'}_{index:02}.mp4"
+        video_io.write_video(path, draw.draw_tracks(video, track), settings["fps"])
+    return video, track, seams, clip.sprites[0].colour
+
+
+def extension(bench: dict[str, Any]) -> dict[str, Any]:
+    seam, growth = [], []
+    for i in tqdm(range(bench["clips"]), desc="extension"):
+        video, track, seams, colour = make(bench, i, rest=False)
+        change = np.abs(np.diff(video.astype(np.int16), axis=0)).mean((1, 2, 3))
+        seam.append(change[np.array(seams) - 1] / np.median(change))
+        parts = zip([0, *seams], [*seams, len(video)], strict=True)
+        growth.append([measures.path_error(video[a:b], [colour], track[:, a:b])["error"] for a, b in parts])
+    errors = 100 * np.mean(growth, axis=0)
+    return {
+        "seam_over_median": {"mean": float(np.mean(seam)), "worst": float(np.max(seam))},
+        "error_%_by_segment": errors.tolist(),
+        "over_linear": float(np.max(errors[1:] / (errors[0] * np.arange(2, len(errors) + 1)))),
+    }
+
+
+def pause(bench: dict[str, Any]) -> dict[str, Any]:
+    shares = []
+    for i in tqdm(range(bench["clips"]), desc="pause"):
+        video, track, _, colour = make(bench, i, rest=True)
+        places, _ = measures.centroid(video, sprites.COLOURS[colour], near=track[0])
+        speed = np.linalg.norm(np.diff(places, axis=0), axis=1)
+        start, stop = (round(share * len(video)) for share in REST)
+        shares.append(speed[start + MARGIN : stop - MARGIN].mean() / speed.mean())
+    return {"speed_in_the_pause_over_mean": float(np.mean(shares)), "worst": float(np.max(shares))}
+
+
+def ends(bench: dict[str, Any]) -> dict[str, Any]:
+    models, settings = bench["models"], bench["settings"]
+    frames, params = settings["num_frames"], {"params": bench["models"].params["vae"]}
+    rows = []
+    for i in tqdm(range(bench["clips"]), desc="ends"):
+        clip = sprites.make_clip(i, "benchmark_one", size=settings["height"], frames=frames, fps=settings["fps"])
+        first, last = clip.video[0], clip.video[-1]
+        given = {0: first, frames - 1: last}
+        video = generation.generate(models, clip.caption, clip.tracks, given, seed=i, **settings).video
+        own = []
+        for still in (first[None], np.repeat(last[None], frames, 0)):
+            through = models.vae.apply(params, jnp.asarray(still, jnp.float32)[None] / 127.5 - 1)
+            own.append(np.round(np.clip(np.asarray(through[0, -1]), -1, 1) * 127.5 + 127.5))
+        between = slice(1, frames - 1)
+        error = measures.path_error(video[between], [clip.sprites[0].colour], clip.tracks[:, between])["error"]
+        rows.append(
+            (psnr(video[0], first), psnr(own[0], first), psnr(video[-1], last), psnr(own[1], last), 100 * error)
+        )
+    names = ("first", "first_vae", "last", "last_vae", "error_%")
+    return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
+
+
+PARTS = {part.__name__: part for part in (extension, pause, ends)}
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else round(value, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default=str(release.DEMO), help="release folder; left out: the small model's")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=136)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--save", type=Path, help="folder for the long videos, with their paths drawn in")
+    options = parser.parse_args()
+    parts = options.parts.split(",")
+    if unknown := set(parts) - PARTS.keys():
+        parser.error(f"no part {min(unknown)!r}; there are {', '.join(PARTS)}")
+    command.use_compilation_cache()
+    try:
+        models = chain.load(weights=options.weights)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    settings = {name: {**common.sampling(), **models.sampling}[name] for name in SETTINGS}
+    settings["steps"] = options.steps or settings["steps"]
+    bench = {"models": models, "settings": settings, **vars(options)}
+    found = {part: PARTS[part](bench) for part in parts}
+    print(
+        json.dumps(
+            {"weights": options.weights, "clips": options.clips, "frames": options.frames, **rounded(found)}, indent=2
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What each speed switch of sampling saves, and what it costs in quality, on the benchmark sprites.
+
+  python -m benchmarks.speed [--weights DIR] [--clips 16] [--batch 1] [--only ab2,cache] [--steps 30]
+
+Prints JSON, with a Markdown table on stderr: seconds of a clip without compilation (sampling and decoding), how many
+times faster than the plain sampler that is, the mean error of the path in % of the width (`evals/sprites.py`), and PSNR
+against the plain sampler's videos. The same prompts, paths and noise for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tora_jax.configs import common
+
+from tora_jax import chain, command, generation, release
+from tora_jax.data import sprites
+from tora_jax.errors import UserError
+from tora_jax.evals import sprites as measures
+
+Savings = generation.Savings
+# Name -> what is left out, share of the steps, dtype of the VAE's products.
+SWITCHES: dict[str, tuple[Savings, float, str | None]] = {
+    "plain": (Savings(), 1, None),
+    "euler, 1/2 of the steps": (Savings(), 1 / 2, None),
+    "ab2, 1/2 of the steps": (Savings(solver="ab2"), 1 / 2, None),
+    "ab2, 1/3 of the steps": (Savings(solver="ab2"), 1 / 3, None),
+    "guidance from 0.1 to 0.8": (Savings(guidance_from=0.1, guidance_to=0.8), 1, None),
+    "guidance every 2": (Savings(guidance_every=2), 1, None),
+    "guidance every 3": (Savings(guidance_every=3), 1, None),
+    "cache every 2": (Savings(cache_every=2), 1, None),
+    "cache every 3": (Savings(cache_every=3), 1, None),
+    "bfloat16 VAE": (Savings(), 1, "bfloat16"),
+    "ab2, 1/2, guidance every 2": (Savings(solver="ab2", guidance_every=2), 1 / 2, None),
+}
+SETTINGS = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
+
+
+def psnr(video: np.ndarray, other: np.ndarray) -> float:
+    """Of 8-bit pixels, in dB; 99 where they are equal."""
+    error = np.square(video.astype(np.float64) - other).mean()
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def measure(models: chain.Models, clips: list, settings: dict[str, Any], batch: int, savings: Savings) -> dict:
+    """Seconds of a clip, its error and the videos, of one switch."""
+    videos, seconds, errors = [], [], []
+    for start in [0, *range(0, len(clips), batch)]:  # the first twice: it compiles
+        part = clips[start : start + batch]
+        results = generation.generate_batch(
+            models,
+            [clip.caption for clip in part],
+            [clip.tracks for clip in part],
+            seeds=range(start, start + len(part)),
+            savings=savings,
+            **settings,
+        )
+        videos += [result.video for result in results]
+        spent = results[0].seconds
+        seconds.append((spent["sample"]["run"] + spent["decode"]["run"]) / len(part))
+    videos, seconds = videos[min(batch, len(clips)) :], seconds[1:]
+    for video, clip in zip(videos, clips, strict=True):
+        errors.append(measures.path_error(video, [sprite.colour for sprite in clip.sprites], clip.tracks)["error"])
+    return {"seconds": statistics.median(seconds), "error_%": 100 * float(np.mean(errors)), "videos": videos}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default=str(release.DEMO), help="release folder; left out: the small model's")
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=1, help="videos at once; it divides --clips")
+    parser.add_argument("--steps", type=int, help="of the plain sampler")
+    parser.add_argument("--only", default="", help="switches whose names have one of these words, separated by commas")
+    options = parser.parse_args()
+    if options.clips % options.batch:
+        parser.error("--batch should divide --clips")
+    command.use_compilation_cache()
+    try:
+        models = chain.load(weights=options.weights)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    settings = {name: {**common.sampling(), **models.sampling}[name] for name in SETTINGS}
+    settings["steps"] = options.steps or settings["steps"]
+    side, frames, fps = settings["height"], settings["num_frames"], settings["fps"]
+    clips = [sprites.make_clip(i, "benchmark_one", size=side, frames=frames, fps=fps) for i in range(options.clips)]
+    words = [word for word in options.only.split(",") if word]
+    found: dict[str, dict] = {}
+    for name, (savings, share, dtype) in SWITCHES.items():
+        if name != "plain" and words and not any(word in name for word in words):
+            continue
+        used = models
+        if dtype is not None:
+            used = dataclasses.replace(models, vae=models.vae.clone(dtype=jnp.dtype(dtype)))
+        steps = max(round(settings["steps"] * share), 1)
+        found[name] = measure(used, clips, {**settings, "steps": steps}, options.batch, savings) | {"steps": steps}
+        print(f"{name}: {found[name]['seconds']:.2f} s", file=sys.stderr)
+    plain = found["plain"]
+    videos = {name: row.pop("videos") for name, row in found.items()}
+    for name, row in found.items():
+        row["times_faster"] = plain["seconds"] / row["seconds"]
+        row["psnr_to_plain"] = float(np.mean([psnr(*pair) for pair in zip(videos[name], videos["plain"], strict=True)]))
+    columns = ("steps", "seconds", "times_faster", "error_%", "psnr_to_plain")
+    print("| switch | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1), file=sys.stderr)
+    for name, row in found.items():
+        print(f"| {name} | " + " | ".join(f"{row[column]:.4g}" for column in columns) + " |", file=sys.stderr)
+    machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    rounded = {name: {key: round(value, 3) for key, value in row.items()} for name, row in found.items()}
+    print(json.dumps({"settings": settings, "clips": options.clips, "switches": rounded, "machine": machine}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
