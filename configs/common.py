@@ -276,16 +276,19 @@ def bucket(frames: int, height: int, width: int, batch: int, fps: float = 0.0) -
     return {"frames": frames, "height": height, "width": width, "fps": fps, "batch": batch, "weight": 1.0}
 
 
-def opensora_buckets(fps: float = 24.0, part: int = 2) -> tuple[dict, ...]:
+def opensora_buckets(devices: int, fps: float = 24.0, part: int = 2) -> tuple[dict, ...]:
     """Open-Sora v1.2's buckets for videos: 144p to 360p, 51 to 204 frames, in any aspect ratio.
 
-    Their batches hold 2 to 51 clips; a half of that is 1 to 25, as in Tora's training. `height` and `width` are
+    A device gets 2 to 51 clips there; a half of that is 1 to 25, as in Tora's training. `height` and `width` are
     those of samples in evaluation; a clip has the shape of its own bucket.
+
+    Args:
+      devices: over which the batches are split.
     """
     sizes = {"144p": (144, 256, 1.0, (51, 27, 13)), "240p": (240, 426, 0.4, (20, 10, 5))}
     sizes["360p"] = (360, 640, 0.15, (8, 4, 2))
     return tuple(
-        {**bucket(frames, height, width, batch // part, fps), "resolution": name, "share": share}
+        {**bucket(frames, height, width, batch // part * devices, fps), "resolution": name, "share": share}
         for name, (height, width, keep, batches) in sizes.items()
         for frames, share, batch in zip((51, 102, 204), (keep, (keep, 0.33), (keep, 0.1)), batches, strict=True)
     )

@@ -374,6 +374,34 @@ def test_both_stages_train_from_these_shards(videos, whole, tmp_path):
         assert np.isfinite(losses).all()
 
 
+TABLE_CONFIG = """
+from tora_jax.configs import common, tora
+
+def get_config(arg=None):
+    config = tora.get_config("stage=1,runlocal")
+    with config.unlocked():
+        bucket = {**common.bucket(5, 144, 256, batch=2), "resolution": "144p", "share": 1.0}
+        config.data.buckets = (bucket,)
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_training_on_clips_of_all_shapes(tmp_path):
+    """Batches of several sizes, one after the other."""
+    for split in ("train", "validation"):
+        (tmp_path / "clips" / split).mkdir(parents=True)
+        for i, (height, width) in enumerate([(160, 288), (288, 160), (208, 208)] * 2):
+            path = tmp_path / "clips" / split / f"{i}.mp4"
+            video_io.write_video(path, odd_videos.good(seed=i, frames=9, height=height, width=width), 8)
+            path.with_suffix(".txt").write_text("An ellipse moves.")
+    (tmp_path / "table.py").write_text(TABLE_CONFIG)
+    config = os.path.relpath(tmp_path / "table.py", ROOT / "configs")
+    outcome = training_runs.run(config, tmp_path / "run", training_runs.source(tmp_path / "clips"))
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert np.isfinite([line["loss"] for line in outcome.metrics if "loss" in line]).all()
+
+
 # ---------------------------------------------------------------- captions
 
 
