@@ -14,7 +14,7 @@ from tora_jax.configs import common
 
 STAGES = {"dense": ("dense",), "sparse": ("sparse",), "both": ("dense", "sparse")}
 MOTIONS = ("key_frames", "mean_pooling", "motion_vae", "none")
-STEPS = 600  # of a whole cell; two stages have half of them each
+STEPS = 500  # of a whole cell; two stages have half of them each
 HELD_OUT = 64  # clips at the end of a cache
 
 
