@@ -223,6 +223,20 @@ def test_visits_are_bounded(studio, quick, monkeypatch):
     assert len(list(studio.folder.iterdir())) == 3
 
 
+@pytest.mark.slow
+def test_200_requests_leave_memory_flat(studio):
+    """With the (tiny) models: what is compiled stays, and nothing is added to it."""
+
+    def megabytes() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    for i in range(220):
+        generate(studio, f"visitor {i}", seed=i, num_frames=6)
+        if i == 20:
+            before = megabytes()
+    assert megabytes() - before < 40
+
+
 def test_canvas_files_are_there():
     folder = Path(app.__file__).parent
     for name in ("canvas.html", "canvas.css", "canvas.js"):

@@ -183,7 +183,8 @@ def build(studio: Studio) -> gr.Blocks:
         )
         stop.click(cancel, None, status, queue=False, cancels=[event], api_name=False)
         gallery.select(chosen, None, [*results, status], queue=False, api_name=False)
-        quick = {"queue": False, "show_progress": "hidden", "api_name": False}
+        # Through the queue, beside the device: Gradio shows no errors of what goes past it.
+        quick = {"show_progress": "hidden", "api_name": False}
         first.change(background, [first, sizes], canvas, **quick)
         sizes.change(background, [first, sizes], canvas, **quick)
         paths.upload(imported, paths, [canvas, paths], **quick)
