@@ -113,6 +113,28 @@ def test_named_resolution_is_width_to_height(sample):
     assert video_io.read_video("outputs/tora.mp4")[0].shape == (1, 144, 256, 3)
 
 
+def test_a_long_video_with_prompts_and_conditions(sample):
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save("photo.png")
+    outcome = sample(
+        *("--num_frames=7", "--steps=1", "--prompt=a star.", "--prompt=a heart.", "--motion_score=5"),
+        *("--condition=-1=photo.png:0.5", "--solver=ab2", "--cache_every=2", "--out=long.mp4"),
+    )
+    assert outcome.code == 0, outcome.stderr
+    for name in ("long", "long_trajectory", "long_flow"):
+        assert len(video_io.read_video(f"{name}.mp4")[0]) == 7
+    report = json.loads(Path("long.json").read_text())
+    assert report["settings"]["prompt"] == ["a star.", "a heart."]
+    assert report["settings"]["segment"] == 5
+
+
+def test_batch(sample):
+    write("videos.jsonl", '{"seed": 1, "steps": 1}\n{"stepz": 1}\n')
+    outcome = sample("--batch=videos.jsonl", "--out=many", "--no_trajectory", "--num_frames=1", "--mesh=data=2")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.files == {"many/00001.mp4", "many/00001.json", "many/00002.json", "videos.jsonl"}
+    assert "did you mean steps" in json.loads(Path("many/00002.json").read_text())["error"]
+
+
 def test_config_overrides_apply_to_the_config_of_the_weights(sample):
     assert sample("--config.sampling.num_frames=3", "--no_trajectory").code == 0
     assert len(video_io.read_video("outputs/tora.mp4")[0]) == 3
@@ -162,6 +184,17 @@ BAD = {
     "config without a ConfigDict": ("--config=bad.py", "def get_config():\n    return {}", "ConfigDict"),
     "unknown fuser": ("--config.tora.fuser=foo", None, "foo"),
     "stray word": ("extra", None, "extra"),
+    "condition without a frame": ("--condition=photo.png", None, "write frame="),
+    "condition beyond the end": ("--condition=9=photo.png", None, "frames 0 to 4"),
+    "condition without a file": ("--condition=0=absent.png", None, "absent.png"),
+    "edit ratio": ("--condition=0=photo.png:3", None, "edit ratio is 3"),
+    "two pictures for a frame": ("--image=a.png --condition=0=b.png", None, "has a picture already"),
+    "segment without room": ("--num_frames=9 --segment=1", None, "leaves nothing"),
+    "unknown solver": ("--solver=rk4", None, "euler or ab2"),
+    "guidance that ends before it starts": ("--guidance_from=0.9 --guidance_to=0.1", None, "rise"),
+    "missing batch": ("--batch=absent.jsonl", None, "absent.jsonl"),
+    "empty batch": ("--batch=bad.jsonl", "\n", "bad.jsonl: is empty"),
+    "mesh": ("--mesh=data=1000", None, "wants 1000 devices"),
 }
 
 
@@ -169,7 +202,7 @@ BAD = {
 def test_a_mistake_is_one_line(sample, tmp_path, case):
     arguments, content, message = BAD[case]
     if content is not None:
-        name = arguments.split("=")[1].split("/")[0]
+        name = arguments.split(" ")[0].split("=")[1].split("/")[0]
         write(name, content)
     (tmp_path / "link").symlink_to("nowhere")
     outcome = sample(*arguments.split(" "))

@@ -79,10 +79,11 @@ def writer(
     Args:
       out: of the video.
       tracks: of the whole video.
-      report: has "settings"; the files, the seconds of the pieces and the versions are added.
+      report: has "settings"; the files and the seconds of the pieces are added to it, and what the caller adds in the
+        meantime is written, too.
     """
     fps, files = report["settings"]["fps"], paths(out)
-    report = {"seconds": {}, **report}
+    report.setdefault("seconds", {})
     out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         aside = stack.enter_context(video_io.write_atomic(files["report"]))
