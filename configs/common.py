@@ -179,7 +179,14 @@ def training() -> dict:
         "seed": 0,
         "mesh": "",  # such as "data=8,fsdp=4"; axes left out are 1
         # Logical names of axes -> axes of the mesh, see `sharding`.
-        "rules": {"batch": ("data", "fsdp"), "time": "seq", "space": "seq", "embed": "fsdp", "hidden": "tensor"},
+        "rules": {
+            "batch": ("data", "fsdp"),
+            "time": "seq",
+            "space": "seq",
+            "frames": ("data", "fsdp", "seq", "tensor"),
+            "embed": "fsdp",
+            "hidden": "tensor",
+        },
         "resume": False,
         "from_video_vae": False,  # the motion VAE starts as the video VAE of the weights
         "accumulate": 1,  # micro-batches that a batch is cut into

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,12 @@ import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.aot import sent
 from configs import common, tora
 from tora_jax import chain, optim, sharding
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
+from tora_jax.models.video_vae import VideoVAE
 
 RULES = tuple(common.training()["rules"].items())
 
@@ -91,12 +92,12 @@ def test_batch():
 # The model on meshes
 # ----------------------------------------------------------------------------------------------------------
 
-WIDTH, TOKENS = 32, 32  # a token is wider than a motion feature, and a frame has more tokens than the text
+WIDTH = 64  # a token is wider than a motion feature, and than what is predicted for it
 
 
-def inputs(batch, frames):
+def inputs(batch, frames, height=16, width=8):
     keys = jax.random.split(jax.random.key(0), 3)
-    shape = (batch, frames, 16, 8, 4)  # 8 x 4 tokens a frame
+    shape = (batch, frames, height, width, 4)  # 8 x 4 tokens a frame
     return {
         "x": jax.random.normal(keys[0], shape),
         "timestep": jnp.linspace(100.0, 900.0, batch),
@@ -140,18 +141,18 @@ def on_mesh(spec, params, batch, function):
 
 
 @pytest.mark.parametrize(
-    ("spec", "fuser", "placement", "batch", "frames"),
+    ("spec", "fuser", "placement", "batch", "size"),
     [
-        ("data=2,seq=4", "adaptive_norm", "temporal", 4, 4),
-        ("data=2,fsdp=2,seq=2", "adaptive_norm", "both", 4, 5),  # 5 frames on two devices
-        ("fsdp=2,seq=2,tensor=2", "cross_attention", "temporal", 2, 4),
-        ("seq=8", "extra_channels", "spatial", 2, 3),
-        ("data=2,fsdp=2,tensor=2", "adaptive_norm", "temporal", 4, 3),
+        ("data=2,seq=4", "adaptive_norm", "temporal", 4, (4,)),
+        ("data=2,fsdp=2,seq=2", "adaptive_norm", "both", 4, (5, 14, 10)),  # 5 frames and 35 tracks on two devices
+        ("fsdp=2,seq=2,tensor=2", "cross_attention", "temporal", 2, (4,)),
+        ("seq=8", "extra_channels", "spatial", 2, (3,)),
+        ("data=2,fsdp=2,tensor=2", "adaptive_norm", "temporal", 4, (3,)),
     ],
 )
-def test_the_same_loss_and_gradients(spec, fuser, placement, batch, frames):
+def test_the_same_loss_and_gradients(spec, fuser, placement, batch, size):
     module, params = model(fuser, placement)
-    batch = inputs(batch, frames)
+    batch = inputs(batch, *size)
     function = loss_and_grad(module)
     (want_loss, want), (got_loss, got) = function(params, batch), on_mesh(spec, params, batch, function)[0]
     np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
@@ -160,35 +161,59 @@ def test_the_same_loss_and_gradients(spec, fuser, placement, batch, frames):
         assert np.abs(other - gradient).max() <= 1e-5 * np.abs(gradient).max(), path
 
 
-def sent(text):
-    """(kind, elements) of all collectives of a compiled module."""
-    found = []
-    for line in text.splitlines():
-        for kind in ("all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute"):
-            if match := re.match(rf"\s*(?:ROOT )?%\S+ = (.*?) {kind}(?:-start)?\(", line):
-                shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-                found.append((kind, sum(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)))
-    return found
-
-
-def test_what_sequence_parallelism_sends():
+@pytest.mark.parametrize("size", [(8, 16, 8), (7, 14, 10)])  # what four devices divide, and what they do not
+def test_what_sequence_parallelism_sends(size):
     """Tokens move by all-to-all alone, once between the blocks of a pair and once between pairs."""
-    frames, depth = 8, 2
+    depth = 2
     module, params = model(depth=depth)
-    batch = inputs(2, frames)
+    batch = inputs(4, *size)  # two samples for each of the two parts of the batch
     forward = jax.jit(lambda params, batch: module.apply({"params": params["tora"]}, **batch))
+    tracks = size[1] * size[2] // 4
+    part = 2 * -(-size[0] // 4) * (tracks + -tracks % 4) * WIDTH  # of two samples' tokens, on one device
+    features = 2 * size[0] * tracks * 8
+    frames = size[0] + -size[0] % 4
+    modulation = 2 * frames * 6 * WIDTH  # a few rows for each frame, which both kinds of blocks need
+    predicted = 2 * frames * tracks * 32  # put together where padded frames are cut off
     for function, switches in ((forward, 2 * depth), (loss_and_grad(module), None)):
-        found = sent(on_mesh("data=2,seq=4", params, batch, function)[1])
-        part = frames * TOKENS * WIDTH // 4  # of one sample's tokens, on one device
-        assert not [size for kind, size in found if kind == "all-gather" and size >= part]
-        moved = [size for kind, size in found if kind == "all-to-all" and size >= part]
+        found = [(kind, elements) for kind, elements, _ in sent(on_mesh("data=2,seq=4", params, batch, function)[1])]
+        gathered = {count for kind, count in found if kind == "all-gather" and count >= min(part, features)}
+        assert gathered <= {modulation, predicted if size[0] % 4 else 0}
+        moved = [count for kind, count in found if kind == "all-to-all" and count >= part]
         assert moved
         assert set(moved) == {part}  # never anything wider than the tokens themselves
         if switches:
             assert len(moved) == switches
-    halo = [size for kind, size in found if kind == "collective-permute"]
+    halo = [count for kind, count in found if kind == "collective-permute"]
     assert halo  # of the fusers' convolutions over time
     assert max(halo) < part
+
+
+@pytest.mark.parametrize(("spec", "batch"), [("seq=8", 1), ("data=2,fsdp=2,seq=2", 4)])
+def test_vae(tiny_config, spec, batch):
+    """Each device has micro-frames and frames of its own; what does not divide is filled up."""
+    vae = VideoVAE(**tiny_config["vae"], micro_frame_size=4, frame_batch=2)
+    video = jax.random.uniform(jax.random.key(0), (batch, 14, 16, 8, 3), minval=-1)  # 3 micro-frames, and half of one
+    params = jax.jit(vae.init)(jax.random.key(1), video[:1, :4])["params"]
+
+    def run(params, video):
+        def loss(params):
+            latents = vae.apply({"params": params}, video, method="encode")
+            out = vae.apply({"params": params}, latents, 14, method="decode")
+            return jnp.square(out - video).mean(), (latents, out)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    want = jax.jit(run)(params, video)
+    mesh = sharding.make_mesh(spec)
+    placed = jax.device_put(params, sharding.param_shardings({"vae": params}, mesh, RULES)["vae"])
+    split = jax.device_put(video, sharding.batch_sharding(mesh, RULES, batch))
+    with sharding.use(mesh, RULES):
+        got = jax.jit(run)(placed, split)
+    for there, here in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0]), strict=True):
+        assert np.abs(np.asarray(there) - here).max() <= 1e-5 * np.abs(here).max()
+    largest = max(np.abs(gradient).max() for gradient in jax.tree.leaves(want[1]))  # those before norms are nothing
+    for there, here in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        assert np.abs(np.asarray(there) - here).max() <= 1e-5 * largest
 
 
 def test_names_mean_nothing_without_a_mesh():

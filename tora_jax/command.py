@@ -49,7 +49,10 @@ def run(
             message = f"{error.filename or 'a file'}: {error.strerror or error}"
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             first = str(error).partition("\n")[0] or "out of memory"
-            message = f"the device gave up ({first}); a smaller size or fewer frames need less memory"
+            advice = "a smaller size or fewer frames need less memory"
+            if jax.process_count() > 1:
+                advice = f"another process may have ended: see what it wrote, and start all again; {left}"
+            message = f"the device gave up ({first}); {advice}"
         except KeyboardInterrupt:
             print(f"\n{name}: stopped; {left}", file=sys.stderr, flush=True)
             os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
@@ -120,6 +123,26 @@ def parse(
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags start with --, see --help")
     return values
+
+
+def join_processes() -> None:
+    """Makes this process one of several that compute together.
+
+    Where the others are is read from Cloud TPU, GKE, SLURM or Open MPI, or else from JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. When one dies, the others end within a minute.
+
+    Raises:
+      UserError: nothing says where the others are, or they do not answer.
+    """
+    given = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    try:
+        count, index = (None if text is None else int(text) for text in given)
+        jax.distributed.initialize(num_processes=count, process_id=index, heartbeat_timeout_seconds=30)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--distributed: {last_line(error)} Outside of Cloud TPU, GKE, SLURM and Open MPI set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
 
 
 def last_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tora_jax.errors import UserError
@@ -130,8 +131,8 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     To be held around calls of compiled functions: JAX keeps apart what it has traced for different meshes.
 
     Args:
-      rules: of the names "batch", "time" (of spatial blocks, which hold whole frames) and "space" (of temporal blocks,
-        which hold whole tracks).
+      rules: of the names "batch", "time" (of spatial blocks, which hold whole frames), "space" (of temporal blocks,
+        which hold whole tracks) and "frames" (of VAEs, in which each is alone).
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
@@ -159,3 +160,14 @@ def spec(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
     """For `jax.shard_map` on the mesh in use: where the axes of these logical names lie, if it divides them."""
     divided = [None if length % shards(name) else name for length, name in zip(shape, names, strict=True)]
     return nn.logical_to_mesh_axes(divided, nn.get_logical_axis_rules())
+
+
+def to_host(tree: Any) -> Any:
+    """NumPy arrays of what lies on any devices; all processes call it, and all get everything."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)

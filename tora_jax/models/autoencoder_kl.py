@@ -50,7 +50,7 @@ class Attention(nn.Module):
         y = group_norm(self.norm_groups, EPS, name="norm")(x)
         y = einops.rearrange(y, "b h w c -> b (h w) 1 c")
         q, k, v = (dense(c, dtype=self.dtype, name=name)(y) for name in "qkv")
-        y = dense(c, dtype=self.dtype, name="proj")(attention(q, k, v, axes=("batch",)))
+        y = dense(c, dtype=self.dtype, name="proj")(attention(q, k, v, axes=("frames",)))
         return x + einops.rearrange(y, "b (h w) 1 c -> b h w c", h=h)
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from tora_jax import sharding
 from tora_jax.errors import UserError
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalVAE
@@ -79,7 +80,8 @@ class VideoVAE(nn.Module):
 
     Time is cut into micro-frames that know nothing of each other; full ones run through one scanned call and
     the rest through a second, so that neither compile time nor the memory of activations grows with the
-    length. A height or width that is no multiple of the space factor is rounded down (see AutoencoderKL).
+    length. On a mesh each device takes a micro-frame, or frames, of its own. A height or width that is no multiple
+    of the space factor is rounded down (see AutoencoderKL).
 
     Fields:
       spatial: fields of AutoencoderKL; None = the causal VAE works on pixels.
@@ -175,19 +177,12 @@ class VideoVAE(nn.Module):
         return self.decode(self.encode(video), video.shape[1])
 
     def _each_frame(self, run: Callable, x: Float[Array, "b t h w c"]):
-        """run(spatial VAE, frames) on batches of about `frame_batch` frames of each video.
+        """run(spatial VAE, frames) on about `frame_batch` frames of each video at once."""
 
-        The batches are made even, and the last one is filled up with zero frames that are cut again.
-        """
-        b, t = x.shape[:2]
-        count = math.ceil(t / (self.frame_batch or t))
-        x = jnp.pad(x, ((0, 0), (0, -t % count), (0, 0), (0, 0), (0, 0)))
+        def frames(vae, part):
+            return jax.tree.map(lambda y: y[:, None], run(vae, part[:, 0]))
 
-        def batch(vae, part):
-            y = run(vae, einops.rearrange(part, "b t h w c -> (b t) h w c"))
-            return jax.tree.map(lambda a: einops.rearrange(a, "(b t) h w c -> b t h w c", b=b), y)
-
-        return jax.tree.map(lambda y: y[:, :t], _scan_time(batch, self.spatial_vae, x, count))
+        return _in_parts(frames, self.spatial_vae, x, 1, self.frame_batch or x.shape[1])
 
     def _each_micro_frame(self, run: Callable, x: Float[Array, "b t h w c"], num_frames: int, size: int):
         """run(causal VAE, part, its frames) on each micro-frame; a full one takes `size` of x's frames."""
@@ -196,21 +191,42 @@ class VideoVAE(nn.Module):
         parts = []
         if full:
             whole = x[:, : full * size]
-            parts.append(_scan_time(lambda vae, y: run(vae, y, length), self.temporal_vae, whole, full))
+            parts.append(_in_parts(lambda vae, y: run(vae, y, length), self.temporal_vae, whole, size, 1))
         if rest:
             parts.append(run(self.temporal_vae, x[:, full * size :], rest))
         return jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), *parts)
 
 
-def _scan_time(run: Callable, module: nn.Module, x: Float[Array, "b t h w c"], count: int):
-    """run(module, part) on `count` equal parts of x's frames, one after the other, compiled once."""
-    if count == 1:  # XLA's CPU backend runs the convolutions inside a loop many times slower
-        return run(module, x)
-    parts = einops.rearrange(x, "b (n t) h w c -> n b t h w c", n=count)
-    scan = nn.scan(
-        lambda module, carry, part: (carry, run(module, part)),
-        variable_broadcast="params",
-        split_rngs={"params": False},
-    )
-    _, y = scan(module, (), parts)
-    return jax.tree.map(lambda a: einops.rearrange(a, "n b t h w c -> b (n t) h w c"), y)
+def _in_parts(run: Callable, module: nn.Module, x: Float[Array, "b t h w c"], size: int, together: int):
+    """run(module, parts) on parts of `size` of x's frames, compiled once.
+
+    About `together` parts of each video run at once, as a batch, and as many on each device of a mesh; the others after
+    them. The rounds are made even, and the last one is filled up with zeros that are cut again.
+    """
+    batch, count = len(x), x.shape[1] // size
+    devices = sharding.shards("frames")
+    if batch % sharding.shards("batch") == 0:
+        devices //= sharding.shards("batch")
+    rounds = math.ceil(count / (together * devices))
+    each = math.ceil(count / (rounds * devices)) * devices
+    x = einops.rearrange(x, "b (n t) h w c -> b n t h w c", t=size)
+    x = jnp.pad(x, ((0, 0), (0, rounds * each - count), *((0, 0),) * 4))
+    x = einops.rearrange(x, "b (r n) t h w c -> r (b n) t h w c", r=rounds)
+
+    def on_devices(y: Array) -> Array:
+        return nn.with_logical_constraint(y, ("frames", *(None,) * (y.ndim - 1)))
+
+    def one(module, part):
+        return jax.tree.map(on_devices, run(module, on_devices(part)))
+
+    if rounds == 1:  # XLA's CPU backend runs the convolutions inside a loop many times slower
+        y = jax.tree.map(lambda a: a[None], one(module, x[0]))
+    else:
+        scan = nn.scan(
+            lambda module, carry, part: (carry, one(module, part)),
+            variable_broadcast="params",
+            split_rngs={"params": False},
+        )
+        _, y = scan(module, (), x)
+    y = jax.tree.map(lambda a: einops.rearrange(a, "r (b n) t h w c -> b (r n) t h w c", b=batch)[:, :count], y)
+    return jax.tree.map(lambda a: einops.rearrange(a, "b n t h w c -> b (n t) h w c"), y)

@@ -1,0 +1,132 @@
+"""What is compiled and timed: the compiled functions of train.py and sample.py, and shapes of their arguments."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import config_flags
+
+from tora_jax import chain, lora, optim, sharding, training
+from tora_jax.models.video_vae import latent_frames
+
+
+def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    """What all benchmarks of the models have."""
+    to = {"flag_values": values}
+    config_flags.DEFINE_config_file("config", "configs/tora.py:stage=1", "Config of a job.", sys_argv=argv, **to)
+    flags.DEFINE_boolean("help", False, "Shows this.", short_name="h", **to)
+    flags.DEFINE_string("mesh", None, "Such as data=4,fsdp=4; none = the config's.", **to)
+    flags.DEFINE_integer("num_frames", 51, "Frames of a clip.", **to)
+    flags.DEFINE_integer("height", 480, "Pixels.", **to)
+    flags.DEFINE_integer("width", 854, "Pixels.", **to)
+    flags.DEFINE_integer("batch", 0, "Clips in a batch; 0 = one for each part of the mesh that has its own.", **to)
+
+
+def filled(shapes: Any) -> Any:
+    """Arrays of shapes with shardings: small random numbers, tokens that are valid, ones for the rest."""
+
+    def fill(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return key
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 1:
+            return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+        return jnp.ones(leaf.shape, leaf.dtype)
+
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return tree.unflatten(
+        jax.jit(lambda key, leaf=leaf: fill(key, leaf), out_shardings=leaf.sharding)(key)
+        for key, leaf in zip(keys, leaves, strict=True)
+    )
+
+
+def latent_shape(parts, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Frames, height, width and channels of the latents of a clip."""
+    vae = parts["vae"]
+    frames = latent_frames(num_frames, vae.micro_frame_size, vae.time_factor)
+    return frames, height // vae.space_factor, width // vae.space_factor, parts["tora"].stdit.get("in_channels", 4)
+
+
+def params_of(parts, mesh: Mesh, rules: sharding.Rules, part: str, dtype=None):
+    """Shapes of a part's parameters where they lie on a mesh; `dtype` replaces float32."""
+    shapes = jax.eval_shape(functools.partial(chain.init_params, parts), jax.random.key(0))
+    shapes = {part: shapes[part]}
+    if dtype is not None:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return placed(shapes, sharding.param_shardings(shapes, mesh, rules))
+
+
+def placed(shapes, shardings):
+    """Shapes with their shardings: a tree of them, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, shardings)
+
+
+def train(config, parts, mesh, rules, size, batch):
+    """train.py's step, and shapes of its arguments."""
+    params = params_of(parts, mesh, rules, "tora")
+    if config["lora"]["rank"]:
+        rank, alpha = config["lora"]["rank"], config["lora"]["alpha"]
+        make = functools.partial(lora.init, patterns=config["lora"]["kernels"], rank=rank, key=jax.random.key(0))
+        trained, frozen = jax.eval_shape(make, params), optim.flatten(params)
+        combine = functools.partial(lora.merge, alpha=alpha)
+    else:
+        (trained, frozen), combine = optim.split(params, config["train"]), optim.join
+    optimizer = optim.make(config["optim"], trained, config["steps"])
+    state = jax.eval_shape(lambda trained: training.init_state(trained, optimizer), trained)
+    state = placed(state, sharding.param_shardings(state, mesh, rules))
+    frames, height, width, channels = latent_shape(parts, **size)
+    stdit = parts["tora"].stdit
+    half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float16)
+    latents = half((batch, frames, height, width, channels))
+    text = (batch, stdit["caption_length"], stdit["caption_channels"])
+    clips = {name: latents for name in ("latent_mean", "latent_std", "motion_mean", "motion_std")}
+    clips |= {"text": half(text), "text_mask": jax.ShapeDtypeStruct(text[:2], bool)}
+    clips |= {"frame_mask": jax.ShapeDtypeStruct((batch, frames), bool)}
+    clips |= {name: jax.ShapeDtypeStruct((batch,), jnp.float32) for name in ("fps", "height", "width")}
+    clips = placed(clips, sharding.batch_sharding(mesh, rules, batch))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
+    return training.jit_train_step(config, parts, optimizer, combine, state), (state, frozen, clips, key)
+
+
+def sample(config, parts, mesh, rules, size, batch):
+    """One step of sample.py with guidance, and shapes of its arguments."""
+    params = params_of(parts, mesh, rules, "tora", jnp.bfloat16)["tora"]
+    frames, height, width, channels = latent_shape(parts, **size)
+    stdit, dtype = parts["tora"].stdit, parts["tora"].stdit["dtype"]
+    whole = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((batch, frames, height, width, channels), jnp.float32)
+    motion = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    rows = 2 * batch
+    conditions = {
+        "text": jax.ShapeDtypeStruct((rows, stdit["caption_length"], stdit["caption_channels"]), dtype),
+        "text_mask": jax.ShapeDtypeStruct((rows, stdit["caption_length"]), bool),
+        "drop_text": jax.ShapeDtypeStruct((rows,), bool),
+        "has_motion": jax.ShapeDtypeStruct((rows,), bool),
+        **{name: jax.ShapeDtypeStruct((rows,), jnp.float32) for name in ("fps", "height", "width")},
+    }
+    extract = functools.partial(parts["tora"].apply, method="extract")
+    features = jax.eval_shape(lambda params, motion: extract({"params": params}, motion), params, motion)
+    by_time = nn.logical_to_mesh_axes((None, None, "time", None, None, None), rules)
+    features = placed(features, NamedSharding(mesh, by_time))
+    scalars = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3,), (), ())]
+    x, conditions, scalars = placed((x, conditions, scalars), whole)
+    models = chain.Models(**parts, params={}, tokenizer=None, origin="")
+    return models.step, (params, x, *scalars, conditions, features, None, None)
+
+
+def decode(config, parts, mesh, rules, size, batch):
+    """The decoding of latents to a video, and shapes of its arguments."""
+    params = params_of(parts, mesh, rules, "vae")["vae"]
+    latents = jax.ShapeDtypeStruct((batch, *latent_shape(parts, **size)), jnp.float32)
+    latents = placed(latents, NamedSharding(mesh, PartitionSpec()))
+    models = chain.Models(**parts, params={}, tokenizer=None, origin="")
+    return models.decode, (size["num_frames"], params, latents)
+
+
+JOBS = {"train": train, "sample": sample, "decode": decode}

@@ -1,0 +1,86 @@
+"""How long a video takes, with random weights, which time does not depend on: text, motion, steps and decoding.
+
+  python -m benchmarks.sample --config configs/tora.py --num_frames 51 --height 480 --width 854
+
+Prints one JSON line: the median of the repeats after one that compiles, by parts; the highest use of the device's
+memory; and of the sampler the operations and on known chips their share of the peak.
+"""
+
+import functools
+import json
+import statistics
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tora_jax.configs import common
+
+from benchmarks import chips, flops, jobs
+from tora_jax import chain, command, generation, release, sharding, text
+
+
+def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    to = {"flag_values": values}
+    jobs.define_flags(values, argv)
+    flags.DEFINE_integer("steps", 30, "Of the sampler.", **to)
+    flags.DEFINE_float("guidance", 7.0, "1 = none.", **to)
+    flags.DEFINE_boolean("motion", True, "Along a trajectory; else as plain Open-Sora.", **to)
+    flags.DEFINE_integer("repeats", 3, "After one that warms up.", **to)
+
+
+def random_models(config: dict, dtype) -> chain.Models:
+    """The parts of a config with random weights of one dtype."""
+    parts = chain.modules(config)
+    mesh = sharding.make_mesh("")
+    shapes = jax.eval_shape(functools.partial(chain.init_params, parts), jax.random.key(0))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    params = jobs.filled(jobs.placed(shapes, sharding.param_shardings(shapes, mesh, ())))
+    tokenizer = text.Tokenizer(chain.tokenizer_path(None).read_bytes(), parts["tora"].stdit["caption_length"])
+    return chain.Models(**parts, params=params, tokenizer=tokenizer, origin="random weights")
+
+
+def main(argv: list[str], _) -> None:
+    args = command.parse(argv, define_flags, __doc__, common.training())
+    config = release.tuples(args.config.to_dict())
+    models = random_models(config, jnp.dtype(config["tora"]["stdit"]["dtype"]))
+    size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
+    line = np.linspace((0.2, 0.5), (0.8, 0.5), args.num_frames, dtype=np.float32)
+    tracks = line[None] if args.motion else None
+    prompt = "a red star moves over blue waves."
+    settings = {**size, "steps": args.steps, "guidance": args.guidance}
+    found = [
+        generation.generate(models, prompt, tracks, seed=seed, **settings).seconds for seed in range(args.repeats + 1)
+    ]
+    seconds = {part: [each[part]["run"] for each in found[1:]] for part in found[0]}
+    whole = [sum(each) for each in zip(*seconds.values(), strict=True)]
+    latents = jobs.latent_shape(vars(models), **size)
+    work = flops.forward(config["tora"], *latents[:3], models.tora.stdit["caption_length"])
+    work = (
+        args.steps
+        * (1 if args.guidance == 1 else 2)
+        * sum(value for part, value in work.items() if args.motion or part not in ("fuser", "extractor"))
+    )
+    device = jax.devices()[0]
+    sampling = statistics.median(seconds["sample"])
+    figures = {
+        "device": device.device_kind,
+        **settings,
+        "seconds": round(statistics.median(whole), 2),
+        "fastest": round(min(whole), 2),
+        "slowest": round(max(whole), 2),
+        "parts": {part: round(statistics.median(each), 2) for part, each in seconds.items()},
+        "compile_seconds": round(sum(part["compile"] for part in found[0].values()), 1),
+        "tflop": round(work / 1e12, 1),
+        "tflop_per_second": round(work / 1e12 / sampling, 1),
+    }
+    if chip := chips.find(device.device_kind):
+        figures["mfu"] = round(figures["tflop_per_second"] / chip.peak, 3)
+    if stats := device.memory_stats():
+        figures["peak_gib"] = round(stats["peak_bytes_in_use"] / 2**30, 2)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    command.run(main, sys.argv)
