@@ -152,17 +152,18 @@ def test_killed_twice(folder, tiny_release):
     stamps = {}
     for kill_at in (4, 11):
         process = subprocess.Popen(command, env=environment)
-        while process.poll() is None and len(list(folder.glob("*.mp4"))) < kill_at:
+        while process.poll() is None and len(list(folder.glob("[!.]*.mp4"))) < kill_at:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+        made = {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*.json")}
         assert len(made) < 20
         assert made | stamps == made  # what was done stayed as it was
         stamps = made
     subprocess.run(command, env=environment, check=True)
-    reports = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    reports = {path.name: json.loads(path.read_text()) for path in folder.glob("[!.]*.json")}
     assert {name: (folder / name).stat().st_mtime_ns for name in stamps} == stamps
     assert sum("error" in found for found in reports.values()) == 3
     assert sorted(found["line"] for found in reports.values()) == list(range(1, 21))
     assert len(list(folder.glob("*.mp4"))) == 17
+    assert not list(folder.glob(".*"))

@@ -27,6 +27,7 @@ from tora_jax.chain import Models
 from tora_jax.errors import UserError
 
 NAME = re.compile(r"[\w][\w.-]{0,99}", re.ASCII)
+ASIDE = re.compile(r"\.[0-9a-f]{32}\.(json|mp4)")  # of `video_io.write_atomic`
 MAX_BYTES = 256 * 2**20
 
 
@@ -121,12 +122,15 @@ def run(
     """Makes what is not there yet; a failure is recorded, and the others go on.
 
     Args:
-      folder: of the videos; made where it is missing.
+      folder: of the videos, for this run alone; made where it is missing.
       per_device: videos that each device makes at once.
       mesh: the videos at once are shared out over its axis "data".
       check_interrupt: called after each step.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if ASIDE.fullmatch(path.name):  # a kill left it half-written
+            path.unlink(missing_ok=True)
     records = {job.line: _record(folder, job) for job in jobs}
     before = sum(record is not None and "error" not in record for record in records.values())
     failed = sum(record is not None and "error" in record for record in records.values())
