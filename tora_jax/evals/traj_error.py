@@ -83,7 +83,8 @@ def make_tracker(name: str, weights: str | Path = "") -> Tracker:
         raise UserError(f"the tracker {name} needs weights; lk does without")
     if name == "tapnext":
         return tapnext_tracker(weights)
-    return raft_tracker(release.load_part(weights, "raft"), **release.part_config(weights, "raft"))
+    fields = release.part_config(weights, "raft")
+    return raft_tracker(release.load_part(weights, "raft"), **fields)
 
 
 # ----------------------------------------------------------------------------------------------------------
