@@ -216,8 +216,8 @@ def test_trackers_by_name(tmp_path, monkeypatch):
             traj_error.make_tracker(name, weights)
     for name in ("part_config", "load_part"):
         monkeypatch.setattr(traj_error.release, name, lambda folder, part, name=name: {"from": (name, folder, part)})
-    monkeypatch.setattr(traj_error, "raft_tracker", lambda params, **fields: (params, fields))
-    params, fields = traj_error.make_tracker("raft", "weights")
+    monkeypatch.setattr(traj_error, "raft_tracker", lambda params, **fields: lambda: (params, fields))
+    params, fields = traj_error.make_tracker("raft", "weights")()
     assert params["from"] == ("load_part", "weights", "raft")
     assert fields["from"] == ("part_config", "weights", "raft")
 
