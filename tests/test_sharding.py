@@ -211,9 +211,10 @@ def test_vae(tiny_config, spec, batch):
         got = jax.jit(run)(placed, split)
     for there, here in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0]), strict=True):
         assert np.abs(np.asarray(there) - here).max() <= 1e-5 * np.abs(here).max()
-    largest = max(np.abs(gradient).max() for gradient in jax.tree.leaves(want[1]))  # those before norms are nothing
+    # Norms of one or two channels make much of rounding, and what is before them has gradients that are nothing else.
+    largest = max(np.abs(gradient).max() for gradient in jax.tree.leaves(want[1]))
     for there, here in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
-        assert np.abs(np.asarray(there) - here).max() <= 1e-5 * largest
+        assert np.abs(np.asarray(there) - here).max() <= 1e-4 * largest
 
 
 def test_names_mean_nothing_without_a_mesh():

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import einops
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tora_jax.models.layers import Dtype, attention, dense, group_norm, split_moments
+from tora_jax.models.layers import Dtype, attention, dense, gathered, group_norm, split_moments
 
 EPS = 1e-6
 
 
+CONV = gathered(jax.lax.conv_general_dilated, None, None, None, None)
+
+
 def _conv(features: int, *, dtype: Dtype, name: str, kernel: int = 3) -> nn.Conv:
-    return nn.Conv(features, (kernel, kernel), padding="SAME", dtype=dtype, name=name)
+    return nn.Conv(features, (kernel, kernel), padding="SAME", dtype=dtype, conv_general_dilated=CONV, name=name)
 
 
 class ResBlock(nn.Module):
@@ -87,6 +91,7 @@ class Encoder(nn.Module):
                     strides=2,
                     padding=((0, 1), (0, 1)),  # right and bottom only: the released weights were trained so
                     dtype=self.dtype,
+                    conv_general_dilated=CONV,
                     name=f"down_{i}_conv",
                 )(x)
         x = Middle(self.norm_groups, self.dtype, name="middle")(x)

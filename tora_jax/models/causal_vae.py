@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tora_jax.models.layers import Dtype, conv3d, group_norm, split_moments
+from tora_jax.models.layers import Dtype, conv3d, gathered, group_norm, split_moments
 
 EPS = 1e-5
+CONV = gathered(conv3d, None, None, None, None, None)
 
 
 class CausalConv(nn.Module):
@@ -42,7 +43,7 @@ class CausalConv(nn.Module):
             padding=((self.kernel - self.time_stride, 0), space, space),
             use_bias=self.use_bias,
             dtype=self.dtype,
-            conv_general_dilated=conv3d,
+            conv_general_dilated=CONV,
             name="conv",
         )(x)
 
