@@ -113,9 +113,7 @@ def test_a_clip_sets_the_latents_that_it_fills(tiny_models):
 def test_clips_across_micro_frames(tiny_models, start, count, kept):
     num_frames = 20
     given = {start: clip(0, count)}
-    a, b = (
-        generation.generate(tiny_models, "a.", images=given, seed=s, num_frames=num_frames, **SIZE) for s in (0, 1)
-    )
+    a, b = (generation.generate(tiny_models, "a.", images=given, seed=s, num_frames=num_frames, **SIZE) for s in (0, 1))
     assert {i for i in range(6) if (a.latents[i] == b.latents[i]).all()} == kept
 
 
