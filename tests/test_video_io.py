@@ -371,20 +371,33 @@ def test_frames_far_into_a_video(tmp_path, name, codec, options):
         np.testing.assert_array_equal(video_io.read_video(path, only=only, strict=True)[0], whole[only], str(start))
 
 
-def test_what_lies_before_the_wanted_frames_is_not_decoded(tmp_path):
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as container:
+def write_with_key_frames(path):
+    """97 frames, every 20th of them a key frame; the index is in front."""
+    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=8, options={"g": "20"})
         stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
         for frame in clip(97):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def test_what_lies_before_the_wanted_frames_is_not_decoded(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_with_key_frames(path)
     whole, _ = video_io.read_video(path)
     content, (first, last) = bytearray(path.read_bytes()), packet_ends(path)[3:5]
     content[first:last] = bytes(last - first)
     with pytest.raises(UserError):
         video_io.read_video(bytes(content), strict=True)
     np.testing.assert_array_equal(video_io.read_video(bytes(content), only=range(80, 90), strict=True)[0], whole[80:90])
+
+
+def test_wanted_frames_after_the_end_of_a_truncated_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_with_key_frames(path)
+    path.write_bytes(path.read_bytes()[: packet_ends(path)[30]])
+    with pytest.raises(UserError, match=r"a\.mp4: "):
+        video_io.read_video(path, only=range(80, 90), strict=True)
 
 
 def test_strict_reading_raises_where_the_other_warns(tmp_path):

@@ -259,10 +259,11 @@ def _jump(container: av.container.InputContainer, stream: av.VideoStream, number
     keys = {entry.pos: place for place, entry in enumerate(entries) if entry.is_keyframe}
     target = entries[number - REORDERED].timestamp
     container.seek(target, stream=stream)
-    first, *more = itertools.islice((packet for packet in container.demux(stream) if packet.size), REORDERED)
-    start = keys.get(first.pos, 0)
+    packets = list(itertools.islice((packet for packet in container.demux(stream) if packet.size), REORDERED))
+    times = [packet.pts for packet in packets]
+    start = keys.get(packets[0].pos, 0) if packets else 0  # none where the file is cut off before the target
     # Nothing after it is shown before it.
-    if start > number or any(None in (first.pts, packet.pts) or packet.pts < first.pts for packet in more):
+    if start > number or None in times or any(time < times[0] for time in times):
         start = 0
     container.seek(target, stream=stream) if start else container.seek(0)
     return start
