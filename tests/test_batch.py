@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tora_jax.configs import common
 
 from tora_jax import batch, generation, sharding, video_io
 from tora_jax.errors import UserError
@@ -91,8 +92,10 @@ def test_batches_of_one_shape_are_filled_and_shared_out(tiny_models, folder, mon
     monkeypatch.setattr(generation, "generate_batch", count)
     write(*({"seed": i, "num_frames": 1 + i % 2, "trajectories": None} for i in range(10)))
     mesh = sharding.make_mesh("data=4")
-    models = generation.place(tiny_models, mesh, (("embed", "fsdp"), ("hidden", "tensor")))
-    assert run(models, folder, per_device=2, mesh=mesh) == (10, 0, 0)
+    rules = tuple(common.training()["rules"].items())
+    models = generation.place(tiny_models, mesh, rules)
+    with sharding.use(mesh, rules):
+        assert run(models, folder, per_device=2, mesh=mesh) == (10, 0, 0)
     assert sizes == [(8, 1), (8, 2)]
 
 

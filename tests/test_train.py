@@ -83,7 +83,13 @@ def test_adapters_from_clips_to_a_video(clips, spatial, tmp_path, monkeypatch):
     outcome = run(config, tmp_path / "run", source(clips), f"--weights={before}", *options, "--config.optim.lr=0.01")
     assert outcome.code == 0, outcome.stderr
     judged = outcome.metrics[-1]
-    assert judged.keys() == {"step", "objective", "traj_error", "path_error", *(f"loss_at_{t}" for t in (100, 300, 500, 700, 900))}
+    assert judged.keys() == {
+        "step",
+        "objective",
+        "traj_error",
+        "path_error",
+        *(f"loss_at_{t}" for t in (100, 300, 500, 700, 900)),
+    }
     videos = sorted((tmp_path / "run/samples").iterdir())
     assert [path.name for path in videos] == ["000004_0.mp4", "000004_1.mp4"]
     assert video_io.read_video(videos[0])[0].shape == (5, 32, 32, 3)

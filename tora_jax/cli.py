@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -38,11 +39,19 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     section = config.get("sampling", {})
     given = _given(args)
     wanted = request.make(section, given)
+    if args.rewrite_url and args.batch:
+        raise UserError(
+            "--rewrite_url rewrites the prompt of one video, and --batch has its own prompts; leave one out"
+        )
     if args.rewrite_url:
         wanted = request.make(
             section, given | {"prompt": rewrite.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model)}
         )
     mesh = sharding.make_mesh(args.mesh or f"data={len(jax.devices()) if args.batch else 1}")
+    if not args.batch and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
+        raise UserError(
+            f"--mesh={args.mesh}: data and fsdp share out the videos of --batch; one video has seq and tensor"
+        )
     if args.batch:
         folder = Path(args.out if args["out"].present else "outputs/batch")
         jobs = batch.read(args.batch, folder, section, given)
@@ -53,16 +62,19 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         images = wanted.read()
     command.use_compilation_cache()
 
+    rules = tuple(common.training()["rules"].items())
     seconds: dict[str, dict[str, float]] = {}
     with generation.timed(seconds, "load"):
         models = chain.load(config, args.weights, wanted.settings["seed"])
         if mesh.size > 1:
-            models = generation.place(models, mesh, tuple(common.training()["rules"].items()))
+            models = generation.place(models, mesh, rules)
+    on_mesh = sharding.use(mesh, rules) if mesh.size > 1 else contextlib.nullcontext()
     mesh = mesh if mesh.size > 1 else None
     if args.weights is None:
         print(f"{models.origin}: no --weights given, so the video will be noise", file=sys.stderr)
     if args.batch:
-        batch.run(models, jobs, folder, args.batch_size, mesh, args.quiet, check_interrupt)
+        with on_mesh:
+            batch.run(models, jobs, folder, args.batch_size, mesh, args.quiet, check_interrupt)
         return
 
     def progress(step: int) -> None:
@@ -71,6 +83,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
 
     report = {"settings": dict(wanted.settings), "weights": models.origin, "seconds": seconds}
     with (
+        on_mesh,
         tqdm(total=request.steps(models, wanted), desc="sampling", unit="step", disable=args.quiet) as bar,
         output.writer(out, wanted.tracks, report) as write,
     ):

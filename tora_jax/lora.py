@@ -78,7 +78,9 @@ def save(path: str | Path, adapter: Mapping[str, Any], alpha: float) -> None:
       UserError: when it cannot be written.
     """
     with video_io.write_atomic(path) as aside:
-        save_file({path: jnp.asarray(leaf) for path, leaf in adapter.items()}, aside, metadata={"alpha": repr(float(alpha))})
+        save_file(
+            {path: jnp.asarray(leaf) for path, leaf in adapter.items()}, aside, metadata={"alpha": repr(float(alpha))}
+        )
 
 
 def load(path: str | Path) -> tuple[dict[str, Array], float]:
