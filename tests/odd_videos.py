@@ -101,6 +101,7 @@ def make_all(folder: Path) -> dict[str, str]:
     truncated(folder / "truncated.mp4", frames)
     (folder / "empty.mp4").touch()
     (folder / "page.mp4").write_text("<html>not found</html>")
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile good.mp4\n")  # reads another file
     sound(folder / "sound.mp4")
     video_io.write_video(folder / "one.mp4", frames[:1], FPS)
     video_io.write_video(folder / "short.mp4", good(seed=1, frames=9), FPS)
@@ -117,6 +118,7 @@ def make_all(folder: Path) -> dict[str, str]:
         "truncated.mp4": "not a video",
         "empty.mp4": "empty",
         "page.mp4": "not a video",
+        "list.mp4": "not a video",
         "sound.mp4": "no video stream",
         "one.mp4": "one frame",
         "short.mp4": "too short",

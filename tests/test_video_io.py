@@ -224,6 +224,18 @@ def test_what_is_no_video(tmp_path):
         video_io.read_video(path)
 
 
+def test_a_playlist_of_other_files_is_no_video(tmp_path):
+    """Whatever its name: it would read what it names."""
+    video_io.write_video(tmp_path / "other.mp4", clip(), 24)
+    path = tmp_path / "a.mp4"
+    path.write_text("ffconcat version 1.0\nfile other.mp4\n")
+    with av.open(str(path)) as container:
+        assert container.format.name == "concat"  # FFmpeg itself would take it
+    for source in (path, path.read_bytes()):
+        with pytest.raises(UserError, match="cannot be decoded as a video"):
+            video_io.read_video(source)
+
+
 # ---------------------------------------------------------------- stills
 
 

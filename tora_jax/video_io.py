@@ -27,6 +27,11 @@ Source = str | os.PathLike | bytes
 
 MAX_PIXELS = 100_000_000  # of a still; a small file can claim any size
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# FFmpeg goes by a file's content, whatever its name: playlists (concat, HLS, DASH ...), which name other files to read,
+# are not among these.
+CONTAINERS = {
+    "format_whitelist": "mov,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,asf,ogg,mxf,nut,dv"
+}
 # x264's output depends on the number of threads, so it is fixed; and with these two of its lookahead's parts
 # (measured on a machine with AVX-512) the same frames gave other bytes from one run to the next.
 ENCODER_THREADS = 4
@@ -178,7 +183,7 @@ def read_video(
     """Decodes a video, turned upright.
 
     Args:
-      source: path, or the bytes, of any format FFmpeg reads.
+      source: path, or the bytes, of a video in one of CONTAINERS.
       max_frames: stop after so many.
       only: the numbers of the frames that are wanted, rising; what lies before the key frame that they need, and
         after the last one, is not decoded, where the file has an index (as mp4 has).
@@ -237,7 +242,8 @@ def _open_video(source: Source, frames: list) -> Iterator[tuple]:
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise UserError(f"{name}: no such video file; check the path")
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        with av.open(file, options=CONTAINERS) as container:
             if not container.streams.video:
                 raise UserError(f"{name}: has no video in it; give a video file")
             stream = container.streams.video[0]

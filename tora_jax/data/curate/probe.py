@@ -17,6 +17,8 @@ from jaxtyping import Bool, Int
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector
 
+from tora_jax import video_io
+
 SHORT = 128  # pixels of the shorter side, that cuts and still frames are looked for at
 BLACK = 8.0  # of 255: mean of a frame that is black
 FROZEN = 0.05  # of 255: mean difference from the frame before, of one that is the same
@@ -101,7 +103,8 @@ def opened(source: str | os.PathLike | bytes) -> Iterator[tuple[av.container.Inp
       UnusableError: "not a video" or "no video stream".
     """
     try:
-        container = av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        container = av.open(file, options=video_io.CONTAINERS)
     except av.FFmpegError as error:
         raise UnusableError("not a video") from error
     with container:
