@@ -97,6 +97,10 @@ def test_pictures_and_their_names(studio, tmp_path):
         {"steps": 10**6},
         {"steps": 1.5},
         {"seed": -1},
+        {"seed": None},
+        {"steps": None},
+        {"num_frames": None},
+        {"size": None},
         {"seed": float("inf")},
         {"guidance": "high"},
         {"guidance": float("nan")},
@@ -150,6 +154,13 @@ def test_uploads_that_are_refused(studio, quick, tmp_path, name):
             read()
         assert name in str(error.value)
         assert str(tmp_path) not in str(error.value)  # where files lie is nobody's business
+
+
+def test_two_pictures_for_one_frame(studio, quick, tmp_path):
+    Image.new("RGB", (48, 32)).save(tmp_path / "photo.png")
+    with pytest.raises(UserError, match=r"photo\.png: frame 0 has a picture already") as error:
+        generate(studio, num_frames=1, files=dict.fromkeys((0, -1), str(tmp_path / "photo.png")))
+    assert str(tmp_path) not in str(error.value)
 
 
 def test_imported_paths(studio, tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import io
 import json
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ class Studio:
 
     def read_trajectories(self, path: str) -> list[list[list[float]]]:
         """An uploaded file -> points in 0..1 for the canvas."""
-        return [points.tolist() for points in _named(trajectory.load, path)]
+        with _named(path):
+            return [points.tolist() for points in trajectory.load(path)]
 
     def preview(self, drawn: Any, size: str, num_frames: int) -> str:
         """The flow map of a drawing, small and moving: the address of a picture, with the picture in it."""
@@ -148,7 +150,9 @@ class Studio:
 
     def picture(self, path: str, size: str) -> str:
         """An uploaded picture as the model will see it, as an address."""
-        return _address(video_io.resize_crop(_named(video_io.read_image, path), *self._size(size))[None])
+        with _named(path):
+            picture = video_io.read_image(path)
+        return _address(video_io.resize_crop(picture, *self._size(size))[None])
 
     # ------------------------------------------------------------------------------------------------ generating
 
@@ -175,8 +179,9 @@ class Studio:
         """
         visit = self.visit(name)
         visit.cancelled.clear()
-        wanted = self._request(drawn, form, files)
-        images = _named(lambda _: wanted.read(), *filter(None, files.values())) if any(files.values()) else {}
+        with _named(*filter(None, files.values())):
+            wanted = self._request(drawn, form, files)
+            images = wanted.read()
         total = request.steps(self.models, wanted)
 
         def step(done: int) -> None:
@@ -204,10 +209,10 @@ class Studio:
         texts = [form[key] for key in ("prompt", "negative_prompt", "camera_motion") if key in form]
         if not all(isinstance(each, str) and len(each) <= MOST_TEXT for each in texts):
             raise UserError(f"a prompt is a text of at most {MOST_TEXT} letters")
-        height, width = self._size(form.pop("size"))
-        form |= {"height": height, "width": width, "num_frames": self._frames(form["num_frames"])}
+        height, width = self._size(form.pop("size", ""))
+        form |= {"height": height, "width": width, "num_frames": self._frames(form.get("num_frames"))}
         for key in ("steps", "seed"):
-            form[key] = _whole(form[key], key)
+            form[key] = _whole(form.get(key), key)
         if form["steps"] > MOST_STEPS:
             raise UserError(f"steps is {form['steps']}; it may be {MOST_STEPS} here")
         conditions = [request.Condition(frame, path) for frame, path in files.items() if path]
@@ -256,6 +261,8 @@ class Studio:
 
 
 def _whole(value: Any, name: str) -> int:
+    if value is None:
+        raise UserError(f"{name} is empty; give a whole number")
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:
         raise UserError(f"{name} is {str(value)[:20]!r}; give a whole number")
     return int(value)
@@ -271,10 +278,11 @@ def _sizes(models: Models, height: int, width: int) -> dict[str, tuple[int, int]
     return {f"{w}x{h}": (h, w) for h, w in sorted(shapes, key=lambda s: (s != (height, width), s))}
 
 
-def _named(read: Callable, *paths: str) -> Any:
-    """read(first path), with the names of files in place of where they lie in what goes wrong."""
+@contextlib.contextmanager
+def _named(*paths: str) -> Iterator[None]:
+    """What goes wrong inside has the names of files in place of where they lie."""
     try:
-        return read(paths[0])
+        yield
     except UserError as error:
         message = str(error)
         for path in paths:
