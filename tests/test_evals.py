@@ -295,6 +295,20 @@ def test_segmentation_at_another_size_and_length(davis):
         assert abs(int(frame[int(y * 32), int(x * 32), 0]) - 80) < 12  # label 2 is there
 
 
+def test_clips_without_a_trajectory_inside_are_left_out(davis, config, tmp_path):
+    """In the middle square, the object of "sparse" starts outside."""
+    config["benchmark"] = {"kind": "segmentation", "source": str(davis), "split": "", "clips": 0}
+    config |= {"videos": "truth", "cells": (eval_config.cell(9, 32, 32, 8.0),), "batch": 1}
+    for _ in range(2):  # made, and gone on with
+        results, records = evals.evaluate(config, "not read", tmp_path)
+        assert [record["name"] for record in records["9x32x32_8fps"]] == ["480p_two-balls"]
+        assert (results["cells"][0]["clips"], results["cells"][0]["left_out"]) == (1, 1)
+    assert "8 fps: clips left out, without a trajectory inside: 1" in report.table(results)
+    config["benchmark"]["clips"] = 1
+    with pytest.raises(UserError, match="9x32x32_8fps: no clip has a trajectory inside"):
+        evals.evaluate(config, "not read", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [

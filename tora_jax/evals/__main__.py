@@ -37,6 +37,7 @@ Writes into --out: CELL/NAME.mp4 and .json, results.json, clips.csv, cells.csv, 
 """
 CONFIG = eval_config.__file__
 CONDITIONS = ("seed", "first_frame", "sampling", "benchmark", "videos")  # what the videos of a folder have in common
+NO_TRACK = "no trajectory inside the frame"
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -104,25 +105,37 @@ def evaluate(
                 bar.update(len(indices))
                 check_interrupt()
             found = [json.loads((folder / f"{task}.json").read_text()) for task in benchmark.names]
-            records[name] = [{**record, "video": f"{name}/{record['name']}.mp4"} for record in found]
+            records[name] = [
+                {**record, "video": f"{name}/{record['name']}.mp4"} for record in found if "metrics" in record
+            ]
+            if not records[name]:
+                raise UserError(f"{name}: no clip has a trajectory inside the frame")
+    lost = {name: len(benchmark.names) - len(found) for name, found in records.items()}
     return {
         "weights": config["videos"] or str(weights),
         **{name: config[name] for name in CONDITIONS},
         **measures.asked,
         "left_out": measures.left_out,
-        "cells": [{"name": name, **cell, **report.summarise(records[name])} for name, cell in cells.items()],
+        "cells": [
+            {"name": name, **cell, "left_out": lost[name], **report.summarise(records[name])}
+            for name, cell in cells.items()
+        ],
         "machine": {"device": jax.devices()[0].device_kind, "python": platform.python_version()},
     }, records
 
 
 def _batch(config, cell, folder: Path, benchmark, measures: Measures, indices: list[int], load) -> None:
-    """Makes the videos of some tasks, as far as they are missing, and their records."""
+    """Makes the videos of some tasks, as far as they are missing, and their records.
+
+    Where all objects start outside the frame there is nothing to follow: the record says so, and has no metrics.
+    """
     size = [cell[name] for name in ("frames", "height", "width", "fps")]
     tasks = {i: benchmark.task(i, *size) for i in indices}
-    if still := [task.name for task in tasks.values() if not len(task.tracks)]:
-        raise UserError(f"{still[0]}: has no trajectory inside the frame")
+    for i in [i for i, task in tasks.items() if not len(task.tracks)]:
+        name = tasks.pop(i).name
+        _write_record(folder / f"{name}.json", {"name": name, "asked": measures.asked, "left_out": NO_TRACK})
     paths = {i: folder / f"{task.name}.mp4" for i, task in tasks.items()}
-    missing = [i for i in indices if not paths[i].is_file()]
+    missing = [i for i in tasks if not paths[i].is_file()]
     if config["videos"] not in ("", "truth"):
         for i in missing:
             with video_io.write_atomic(paths[i]) as aside:  # not encoded again: that would change what is measured
@@ -145,8 +158,12 @@ def _batch(config, cell, folder: Path, benchmark, measures: Measures, indices: l
             **measures(task, video, first_frame=config["first_frame"], whole=bool(config["videos"])),
             "asked": measures.asked,
         }
-        with video_io.write_atomic(paths[i].with_suffix(".json")) as aside:
-            aside.write_text(json.dumps(record) + "\n")
+        _write_record(paths[i].with_suffix(".json"), record)
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    with video_io.write_atomic(path) as aside:
+        aside.write_text(json.dumps(record) + "\n")
 
 
 def _generate(config, cell, tasks, seeds, models) -> list[np.ndarray]:
@@ -193,10 +210,12 @@ def _name(cell: Mapping[str, Any]) -> str:
 def _done(folder: Path, task: str, measures: Measures) -> bool:
     """Whether a clip is there, measured as it is asked for now."""
     try:
-        asked = json.loads((folder / f"{task}.json").read_text())["asked"]
+        record = json.loads((folder / f"{task}.json").read_text())
+        asked = record["asked"]
     except (OSError, ValueError, KeyError):
         return False
-    return release.tuples(asked) == measures.asked and (folder / f"{task}.mp4").is_file()
+    there = "left_out" in record or (folder / f"{task}.mp4").is_file()
+    return there and release.tuples(asked) == measures.asked
 
 
 def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], weights: str | Path) -> None:

@@ -69,8 +69,8 @@ def write(out: Path, results: Mapping[str, Any], records: Mapping[str, Sequence[
     """Writes everything under a folder.
 
     Args:
-      results: `cells`, a list of {"name", "frames", "height", "width", "fps", "trajectory", **`summarise`}; `left_out`,
-        metric -> why; `size`, `tracker` and whatever else should be on record.
+      results: `cells`, a list of {"name", "frames", "height", "width", "fps", "trajectory", "left_out" (number of
+        clips), **`summarise`}; `left_out`, metric -> why; `size`, `tracker` and whatever else should be on record.
       records: cell -> its clips: `name`, `prompt`, `given`, `tracked`, `video` (the file, relative to the folder), and
         `metrics`.
 
@@ -124,6 +124,12 @@ def table(results: Mapping[str, Any]) -> str:
         f"tracker `{results['tracker']}`. Flicker: mean change along the flow, 0..255.",
         "",
         *(line for name, why in results["left_out"].items() for line in (f"{name} is left out: {why}", "")),
+        *(
+            line
+            for cell in cells
+            if cell["left_out"]
+            for line in (f"{title(cell)}: clips left out, without a trajectory inside: {cell['left_out']}", "")
+        ),
         "The paper's numbers, on 185 real clips at 512x512, which are not these clips:",
         "",
         _line(["method", "frames", "FVD", "TrajError"]),
