@@ -179,6 +179,15 @@ def test_the_preview_is_the_flow_map(studio):
     assert np.asarray(blank.convert("RGB")).min() > 250
 
 
+def test_the_preview_lasts_as_long_as_the_video(studio):
+    length = 40
+    picture = Image.open(io.BytesIO(base64.b64decode(studio.preview(DRAWN, "48x32", length).partition(",")[2])))
+    assert picture.n_frames < length
+    each = 1000 * length / studio.defaults["fps"] / app.PREVIEW_FRAMES
+    picture.load()
+    assert picture.info["duration"] == pytest.approx(each, abs=1)
+
+
 def test_one_at_a_time_and_each_its_own(studio, quick):
     """The stand-in fails if two run at once."""
     made = {}

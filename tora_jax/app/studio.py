@@ -143,10 +143,11 @@ class Studio:
         points = self.trajectories(drawn)
         height, width = self._size(size)
         scale = min(PREVIEW_SIDE / min(height, width), 1)
-        frames = min(self._frames(num_frames), PREVIEW_FRAMES)
+        length = self._frames(num_frames)
+        frames = min(length, PREVIEW_FRAMES)
         tracks = trajectory.tracks(points or [], frames)
         maps = flow.displacement_maps(tracks, round(height * scale), round(width * scale))
-        return _address(flow.flow_to_rgb(maps)[min(1, frames - 1) :], 1000 * frames / self.defaults["fps"] / frames)
+        return _address(flow.flow_to_rgb(maps)[min(1, frames - 1) :], 1000 * length / self.defaults["fps"] / frames)
 
     def picture(self, path: str, size: str) -> str:
         """An uploaded picture as the model will see it, as an address."""
