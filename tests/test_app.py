@@ -212,7 +212,7 @@ def test_cancel_ends_within_a_step(studio, quick):
     def progress(step, total):
         done.append(step)
         if step == 2:
-            studio.visit("anna").cancelled.set()
+            studio.visit("anna").cancel()
 
     with pytest.raises(app.CancelledError):
         studio.generate("anna", DRAWN, {**FORM, "steps": 50}, {}, progress)
@@ -227,6 +227,33 @@ def test_a_closed_tab_stops_and_leaves_nothing(studio, quick):
     studio.leave("anna")
     assert not made.folder.exists()
     assert not studio.visit("anna").made
+
+
+def test_a_tab_closed_after_the_last_step_leaves_nothing(studio, quick):
+    def progress(step, total):
+        if step == total:
+            studio.leave("anna")
+
+    with pytest.raises(app.CancelledError):
+        studio.generate("anna", DRAWN, FORM, {}, progress)
+    assert not list(studio.folder.iterdir())
+
+
+def test_a_second_wish_does_not_undo_the_first_ones_end(studio, quick):
+    """Cancelled, and at once asked for again: the first ends all the same."""
+    ended = []
+
+    def progress(step, total):
+        if step == 1:
+            studio.visit("anna").cancel()
+            second.start()
+            time.sleep(0.05)  # it waits for the device by then
+
+    second = threading.Thread(target=lambda: ended.append(generate(studio, seed=4)))
+    with pytest.raises(app.CancelledError):
+        studio.generate("anna", DRAWN, {**FORM, "steps": 50}, {}, progress)
+    second.join(60)
+    assert studio.visit("anna").made == ended
 
 
 def test_many_requests_leave_the_disk_flat(studio, quick):

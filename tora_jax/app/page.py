@@ -165,7 +165,7 @@ def build(studio: Studio) -> gr.Blocks:
                 return _picture(studio.preview(drawn, name, count))
 
         def cancel(session: gr.Request) -> str:
-            studio.visit(session.session_hash or "").cancelled.set()
+            studio.visit(session.session_hash or "").cancel()
             return "cancelled"
 
         def left(session: gr.Request) -> None:

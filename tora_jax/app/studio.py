@@ -71,10 +71,15 @@ class Made:
 
 @dataclasses.dataclass
 class Visit:
-    """What one browser tab has made, the latest first, and its wish to stop."""
+    """What one browser tab has made, the latest first, and the wishes to stop, one for each video that is wanted."""
 
     made: list[Made] = dataclasses.field(default_factory=list)
-    cancelled: threading.Event = dataclasses.field(default_factory=threading.Event)
+    wishes: set[threading.Event] = dataclasses.field(default_factory=set)
+
+    def cancel(self) -> None:
+        """Stops what is wanted now, and nothing that is asked for later."""
+        for wish in self.wishes.copy():
+            wish.set()
 
 
 class Studio:
@@ -114,7 +119,7 @@ class Studio:
                 self._forget(name, self._visits.pop(name))
 
     def _forget(self, name: str, visit: Visit) -> None:
-        visit.cancelled.set()
+        visit.cancel()
         for made in visit.made:
             shutil.rmtree(made.folder, ignore_errors=True)
 
@@ -178,29 +183,33 @@ class Studio:
           UserError: for what cannot be.
           CancelledError: within one step of the wish to stop.
         """
-        visit = self.visit(name)
-        visit.cancelled.clear()
+        visit, cancelled = self.visit(name), threading.Event()
         with _named(*filter(None, files.values())):
             wanted = self._request(drawn, form, files)
             images = wanted.read()
         total = request.steps(self.models, wanted)
 
         def step(done: int) -> None:
-            if visit.cancelled.is_set():
+            if cancelled.is_set():
                 raise CancelledError
             progress(done, total)
 
         folder = self.folder / uuid.uuid4().hex
+        visit.wishes.add(cancelled)
         try:
             with self._device:
                 step(0)
                 made = self._make(folder, wanted, images, step)
+            with self._guard:
+                if self._visits.get(name) is not visit:  # the tab was closed in the meantime
+                    raise CancelledError
+                visit.made.insert(0, made)
+                old, visit.made[KEPT:] = visit.made[KEPT:], []
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        with self._guard:
-            visit.made.insert(0, made)
-            old, visit.made[KEPT:] = visit.made[KEPT:], []
+        finally:
+            visit.wishes.discard(cancelled)
         for each in old:
             shutil.rmtree(each.folder, ignore_errors=True)
         return made
