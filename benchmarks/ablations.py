@@ -46,6 +46,7 @@ from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE, latent_of
 ROOT = Path(__file__).parent.parent
 TABLES = ("motion", "fuser", "placement", "stages", "trajectory")
 METRICS = {"traj_error": "TrajError", "path_error_percent": "path error, %"}  # by which the orderings are judged
+SHARED = ("weights", "train", "clips", "steps", "runlocal")  # options that all results of a folder have in common
 FITTED = 64  # clips whose maps give the principal components
 
 
@@ -342,6 +343,25 @@ def order(names: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int
     return ((name, seed) for seed in seeds for name in names)
 
 
+def claim(out: Path, options: Mapping[str, Any]) -> None:
+    """Notes what the caches and results of a folder are made with.
+
+    Raises:
+      UserError: it holds those of other options.
+    """
+    made = {name: options[name] for name in SHARED}
+    path = out / "made.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if differ := [name for name in made if before.get(name) != made[name]]:
+            name = differ[0]
+            raise UserError(f"{out}: was made with another --{name} ({before.get(name)}); choose another --out")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with video_io.write_atomic(path) as aside:
+        aside.write_text(json.dumps(made, indent=2) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m benchmarks.ablations`"""
     known = {cell.name: cell for cell in cells().values()}
@@ -368,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(ValueError):
             results.setdefault(path.parts[-3], {})[int(path.parts[-2])] = json.loads(path.read_text())
     try:
+        claim(out, vars(args) | {"weights": str(run.weights)})
         for name, seed in order(names, seeds):
             results.setdefault(name, {})[seed] = run.run(known[name], seed)
             report(out, results, seeds)

@@ -174,3 +174,6 @@ def test_a_run_that_stops(weights, tmp_path, monkeypatch, capsys):
     argv = [f"--out={tmp_path}", f"--weights={weights}", "--runlocal", "--seeds=1", "--cells=default"]
     assert ablations.main(argv) == 1
     assert "train.py stopped with exit code 2; start again to go on" in capsys.readouterr().err
+    for other, name in (("--clips=2", "--clips (32)"), ("--steps=3", "--steps (None)")):
+        assert ablations.main([*argv, other]) == 1
+        assert f"was made with another {name}; choose another --out" in capsys.readouterr().err
