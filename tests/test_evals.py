@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -193,6 +194,7 @@ def test_on_real_weights(tiny_release, tiny_config, tmp_path, capsys):
         (["--out=x", "--config.benchmark.kind=films"], "choose sprites, segmentation or list"),
         (["--out=x", "--config.benchmark.kind=list"], "name the file"),
         (["--out=x", "--config.benchmark.split=tests"], "sprites have train"),
+        (["--out=x", "--config.benchmark.split=tests", "--config.benchmark.clips=0"], "sprites have train"),
         (["--out=x", "--weights=nowhere"], "nowhere: no such folder"),
     ],
 )
@@ -208,6 +210,22 @@ def test_a_folder_of_another_run(config, perfect, tmp_path):
     config["sampling"]["steps"] += 1
     with pytest.raises(UserError, match=r"was made with another sampling .* choose another --out"):
         evals.evaluate(config, release.DEMO, tmp_path)
+
+
+def test_a_list_that_was_edited(config, tmp_path, monkeypatch):
+    def generate_batch(models, prompts, *others, height, width, num_frames, **settings):
+        return [generation.Result(np.zeros((num_frames, height, width, 3), np.uint8), None, {}) for _ in prompts]
+
+    monkeypatch.setattr(evals.generation, "generate_batch", generate_batch)
+    monkeypatch.setattr(evals.chain, "load", lambda weights: None)
+    path = tmp_path / "list.json"
+    config["benchmark"] = {"kind": "list", "source": str(path), "split": "", "clips": 0}
+    config["cells"] = config["cells"][:1]
+    for prompt in ("x", "y"):
+        path.write_text(json.dumps([{"prompt": prompt, "trajectories": [[0, 0], [99, 99]]}]))
+        with pytest.raises(UserError, match="was made with another list") if prompt == "y" else nullcontext():
+            for _ in range(2):
+                evals.evaluate(config, release.DEMO, tmp_path / "out")
 
 
 def test_fvd_of_equal_and_of_other_videos(config, perfect, tmp_path, monkeypatch):
@@ -339,7 +357,15 @@ def test_listed(tmp_path):
     assert b.video is None
     np.testing.assert_allclose(b.tracks[0, -1], [0.5, 0.5])
     assert c.tracks.shape == (2, 3, 2)
-    for text, message in (("[{}]", "item 0 has no prompt, trajectories"), ("{", "cannot be read as JSON")):
+    for text, message in (
+        ("[{}]", "item 0 has no prompt, trajectories"),
+        ("{", "cannot be read as JSON"),
+        ('[{"prompt": "x", "trajectories": "path.txt", "name": 7}]', "item 0 has a name that is no text"),
+        ('[{"prompt": "x", "trajectories": 7}]', "0000: is not a list of points"),
+        ('[{"prompt": "x", "trajectories": {"x": 1}}]', "0000: has the keys x"),
+        ('[{"prompt": "x", "trajectories": ["path.txt", 7]}]', "0000: "),
+        ('[{"prompt": "x", "trajectories": [[0, 0], [1, 1]], "canvas": 4}]', "0000: the canvas is not two"),
+    ):
         (tmp_path / "list.json").write_text(text)
         with pytest.raises(UserError, match=message):
-            benchmarks.Listed(tmp_path / "list.json")
+            benchmarks.Listed(tmp_path / "list.json").task(0, 3, 32, 32, 24.0)

@@ -229,6 +229,8 @@ def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], wei
         "weights": _checksum(weights) if weights else "",
     }
     made["benchmark"] = {name: value for name, value in made["benchmark"].items() if name != "clips"}
+    if made["benchmark"]["kind"] == "list":
+        made["list"] = hashlib.sha256(Path(made["benchmark"]["source"]).read_bytes()).hexdigest()
     path = folder / "made.json"
     if path.is_file():
         before = release.tuples(json.loads(path.read_text()))

@@ -46,10 +46,10 @@ class Task(NamedTuple):
 class Sprites:
     """The first clips of a split of the synthetic set; they come from their seed, at any size and length."""
 
-    def __init__(self, split: str, count: int):
+    def __init__(self, split: str, count: int = 0):
         if split not in sprites.SPLITS:
             raise UserError(f"benchmark.split is {split!r}; sprites have {', '.join(sprites.SPLITS)}")
-        self.split, self.names = split, tuple(f"{split}_{i:04}" for i in range(count))
+        self.split, self.names = split, tuple(f"{split}_{i:04}" for i in range(count or sprites.SIZES_OF_SPLITS[split]))
 
     def task(self, index: int, frames: int, height: int, width: int, fps: float) -> Task:
         if height != width:
@@ -80,19 +80,22 @@ class Listed:
         for i, item in enumerate(self.items):
             if missing := {"prompt", "trajectories"} - item.keys():
                 raise UserError(f"{path}: item {i} has no {', '.join(sorted(missing))}")
+            if odd := [key for key in ("prompt", "name", "image") if not isinstance(item.get(key, ""), str)]:
+                raise UserError(f"{path}: item {i} has a {odd[0]} that is no text")
         self.names = tuple(_file_name(item.get("name", f"{i:04}")) for i, item in enumerate(self.items))
         if len(set(self.names)) < len(self.names):
             raise UserError(f"{path}: two items have one name")
 
     def task(self, index: int, frames: int, height: int, width: int, fps: float) -> Task:
         item = self.items[index]
-        points, canvas = item["trajectories"], tuple(item.get("canvas", trajectory.CANVAS))
-        if isinstance(points, str):
-            points = [points]
-        if points and isinstance(points[0], str):
-            paths = [path for name in points for path in trajectory.load(self.folder / name)]
+        points = item["trajectories"]
+        files = [points] if isinstance(points, str) else points
+        if files and isinstance(files, list) and all(isinstance(name, str) for name in files):
+            paths = [path for name in files for path in trajectory.load(self.folder / name)]
         else:
-            paths = trajectory.parse(points, canvas, self.names[index])
+            if not isinstance(points, dict):  # that has its own canvas
+                points = {"canvas": item.get("canvas", trajectory.CANVAS), "trajectories": points}
+            paths = trajectory.parse(points, name=self.names[index])
         image = None
         if "image" in item:
             image = video_io.resize_crop(video_io.read_image(self.folder / item["image"]), height, width)[None]
@@ -218,7 +221,7 @@ def open_benchmark(config: Mapping[str, Any]) -> Sprites | Listed | VideoSegment
     """
     kind, source, count = config["kind"], config["source"], config["clips"]
     if kind == "sprites":
-        return Sprites(config["split"], count or sprites.SIZES_OF_SPLITS[config["split"]])
+        return Sprites(config["split"], count)
     if kind not in ("segmentation", "list"):
         raise UserError(f"benchmark.kind is {kind!r}; choose sprites, segmentation or list")
     if not source or not Path(source).exists():
