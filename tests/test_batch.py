@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tora_jax.configs import common
 
 from tora_jax import batch, generation, sharding, video_io
@@ -66,6 +67,36 @@ def test_failures_are_recorded_and_nothing_is_made_twice(tiny_models, folder, mo
     monkeypatch.setattr(generation, "generate_batch", None)  # nothing is to be made
     assert run(tiny_models, folder) == (0, 2, 3)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_failures_are_tried_again(tiny_models, folder, monkeypatch):
+    write(BROKEN[2], {"seed": 2})
+    real = generation.generate_batch
+
+    def refuse(*args, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(generation, "generate_batch", refuse)
+    assert run(tiny_models, folder) == (0, 0, 2)
+    monkeypatch.setattr(generation, "generate_batch", real)
+    Image.new("RGB", (32, 32)).save("absent.png")
+    assert run(tiny_models, folder) == (2, 0, 0)
+    assert "error" not in report(folder, "00001") | report(folder, "00002")
+
+
+def test_what_does_not_fit_into_memory_is_made_one_by_one(tiny_models, folder, monkeypatch):
+    real, sizes = generation.generate_batch, []
+
+    def narrow(models, prompts, *args, **settings):
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise MemoryError
+        return real(models, prompts, *args, **settings)
+
+    monkeypatch.setattr(generation, "generate_batch", narrow)
+    write({"seed": 1}, {"seed": 2}, {"seed": 3})
+    assert run(tiny_models, folder, per_device=2) == (3, 0, 0)
+    assert sizes == [2, 1, 1, 2, 1]
 
 
 def test_a_changed_line_is_made_again(tiny_models, folder):

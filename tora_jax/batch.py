@@ -4,7 +4,8 @@ Each line is an object: settings of sampling by name, "trajectories", "condition
 "name" for the files (left out: the number of the line). What a line leaves out comes from the command.
 
 The report NAME.json of a video is written last, so where it stands, the video is done; it holds a hash of what was
-asked for, and a changed line is made again. A line that cannot be made gets a report with "error" in place of a video.
+asked for, and a changed line is made again. A line that cannot be made gets a report with "error" in place of a video,
+and is tried again in the next run.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Job:
 
 
 class Counts(NamedTuple):
-    """Of the lines of a file: made now, made before, failed (now or before)."""
+    """Of the lines of a file: made now, made before, failed now."""
 
     made: int
     before: int
@@ -131,11 +132,10 @@ def run(
     for path in folder.iterdir():
         if ASIDE.fullmatch(path.name):  # a kill left it half-written
             path.unlink(missing_ok=True)
-    records = {job.line: _record(folder, job) for job in jobs}
-    before = sum(record is not None and "error" not in record for record in records.values())
-    failed = sum(record is not None and "error" in record for record in records.values())
+    missing = [job for job in jobs if not _is_done(folder, job)]
+    before, made, failed = len(jobs) - len(missing), 0, 0
     ready: dict[tuple, list[Job]] = {}
-    for job in (job for job in jobs if records[job.line] is None):
+    for job in missing:
         if isinstance(job.wanted, UserError):
             _fail(folder, job, job.wanted)
             failed += 1
@@ -143,7 +143,6 @@ def run(
             ready.setdefault(job.wanted.shape, []).append(job)
     size = per_device * (mesh.shape["data"] if mesh else 1)
     total = sum(map(len, ready.values()))
-    made = 0
     with tqdm(total=total, desc="videos", unit="video", disable=quiet) as bar:
         for group in ready.values():
             for part in (group[i : i + size] for i in range(0, len(group), size)):
@@ -156,18 +155,25 @@ def run(
     return counts
 
 
-def _record(folder: Path, job: Job) -> dict | None:
-    """The report of a job that is done, or known not to be possible."""
+def _report(folder: Path, job: Job) -> dict:
+    """What an earlier run wrote of a job; empty where it wrote nothing, or of another line."""
     try:
         report = json.loads((folder / f"{job.name}.json").read_text())
-        return report if report["key"] == job.key else None
+        return report if report["key"] == job.key else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
+
+
+def _is_done(folder: Path, job: Job) -> bool:
+    report = _report(folder, job)
+    return bool(report) and "error" not in report
 
 
 def _fail(folder: Path, job: Job, error: Exception) -> None:
     message = " ".join(str(error).split()) or type(error).__name__
     report = {"line": job.line, "key": job.key, "error": message}
+    if _report(folder, job) == report:  # as in the run before
+        return
     for path in output.paths(folder / f"{job.name}.mp4").values():  # of an older line of this name
         path.unlink(missing_ok=True)
     with video_io.write_atomic(folder / f"{job.name}.json") as aside:
@@ -196,8 +202,9 @@ def _make(
         )
         _write(models, able, folder, pieces)
     except (UserError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        if len(able) > 1:  # one of them is to blame, and the others are not
-            return sum(_make(models, [job], folder, size, mesh, check_interrupt) for job in able)
+        smallest = mesh.shape["data"] if mesh else 1
+        if len(able) > 1 or size > smallest:  # one of them may be to blame, or so many do not fit into memory
+            return sum(_make(models, [job], folder, smallest, mesh, check_interrupt) for job in able)
         _fail(folder, able[0], error)
         return 0
     return len(able)
