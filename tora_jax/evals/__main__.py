@@ -155,7 +155,7 @@ def _batch(config, cell, folder: Path, benchmark, measures: Measures, indices: l
             "prompt": task.prompt,
             "seed": config["seed"] + i,
             "given": np.round(task.tracks, 5).tolist(),
-            **measures(task, video, first_frame=config["first_frame"], whole=bool(config["videos"])),
+            **measures(task, video, config["first_frame"], whole=bool(config["videos"]), fps=cell["fps"]),
             "asked": measures.asked,
         }
         _write_record(paths[i].with_suffix(".json"), record)
@@ -226,7 +226,7 @@ def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], wei
     """
     made = {name: config[name] for name in CONDITIONS} | {
         "cell": cell,
-        "weights": _checksum(weights) if weights else "",
+        "weights": release.checksum(weights) if weights else "",
     }
     made["benchmark"] = {name: value for name, value in made["benchmark"].items() if name != "clips"}
     if made["benchmark"]["kind"] == "list":
@@ -241,23 +241,6 @@ def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], wei
     folder.mkdir(parents=True, exist_ok=True)
     with video_io.write_atomic(path) as aside:
         aside.write_text(json.dumps(made, indent=2) + "\n")
-
-
-SAMPLED = 1 << 16  # bytes at the start, the middle and the end of each file
-
-
-def _checksum(weights: str | Path) -> str:
-    """Tells weights apart, also those that were trained further under the same name; quick for large ones."""
-    files = sorted(path for path in Path(weights).rglob("*") if path.is_file() and path.suffix != ".md")
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(weights)} {size}".encode())
-        with path.open("rb") as file:
-            for start in sorted({0, size // 2, max(size - SAMPLED, 0)}):
-                file.seek(start)
-                digest.update(file.read(SAMPLED))
-    return digest.hexdigest()
 
 
 def write_page(out: Path, folder: Path, results, records, launch: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from tora_jax import video_io
 from tora_jax.evals import clip_sim, fvd, quality, sprites, traj_error
 from tora_jax.evals.benchmarks import Task
 from tora_jax.models.i3d import MIN_FRAMES
@@ -42,12 +45,16 @@ class Measures:
             if not config[kind]:
                 self.left_out[name] = f"needs the weights of {variant}: --config.measures.{kind}=FOLDER"
 
-    def __call__(self, task: Task, video: Video, first_frame: bool = False, whole: bool = False) -> dict[str, Any]:
+    def __call__(
+        self, task: Task, video: Video, first_frame: bool = False, whole: bool = False, fps: float = 24
+    ) -> dict[str, Any]:
         """A record of one video, fit for JSON.
 
         Args:
+          video: as it was read from its file.
           first_frame: the video was given the true clip's first frame: is it kept?
           whole: compare with the whole true clip, frame by frame.
+          fps: of the video.
 
         Returns:
           metrics: name -> number; see `report.COLUMNS`.
@@ -69,5 +76,13 @@ class Measures:
             metrics["clipsim"] = self._similarity(video, task.prompt)
         record: dict[str, Any] = {"tracked": np.round(tracked, 5).tolist()}
         if self._features is not None and task.video is not None and min(len(video), len(task.video)) >= MIN_FRAMES:
-            record |= {"features": self._features(video).tolist(), "true_features": self._features(task.video).tolist()}
+            true = _through_a_file(task.video, fps)  # else FVD would count what the encoder does to the video alone
+            record |= {"features": self._features(video).tolist(), "true_features": self._features(true).tolist()}
         return {"metrics": {k: v if np.isfinite(v) else None for k, v in metrics.items()}, **record}
+
+
+def _through_a_file(video: Video, fps: float) -> Video:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "true.mp4"
+        video_io.write_video(path, video, fps)
+        return video_io.read_video(path)[0]

@@ -25,6 +25,7 @@ COLUMNS = {
     "within_8": ("within 8 px", ".0%"),
     "visible": ("visible", ".0%"),
     "path_error_percent": ("path error, % of width", ".2f"),
+    "found": ("object found", ".0%"),
     "fvd": ("FVD", ".0f"),
     "clipsim": ("CLIPSIM", ".4f"),
     "psnr_first": ("first frame, dB", ".1f"),
