@@ -39,7 +39,7 @@ from tqdm import tqdm
 from tora_jax import chain, command, draw, flow, generation, release, video_io
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
-from tora_jax.evals import heldout, traj_error
+from tora_jax.evals import quality, traj_error
 from tora_jax.evals import sprites as measures
 from tora_jax.models.video_vae import latent_frames, latent_of
 
@@ -192,7 +192,7 @@ def vae(bench: Bench) -> dict[str, Any]:
 
 def psnr(videos: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
     """Mean over videos of their PSNR in dB, uint8."""
-    return mean([heldout.psnr(to_float(a)[None], to_float(b)[None])[0] for a, b in zip(videos, truth, strict=True)])
+    return mean([quality.psnr(*pair) for pair in zip(videos, truth, strict=True)])
 
 
 def to_float(video: np.ndarray) -> jax.Array:
