@@ -111,6 +111,22 @@ def test_a_changed_line_is_made_again(tiny_models, folder):
     assert {path.name for path in folder.iterdir() if path.stem.startswith("00002")} == {"00002.json"}
 
 
+def test_keys_go_by_the_weights_and_the_content_of_files(folder):
+    def key(weights="a"):
+        (job,) = batch.read("jobs.jsonl", folder, SECTION, {}, weights)
+        return job.key
+
+    write({"trajectories": "path.txt", "conditions": ["0=photo.png"]})
+    Path("path.txt").write_text("0,0\n256,128\n")
+    keys = [key(), key("b")]
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save("photo.png")
+        keys.append(key())
+    Path("path.txt").write_text("0,0\n128,256\n")
+    assert len({*keys, key()}) == 5
+    assert key() == key()
+
+
 def test_batches_of_one_shape_are_filled_and_shared_out(tiny_models, folder, monkeypatch):
     """Ten videos of two shapes on four devices, two on each at once: two calls of eight."""
     sizes = []

@@ -4,8 +4,8 @@ Each line is an object: settings of sampling by name, "trajectories", "condition
 "name" for the files (left out: the number of the line). What a line leaves out comes from the command.
 
 The report NAME.json of a video is written last, so where it stands, the video is done; it holds a hash of what was
-asked for, and a changed line is made again. A line that cannot be made gets a report with "error" in place of a video,
-and is tried again in the next run.
+asked for, with the weights and the files named, and what has changed is made again. A line that cannot be made gets a
+report with "error" in place of a video, and is tried again in the next run.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class Counts(NamedTuple):
     failed: int
 
 
-def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any]) -> list[Job]:
+def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any], weights: str = "") -> list[Job]:
     """Reads the lines; blank ones are left out.
 
     Args:
       folder: where the videos go; tried here.
       section, given: of `request.make`; a line's own settings win.
+      weights: what tells them apart, `release.checksum`.
 
     Raises:
       UserError: the file cannot be read, has no lines, or gives a name twice. What is wrong in a line is kept in it.
@@ -77,7 +78,7 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any])
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text; --batch takes JSON lines, a video each") from None
     output.check_folder(folder, str(folder))
-    base = _hash(json.dumps([section, given], sort_keys=True, default=str))
+    base = _hash(json.dumps([section, given, weights], sort_keys=True, default=str))
     jobs = [_job(i, line, base, section, given) for i, line in enumerate(lines, 1) if line.strip()]
     if not jobs:
         raise UserError(f"{path}: is empty; write a JSON object a line, such as {{}}")
@@ -90,6 +91,14 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any])
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _content(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # said when the line's turn comes
+        return ""
 
 
 def _job(number: int, line: str, base: str, section: Any, given: Mapping[str, Any]) -> Job:
@@ -106,7 +115,8 @@ def _job(number: int, line: str, base: str, section: Any, given: Mapping[str, An
         if not (isinstance(wish, str) and NAME.fullmatch(wish)):
             raise UserError(f"the name {wish!r} is no file name of letters, digits, dots and dashes")
         name = wish
-        return Job(number, name, key, request.make(section, {**given, **asked}))
+        wanted = request.make(section, {**given, **asked})
+        return Job(number, name, _hash(key + "".join(map(_content, wanted.files))), wanted)
     except UserError as error:
         return Job(number, name, key, error)
 

@@ -54,11 +54,10 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         )
     if args.batch:
         folder = Path(args.out if args["out"].present else "outputs/batch")
-        jobs = batch.read(args.batch, folder, section, given)
+        weights = release.checksum(args.weights) if args.weights else ""
+        jobs = batch.read(args.batch, folder, section, given, weights)
     else:
-        sources = map(request.trajectory_path, wanted.settings["trajectory"])
-        read = [*sources, *(condition.source for condition in wanted.conditions)]
-        out = output.check(args.out, read, args.weights)
+        out = output.check(args.out, wanted.files, args.weights)
         images = wanted.read()
     command.use_compilation_cache()
 

@@ -10,6 +10,7 @@ README.md              where the weights come from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ from tora_jax.errors import UserError
 
 PARTS = ("tora", "vae", "motion_vae", "t5")
 DEMO = Path(__file__).parent / "assets" / "demo"  # the small model's weights, docs/demo.md
+
+SAMPLED = 1 << 16  # bytes at the start, the middle and the end of each file, for `checksum`
 
 
 class Release(NamedTuple):
@@ -145,6 +148,20 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
         raise UserError(f"{path}: broken or truncated ({error})") from None
     except (AttributeError, TypeError, KeyError, ValueError) as error:  # names or number formats that JAX has not
         raise UserError(f"{path}: holds tensors that cannot be read ({error})") from None
+
+
+def checksum(weights: str | Path) -> str:
+    """Tells weights apart, also those that were trained further under the same name; quick for large ones."""
+    files = sorted(path for path in Path(weights).rglob("*") if path.is_file() and path.suffix != ".md")
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(weights)} {size}".encode())
+        with path.open("rb") as file:
+            for start in sorted({0, size // 2, max(size - SAMPLED, 0)}):
+                file.seek(start)
+                digest.update(file.read(SAMPLED))
+    return digest.hexdigest()
 
 
 def halve(source: str | Path, out: str | Path, readme: str) -> None:

@@ -84,6 +84,12 @@ class Request:
             bool(self.conditions),
         )
 
+    @property
+    def files(self) -> list[Path]:
+        """That were named for trajectories and conditions."""
+        named = [each.source for each in self.conditions if not isinstance(each.source, np.ndarray)]
+        return [*map(trajectory_path, self.settings["trajectory"]), *map(Path, named)]
+
     def read(self) -> dict[int, generation.Given]:
         """The conditions by frame, not yet of the video's size.
 
