@@ -165,7 +165,9 @@ def test_one_that_fails_does_not_take_the_others_along(tiny_models, folder, monk
     [
         ([], "is empty"),
         (["", " "], "is empty"),
-        ([{"name": "a"}, {"name": "A"}], "lines 1 and 2 have the same name"),
+        ([{"name": "a"}, {"name": "A"}], r"lines 1 and 2 would both write A\.mp4"),
+        ([{"name": "a"}, {}, {"name": "a_flow"}], r"lines 1 and 3 would both write a_flow\.mp4"),
+        ([{"name": "00002_trajectory"}, {}], r"lines 1 and 2 would both write 00002_trajectory\.mp4"),
     ],
 )
 def test_files_that_cannot_be(folder, lines, message):

@@ -66,7 +66,7 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
       weights: what tells them apart, `release.checksum`.
 
     Raises:
-      UserError: the file cannot be read, has no lines, or gives a name twice. What is wrong in a line is kept in it.
+      UserError: the file cannot be read, has no lines, or names a file twice. What is wrong in a line is kept in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -82,10 +82,11 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
     jobs = [_job(i, line, base, section, given) for i, line in enumerate(lines, 1) if line.strip()]
     if not jobs:
         raise UserError(f"{path}: is empty; write a JSON object a line, such as {{}}")
-    names: dict[str, int] = {}
+    taken: dict[str, int] = {}
     for job in jobs:
-        if (other := names.setdefault(job.name.lower(), job.line)) != job.line:
-            raise UserError(f"{path}: lines {other} and {job.line} have the same name, {job.name}")
+        for file in output.paths(_video(folder, job)).values():
+            if (other := taken.setdefault(file.name.lower(), job.line)) != job.line:
+                raise UserError(f"{path}: lines {other} and {job.line} would both write {file.name}; change a name")
     return jobs
 
 
@@ -165,6 +166,10 @@ def run(
     return counts
 
 
+def _video(folder: Path, job: Job) -> Path:
+    return folder / f"{job.name}.mp4"
+
+
 def _report(folder: Path, job: Job) -> dict:
     """What an earlier run wrote of a job; empty where it wrote nothing, or of another line."""
     try:
@@ -184,7 +189,7 @@ def _fail(folder: Path, job: Job, error: Exception) -> None:
     report = {"line": job.line, "key": job.key, "error": message}
     if _report(folder, job) == report:  # as in the run before
         return
-    for path in output.paths(folder / f"{job.name}.mp4").values():  # of an older line of this name
+    for path in output.paths(_video(folder, job)).values():  # of an older line of this name
         path.unlink(missing_ok=True)
     with video_io.write_atomic(folder / f"{job.name}.json") as aside:
         aside.write_text(json.dumps(report, indent=2) + "\n")
@@ -225,7 +230,7 @@ def _write(models: Models, jobs: list[Job], folder: Path, pieces: Iterator[list[
         writers = []
         for job in jobs:
             report = {"line": job.line, "key": job.key, "settings": dict(job.wanted.settings), "weights": models.origin}
-            writers.append(stack.enter_context(output.writer(folder / f"{job.name}.mp4", job.wanted.tracks, report)))
+            writers.append(stack.enter_context(output.writer(_video(folder, job), job.wanted.tracks, report)))
         for results in pieces:
             for write, result in zip(writers, results, strict=False):
                 write(result)
