@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tora_jax import generation, trajectory
+from tora_jax import generation, request, trajectory, video_io
 from tora_jax.app import studio as app
 from tora_jax.errors import UserError
 
@@ -154,6 +154,19 @@ def test_uploads_that_are_refused(studio, quick, tmp_path, name):
             read()
         assert name in str(error.value)
         assert str(tmp_path) not in str(error.value)  # where files lie is nobody's business
+
+
+def test_clips_that_are_too_large(studio, quick, tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    video_io.write_video(path, np.zeros((5, 32, 48, 3), np.uint8), 8)
+    monkeypatch.setattr(request, "MAX_CLIP_PIXELS", 4 * 32 * 48)
+    with pytest.raises(UserError, match=r"^clip\.mp4: 5 frames of 48x32 are too much"):
+        generate(studio, files={0: str(path)})
+    monkeypatch.setattr(request, "MAX_CLIP_PIXELS", 5 * 32 * 48)
+    generate(studio, files={0: str(path)})
+    monkeypatch.setattr(video_io, "MAX_PIXELS", 32 * 48 - 1)
+    with pytest.raises(UserError, match=r"^clip\.mp4: has frames of over"):
+        generate(studio, files={0: str(path)})
 
 
 def test_two_pictures_for_one_frame(studio, quick, tmp_path):

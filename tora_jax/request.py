@@ -26,6 +26,7 @@ from tora_jax.errors import UserError
 SCORES = ("aesthetic_score", "motion_score", "camera_motion")  # at the end of the prompt, see `text.append_scores`
 INPUTS = ("trajectories", "conditions")
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+MAX_CLIP_PIXELS = 10**9  # of all frames of a clip that are decoded, 3 GB; a small file can hold any number
 SAVINGS = generation.Savings._fields
 # What the arguments of `generation.generate_pieces` are called in the settings, too.
 ARGUMENTS = (
@@ -332,8 +333,11 @@ def read_conditions(conditions: Sequence[Condition], num_frames: int, fps: float
 def _read(path: Path, room: int, fps: float) -> np.ndarray:
     if path.suffix.lower() in STILLS or not path.is_file():
         return video_io.read_image(path)
-    rate = video_io.probe(path).fps
-    frames, _ = video_io.read_video(path, max_frames=math.ceil((room + 1) * rate / fps))
+    count, height, width, rate = video_io.probe(path)
+    wanted, most = math.ceil((room + 1) * rate / fps), MAX_CLIP_PIXELS // (height * width)
+    if (needed := min(count, wanted)) > most:
+        raise UserError(f"{path}: {needed} frames of {width}x{height} are too much; cut it to {most}, or shrink it")
+    frames, _ = video_io.read_video(path, max_frames=min(wanted, most))  # it may have more than it says
     index = np.round(np.arange(math.ceil(len(frames) * fps / rate)) * rate / fps).astype(int)
     return frames[index[index < len(frames)]]
 

@@ -25,7 +25,7 @@ from tora_jax.errors import UserError
 Frames = UInt8[np.ndarray, "t h w 3"]
 Source = str | os.PathLike | bytes
 
-MAX_PIXELS = 100_000_000  # of a still; a small file can claim any size
+MAX_PIXELS = 100_000_000  # of a still, or a frame; a small file can claim any size
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # FFmpeg goes by a file's content, whatever its name: playlists (concat, HLS, DASH ...), which name other files to read,
 # are not among these.
@@ -247,6 +247,8 @@ def _open_video(source: Source, frames: list) -> Iterator[tuple]:
             if not container.streams.video:
                 raise UserError(f"{name}: has no video in it; give a video file")
             stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_PIXELS:
+                raise UserError(f"{name}: has frames of over {MAX_PIXELS // 10**6} million pixels; make it smaller")
             stream.thread_type = "AUTO"
             yield container, stream
     except (OSError, av.FFmpegError) as e:
