@@ -128,8 +128,8 @@ def small() -> dict:
             "width": 128,
             "num_frames": 17,
             "fps": 8.0,
-            "guidance": 6.0,
-            "trajectory_guidance": 3.0,
+            "guidance": 4.0,
+            "trajectory_guidance": 4.0,
         },
     }
 
