@@ -39,6 +39,7 @@ def shown() -> Iterator[None]:
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
     own, (size, *_) = studio.defaults, studio.sizes
+    gr.set_static_paths(studio.folder)  # `delete_cache` is for uploads; results go with their visit
     with gr.Blocks(title="Tora", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# Tora\nDraw where things shall go, say what they are, and get a video.")
         with gr.Row():
