@@ -96,7 +96,7 @@ def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int
         "total_gib": round(total / GIB, 2),
         "chip_gib": chip and chip.memory,
         "fits": chip is None or total <= chip.memory * GIB,
-        "tflop": work and round(work / 1e12, 1),
+        "tflop": work and float(f"{work / 1e12:.4g}"),
         "collectives": collectives(compiled.as_text()),
     }
 

@@ -44,7 +44,7 @@ class Models:
     Attributes:
       tora, vae, motion_vae, t5: the modules.
       params: part name -> parameter tree.
-      tokenizer: for `t5`.
+      tokenizer: for `t5`; None where nothing is generated.
       origin: where the parameters come from, for people: a folder, or "random weights (seed 0)".
       sampling: that section of the config: what is to be generated where a person does not say.
     """
@@ -54,7 +54,7 @@ class Models:
     motion_vae: VideoVAE
     t5: T5Encoder
     params: Mapping[str, Any]
-    tokenizer: text.Tokenizer
+    tokenizer: text.Tokenizer | None
     origin: str
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
