@@ -130,6 +130,7 @@ def weights(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command(weights, tmp_path, monkeypatch, capsys):
     """Two cells and a stop between them: what is done is not trained again."""
     trained = []
