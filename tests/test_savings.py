@@ -26,8 +26,8 @@ def calls(monkeypatch, tiny_models):
     return seen
 
 
-def run(models, savings=Savings(), **changes):  # noqa: B008
-    return generation.generate(models, "a red star.", savings=savings, **{**SIZE, **changes}).latents
+def run(models, savings=None, **changes):
+    return generation.generate(models, "a red star.", savings=savings or Savings(), **{**SIZE, **changes}).latents
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         try:
-            import gradio  # noqa: F401
+            import gradio  # noqa: F401 (only to see whether it is there; page.py uses it)
         except ImportError:
             sys.exit("error: the page needs Gradio: pip install 'tora_jax[app]'")
         from tora_jax.errors import UserError
