@@ -315,7 +315,7 @@ def test_full_disk(clips, tmp_path):
     """On a file system that is too small: one clear line; with more room the run goes on from what was whole."""
     mount = f"mount -t tmpfs -o size=1800k none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        # Only a file system of its own can be full; where users may not mount one, test_checkpoint.py limits file sizes.
+        # Only a file system of its own can be full; where nobody may mount one, test_checkpoint.py limits file sizes.
         pytest.skip("this user may not mount a small file system")
     run = f'{sys.executable} train.py --config={ROOT}/configs/{SPATIAL} --workdir={tmp_path}/run --quiet "$@"'
     larger = f"mount -o remount,size=64m {tmp_path}"
