@@ -80,8 +80,8 @@ def small() -> dict:
         "spatial": {"channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_groups": 8, "latent_channels": 8},
         "temporal": {
             "channels": 8,
-            "latent_channels": 8,
-            "inner_channels": 8,
+            "latent_channels": 16,
+            "inner_channels": 16,
             "filters": 32,
             "channel_multipliers": (1, 2, 2),
             "num_res_blocks": 1,
@@ -92,14 +92,14 @@ def small() -> dict:
         "micro_frame_size": 17,
         "frame_batch": 0,
         "spatial_scaling": 1.0,
-        "latent_shift": (0.0,) * 8,
-        "latent_scale": (1.0,) * 8,
+        "latent_shift": (0.0,) * 16,
+        "latent_scale": (1.0,) * 16,
     }
     return {
         "tora": {
             "stdit": {
                 "variant": "4x128x4/2",
-                "in_channels": 8,
+                "in_channels": 16,
                 "caption_channels": 64,
                 "caption_length": 48,
                 "base_resolution": 128.0,
@@ -243,8 +243,22 @@ def few_steps() -> dict:
     return {"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2, "evaluation": {"batches": 1, "steps": 2}}
 
 
+VAE_PHASES = {"spatial": "spatial_vae/.*", "causal": "temporal_vae/.*", "joint": ".*"}  # and what trains in each
+
+
+def vae_part(part: str, phase: str) -> tuple[str, ...]:
+    """`train` of a VAE's phase.
+
+    Raises:
+      ValueError: there is no such phase.
+    """
+    if phase not in VAE_PHASES:
+        raise ValueError(f"phase={phase}: there are {', '.join(VAE_PHASES)}")
+    return (f"{part}/{VAE_PHASES[phase]}",)
+
+
 def vae_loss(phase: str) -> dict:
-    """Weights of `training.vae_loss` in the phases of configs/vae.py."""
+    """Weights of `training.vae_loss` in a phase."""
     terms = {"l1": 0.1, "l2": 1.0, "frame": 0.0, "identity": 0.0, "video": 0.0, "kl_spatial": 0.0, "kl": 0.0}
     changes = {
         "spatial": {"frame": 1.0, "kl_spatial": 1e-4},
@@ -256,7 +270,7 @@ def vae_loss(phase: str) -> dict:
 
 def magvit(small: bool) -> dict:
     """A motion VAE in one causal net, pixels to latents of the video VAE's grid."""
-    channels = 8 if small else 4
+    channels = 16 if small else 4
     return {
         "spatial": None,
         "temporal": {

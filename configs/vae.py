@@ -13,18 +13,13 @@ Arguments: `phase`; `small`: the small model's VAE; `runlocal`: either of them a
 from ml_collections import ConfigDict
 from tora_jax.configs import common
 
-PHASES = ("spatial", "causal", "joint")
-
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, phase="joint", small=False, runlocal=False)
-    if arg.phase not in PHASES:
-        raise ValueError(f"phase={arg.phase}: there are {', '.join(PHASES)}")
     config = ConfigDict(common.tiny() if arg.runlocal else common.small() if arg.small else common.opensora())
     config.update(common.training())
     config.job = "vae"
-    inside = {"spatial": r"vae/spatial_vae/.*", "causal": r"vae/temporal_vae/.*", "joint": r"vae/.*"}
-    config.train = (inside[arg.phase],)
+    config.train = common.vae_part("vae", arg.phase)
     config.loss = common.vae_loss(arg.phase)
     frames = 1 if arg.phase == "spatial" else 17
     config.steps, batch, config.data.crop = 100_000, 32, 256
