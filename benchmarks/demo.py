@@ -10,6 +10,7 @@ Parts:
   text           the colour and the shape that the prompts of `path` name
   image          the first frame given: is it kept, and does its object follow the path from there?
   vae            PSNR of both VAEs on clips of the test split, and of 8x8x4 average pooling with linear upsampling
+  ceiling        `path` and `text` of true clips that went through the video VAE: no denoiser can do better
 
 The benchmark set comes from its seed, so nothing is read but the weights. Sizes, steps and guidance are those of the
 weights' config unless given. An error is the mean distance between an object's centroid (`evals/sprites.py`) and its
@@ -190,6 +191,12 @@ def vae(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def ceiling(bench: Bench) -> dict[str, Any]:
+    clips = bench.clips(ONE)
+    videos = reconstruct(bench, "vae", [clip.video for clip in clips])
+    return {**follows(videos, clips), **names(videos, clips)}
+
+
 def psnr(videos: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
     """Mean over videos of their PSNR in dB, uint8."""
     return mean([quality.psnr(*pair) for pair in zip(videos, truth, strict=True)])
@@ -234,7 +241,7 @@ def pooled(video: np.ndarray, like: Any) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    part.__name__: part for part in (measure, path, no_trajectory, two, text, image, vae)
+    part.__name__: part for part in (measure, path, no_trajectory, two, text, image, vae, ceiling)
 }
 
 

@@ -22,14 +22,11 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
     """(name, what is there when it is done, command) of each stage, in order."""
     clips = out / "data/sprites/128x17x6000_seed0/1.0.0"
 
-    def train(name: str, config: str, source: Path, weights: str | None = None, held_out: int = 0):
+    def train(name: str, config: str, source: Path, weights: str | None = None, *more: str):
         command = ["train.py", f"--config=configs/{config}", f"--workdir={out / name}", "--config.resume"]
-        command.append(f"--config.data.sources=('{source}',)")
+        command += [f"--config.data.sources=('{source}',)", "--config.mesh=data=2", *more]
         if weights:
             command.append(f"--weights={out / weights / 'release'}")
-        if held_out:  # a cached set has one split, and no clips to draw over
-            command += ["--config.mesh=data=2", "--config.evaluation.clips=0"]
-            command += [f"--config.data.split=train[:-{held_out}]", f"--config.data.validation=train[-{held_out}:]"]
         return name, out / name / "release", command
 
     def cache(name: str, motion: str, split: str):
@@ -38,16 +35,18 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
         command = ["-m", "tora_jax.data.precompute", f"--source={clips}", f"--weights={out / 'motion_vae/release'}"]
         return name, out / name, [*command, *options, *size]
 
+    splits = ["--config.data.split=train[:-64]", "--config.data.validation=train[-64:]"]  # of a cached set's only one
+    cached = [*splits, "--config.evaluation.clips=0"]  # no clips to draw over
     return [
         ("sprites", clips, ["-m", "tora_jax.data.sprites", f"--out={out / 'data'}"]),
         train("spatial", "vae.py:phase=spatial,small", clips),
-        train("causal", "vae.py:phase=causal,small", clips, "spatial"),
-        train("vae", "vae.py:phase=joint,small", clips, "causal"),
-        train("motion_vae", "motion_vae.py:small", clips, "vae"),
+        train("vae", "vae.py:phase=causal,small", clips, "spatial"),
+        train("motion_spatial", "motion_vae.py:phase=spatial,small", clips, "vae"),
+        train("motion_vae", "motion_vae.py:phase=causal,small", clips, "motion_spatial"),
         cache("dense", "dense", "train[:400]"),
         cache("sparse", "sparse", "train[:3600]"),
-        train("stage1", "tora.py:stage=1,small", out / "dense", "motion_vae", held_out=64),
-        train("stage2", "tora.py:stage=2,small", out / "sparse", "stage1", held_out=64),
+        train("stage1", "tora.py:stage=1,small", out / "dense", "motion_vae", *cached),
+        train("stage2", "tora.py:stage=2,small", out / "sparse", "stage1", *cached),
     ]
 
 

@@ -448,12 +448,19 @@ class Loader:
             kind, origin, most = (self.config[name] for name in ("motion", "tracks", "max_tracks"))
             maps = motion.motion_maps(rng, kind, origin, most, clip["video"], **truth, draws=max(self.draws, 1))
             clip["maps"] = maps if self.draws else maps[0]
-        return clip
+        return self._crop(clip, rng) if self.config["crop"] else clip
+
+    def _crop(self, clip: Batch, rng: np.random.Generator) -> Batch:
+        """A random square of a clip, and of its maps, which are blurred and coloured as those of whole clips."""
+        side, size = self.config["crop"], clip["video"].shape[1:3]
+        y, x = (int(rng.integers(n - side + 1)) if self.training else (n - side) // 2 for n in size)
+        squares = {name: clip[name][..., y : y + side, x : x + side, :] for name in ("video", "maps") if name in clip}
+        return {**clip, **squares, "height": np.float32(side), "width": np.float32(side)}
 
     def cut(
         self, record: Mapping[str, Any], index: int, rng: np.random.Generator
     ) -> tuple[Batch, dict[str, np.ndarray]]:
-        """The part of a record that a clip of the bucket shows.
+        """The part of a record that a clip of the bucket shows, before it is cropped.
 
         Returns:
           its video, fps, height and width; and where motion is wanted, its tracks, visible and labels, as far as
@@ -474,11 +481,6 @@ class Loader:
             raise UserError(f"{len(original)} of {frames} frames decoded")
         video = video_io.resize_crop(original, height, width)
         scaled_height, scaled_width, top, left = video_io.cover(*original.shape[1:3], height, width)
-        if crop := config["crop"]:
-            spare = (height - crop, width - crop)
-            down, right = (int(rng.integers(n + 1)) if self.training else n // 2 for n in spare)
-            video = video[:, down : down + crop, right : right + crop]
-            top, left, height, width = top + down, left + right, crop, crop
         clip = {"video": video, "fps": np.float32(rate / step)}
         clip |= {"height": np.float32(height), "width": np.float32(width)}
         window = (top, left, height, width, scaled_height, scaled_width)
