@@ -3,7 +3,8 @@
   python -m benchmarks.aot --config configs/tora.py:stage=1 --topology v5e:4x4 --mesh fsdp=16 --height 480 --width 854
 
 Prints one JSON line, and ends with 1 where a chip has too little memory. What is compiled is what `train.py`,
-`sample.py` run: a whole training step on precomputed clips, one sampling step with guidance, the decoding of a video.
+`sample.py` run: a whole training step on precomputed clips, the encoding of a caption, a trajectory's features, one
+sampling step with guidance, the decoding of a video.
 """
 
 import json

@@ -94,6 +94,21 @@ def train(config, parts, mesh, rules, size, batch):
     return training.jit_train_step(config, parts, optimizer, combine, state), (state, frozen, clips, key)
 
 
+def text(config, parts, mesh, rules, size, batch):
+    """The encoding of captions, and shapes of its arguments."""
+    params = params_of(parts, mesh, rules, "t5", parts["t5"].dtype)["t5"]
+    shape = batch, parts["tora"].stdit["caption_length"]
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)
+    return _models(parts).encode_text, (params, *placed(tokens, NamedSharding(mesh, PartitionSpec())))
+
+
+def motion(config, parts, mesh, rules, size, batch):
+    """From coloured maps to the extractor's features, and shapes of its arguments."""
+    params = params_of(parts, mesh, rules, "tora", jnp.bfloat16) | params_of(parts, mesh, rules, "motion_vae")
+    maps = jax.ShapeDtypeStruct((batch, size["num_frames"], size["height"], size["width"], 3), jnp.float32)
+    return _models(parts).extract, (params, placed(maps, NamedSharding(mesh, PartitionSpec())))
+
+
 def sample(config, parts, mesh, rules, size, batch):
     """One step of sample.py with guidance, and shapes of its arguments."""
     params = params_of(parts, mesh, rules, "tora", jnp.bfloat16)["tora"]
@@ -116,8 +131,7 @@ def sample(config, parts, mesh, rules, size, batch):
     features = placed(features, NamedSharding(mesh, by_time))
     scalars = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3,), (), ())]
     x, conditions, scalars = placed((x, conditions, scalars), whole)
-    models = chain.Models(**parts, params={}, tokenizer=None, origin="")
-    return models.step, (params, x, *scalars, conditions, features, None, None)
+    return _models(parts).step, (params, x, *scalars, conditions, features, None, None)
 
 
 def decode(config, parts, mesh, rules, size, batch):
@@ -125,8 +139,11 @@ def decode(config, parts, mesh, rules, size, batch):
     params = params_of(parts, mesh, rules, "vae")["vae"]
     latents = jax.ShapeDtypeStruct((batch, *latent_shape(parts, **size)), jnp.float32)
     latents = placed(latents, NamedSharding(mesh, PartitionSpec()))
-    models = chain.Models(**parts, params={}, tokenizer=None, origin="")
-    return models.decode, (size["num_frames"], params, latents)
+    return _models(parts).decode, (size["num_frames"], params, latents)
 
 
-JOBS = {"train": train, "sample": sample, "decode": decode}
+def _models(parts) -> chain.Models:
+    return chain.Models(**parts, params={}, tokenizer=None, origin="")
+
+
+JOBS = {"train": train, "text": text, "motion": motion, "sample": sample, "decode": decode}

@@ -61,7 +61,7 @@ def test_jobs(job):
     assert figures["fits"]
     assert figures["temporary_gib"] < 1
     assert figures["batch"] == (4 if job == "train" else 1)
-    assert job == "decode" or figures["tflop"] > 0
+    assert job not in ("train", "sample") or figures["tflop"] > 0
 
 
 @pytest.mark.slow

@@ -68,6 +68,22 @@ def test_kept_frames_stay_and_edited_frames_start_late(data, noise):
     np.testing.assert_allclose(x[:, 1:], data[:, 1:] + 1, atol=1e-4)
 
 
+def test_second_order_steps_do_not_look_back_at_a_frame_without_noise(data, noise):
+    """A frame that starts to move has a constant velocity from there on; what the model said before is far off."""
+    edit = jnp.tile(jnp.array([0, 1, 0.5]), (2, 1))
+
+    def predict(x, timestep, frame_mask):
+        return jnp.where(frame_mask[..., None, None, None], data - noise, 1e3)[None]
+
+    times = np.float32([1000, 1000, 750, 500, 250, 0])
+    x = jnp.where((edit < 1)[..., None, None, None], data, noise)
+    memory = rectified_flow.Memory(jnp.zeros_like(x), jnp.zeros_like(x))
+    for i in range(4):
+        step = (predict, x, times[i : i + 3], 1.0, 1.0, edit, noise, memory, float(i > 0))
+        x, memory = rectified_flow.saving_step(*step)
+    np.testing.assert_allclose(x, data, atol=1e-5)
+
+
 @pytest.mark.parametrize(("side", "frames"), [(64, 5), (64, 3), (128, 5), (512, 15), (1280, 60)])
 def test_frames_to_generate_move_from_the_first_step(side, frames):
     """Rounding in the timestep transform must not leave them behind."""

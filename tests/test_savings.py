@@ -59,6 +59,17 @@ def test_nothing_left_out_is_the_plain_sampler(tiny_models, calls):
     np.testing.assert_allclose(saved, again, atol=1e-5)
 
 
+def test_nothing_is_kept_over_the_start_of_a_frame(tiny_models, calls):
+    given = {4: generation.Given(np.zeros((32, 32, 3), np.uint8), 0.5)}
+    run(tiny_models, Savings(guidance_every=100, cache_every=100), images=given)
+    start = next(i for i, t in enumerate(rectified_flow.sampling_times(6, 32, 32, 2)[1:]) if t <= 500)
+    want = [(2, True), (1, True), *[(1, False)] * 3, (1, True)]
+    want[start] = (2, True)
+    if start < 4:
+        want[start + 1] = (1, True)  # the blocks' part of one pass is not that of two
+    assert calls == want
+
+
 def test_the_order_of_the_solvers():
     """On dx/ds = x, solved over 1: halving the steps doubles Euler's error, and quadruples Adams-Bashforth's."""
 

@@ -21,20 +21,27 @@ if TYPE_CHECKING:
 __all__ = ["generate", "load"]
 
 
-def load(weights: str | PathLike | None = None, *, config: Mapping[str, Any] | None = None, seed: int = 0) -> Models:
+def load(
+    weights: str | PathLike | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    low_memory: bool = False,
+) -> Models:
     """Loads a model.
 
     Args:
       weights: a release folder; None = the small model's weights, which ship with the package.
       config: plain nested dict, in place of the weights' own; with `weights=None`, random weights of this config.
       seed: of random weights.
+      low_memory: the weights stay in the host's memory, and each part is on the device only while it is used.
 
     Raises:
       tora_jax.errors.UserError: the folder is missing, broken, or does not fit the config.
     """
     from tora_jax import chain, release
 
-    return chain.load(config, release.DEMO if weights is None and config is None else weights, seed)
+    return chain.load(config, release.DEMO if weights is None and config is None else weights, seed, low_memory)
 
 
 def generate(

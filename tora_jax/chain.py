@@ -43,7 +43,7 @@ class Models:
 
     Attributes:
       tora, vae, motion_vae, t5: the modules.
-      params: part name -> parameter tree.
+      params: part name -> parameter tree; NumPy's arrays are copied to the device for each call, see `load`.
       tokenizer: for `t5`; None where nothing is generated.
       origin: where the parameters come from, for people: a folder, or "random weights (seed 0)".
       sampling: that section of the config: what is to be generated where a person does not say.
@@ -207,7 +207,12 @@ def init_params(parts: Mapping[str, nn.Module], key: jax.Array) -> dict[str, Any
     return params
 
 
-def load(config: Mapping[str, Any] | None = None, weights: str | Path | None = None, seed: int = 0) -> Models:
+def load(
+    config: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    low_memory: bool = False,
+) -> Models:
     """Builds the parts of a config and fills them.
 
     All parts are on the device from here on; at the released sizes in bfloat16, T5 alone takes 9.5 GB of it.
@@ -216,6 +221,7 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | None = N
       config: plain nested dict with "tora", "vae", "motion_vae" and "t5"; None = that of the weights.
       weights: a release folder; None = random weights, which make noise.
       seed: of the random weights.
+      low_memory: the parameters stay in the host's memory, and each part is on the device only while it is used.
 
     Raises:
       UserError: when the config makes no model, or the weights are missing, broken or of another size.
@@ -230,14 +236,15 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | None = N
         shapes = jax.eval_shape(init, jax.random.key(0))
     except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"config: these values make no model: {str(error).strip().splitlines()[0]}") from None
-    released = None if weights is None else release.load(weights)
+    keep = jax.device_get if low_memory else (lambda params: params)
+    released = None if weights is None else release.load(weights, keep)
     length = parts["tora"].stdit.get("caption_length", STDiT.caption_length)
     tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), length)
     _check_fit(**parts, tokenizer=tokenizer)
     if released is None:
         # Run once, so fast to compile beats fast to run: half a minute less on a laptop.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        params = jax.jit(init, compiler_options=quick)(jax.random.key(seed))
+        params = keep(jax.jit(init, compiler_options=quick)(jax.random.key(seed)))
         origin = f"random weights (seed {seed})"
     else:
         params, origin = released.params, str(weights)

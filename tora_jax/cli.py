@@ -47,7 +47,9 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         wanted = request.make(
             section, given | {"prompt": rewrite.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model)}
         )
-    mesh = sharding.make_mesh(args.mesh or f"data={len(jax.devices()) if args.batch else 1}")
+    mesh = sharding.make_mesh(args.mesh or f"data={len(jax.devices()) if args.batch and not args.low_memory else 1}")
+    if args.low_memory and mesh.size > 1:
+        raise UserError(f"--low_memory is for one device, and --mesh={args.mesh} has {mesh.size}; leave one out")
     if not args.batch and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
         raise UserError(
             f"--mesh={args.mesh}: data and fsdp share out the videos of --batch; one video has seq and tensor"
@@ -64,7 +66,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     rules = tuple(common.training()["rules"].items())
     seconds: dict[str, dict[str, float]] = {}
     with generation.timed(seconds, "load"):
-        models = chain.load(config, args.weights, wanted.settings["seed"])
+        models = chain.load(config, args.weights, wanted.settings["seed"], args.low_memory)
         if mesh.size > 1:
             models = generation.place(models, mesh, rules)
     on_mesh = sharding.use(mesh, rules) if mesh.size > 1 else contextlib.nullcontext()
@@ -107,6 +109,7 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     folder = "Release folder, used with its own config unless --config is given. Default: the small model's."
     flags.DEFINE_string("weights", None, folder, **to)
     flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **to)
+    flags.DEFINE_boolean("low_memory", False, "Parts of the model are on the device only while they are used.", **to)
     flags.DEFINE_boolean("quiet", False, "No progress bar.", **to)
     flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **to)
     flags.DEFINE_string("image", None, "Picture for the first frame.", **to)

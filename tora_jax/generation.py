@@ -19,11 +19,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from tora_jax import flow, rectified_flow, sharding, text
+from tora_jax import flow, rectified_flow, sampler, sharding, text
 from tora_jax.chain import Models
 from tora_jax.errors import UserError
 from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.video_vae import latent_frames, latent_of
+from tora_jax.sampler import Savings
 
 Tracks = Float[np.ndarray, "_ t 2"]  # each video may have another number of them
 Pixels = UInt8[np.ndarray, "... h w 3"]
@@ -47,35 +48,6 @@ Images = Mapping[int, Pixels | Given]  # by frame number
 STEPS = 30
 SEED_STEP = 0x9E3779B9  # between the seeds of a video's segments; any odd number would do
 IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
-
-
-class Savings(NamedTuple):
-    """What may be left out to be faster; nothing by default. docs/sampling.md has what each saves and costs.
-
-    Attributes:
-      solver: "euler", or "ab2", the two-step Adams-Bashforth method, which needs fewer steps.
-      guidance_from, guidance_to: the part of the steps, 0..1, in which there is guidance at all.
-      guidance_every: the passes of guidance are computed at every so many steps; what they add is kept between.
-      cache_every: the blocks are computed at every so many steps; what they add is kept between. The first two steps
-        and the last are always computed.
-    """
-
-    solver: str = "euler"
-    guidance_from: float = 0.0
-    guidance_to: float = 1.0
-    guidance_every: int = 1
-    cache_every: int = 1
-
-    def check(self) -> None:
-        """Raises a `UserError` for a value out of its range."""
-        if self.solver not in ("euler", "ab2"):
-            raise UserError(f"solver is {self.solver!r}; choose euler or ab2")
-        if not 0 <= self.guidance_from <= self.guidance_to <= 1:
-            span = f"{self.guidance_from} to {self.guidance_to}"
-            raise UserError(f"guidance_from and guidance_to are {span}; give two numbers that rise within 0 to 1")
-        for name in ("guidance_every", "cache_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +159,7 @@ def generate_batch(
         rows = len(conditions["text"])
         told = {"fps": IMAGE_FPS if num_frames == 1 else fps, "height": height, "width": width}
         conditions.update({name: jnp.full(rows, value, jnp.float32) for name, value in told.items()})
-        conditions = spread(conditions)
+        conditions = jax.block_until_ready(spread(conditions))
 
     motion, features = [None] * len(prompts), None
     if tracks is not None:
@@ -212,21 +184,14 @@ def generate_batch(
             for latent, (image, ratio) in latents.items():
                 x, edit = x.at[row, latent].set(image[0]), edit.at[row, latent].set(ratio)
         x, edit = spread((x, edit))
-        weights = jnp.float32(guidance), jnp.float32(trajectory_guidance)
         times = rectified_flow.sampling_times(steps, height, width, frames)
-        step = functools.partial(models.step, params["tora"])
-        if savings != Savings():
-            step = _saving(models, savings, steps, len(prompts))
-        for i in range(steps):
-            noise = None
-            if edit is not None:
-                noise = spread(jnp.concatenate([rectified_flow.step_noise(key, i, shape) for _, key in keys]))
-            window = jnp.asarray(times[i : i + 3])
-            x = step(x, window, *weights, conditions, features, edit, noise)
-            # Waiting here keeps the progress bar honest, and Ctrl-C within one step.
-            x.block_until_ready()
-            if progress is not None:
-                progress(i + 1)
+
+        def noise(step: int) -> Array:
+            return spread(jnp.concatenate([rectified_flow.step_noise(key, step, shape) for _, key in keys]))
+
+        weights = guidance, trajectory_guidance
+        x = sampler.run(models, x, times, weights, conditions, features, edit, noise, savings, progress)
+        del conditions, features  # the decoder may need the room
 
     with part("decode"):
         videos, finite = models.decode(num_frames, params["vae"], x)
@@ -394,35 +359,6 @@ def add_seconds(total: dict[str, dict[str, float]], more: Mapping[str, Mapping[s
 # ----------------------------------------------------------------------------------------------------------
 # Checks
 # ----------------------------------------------------------------------------------------------------------
-
-
-def _saving(models: Models, savings: Savings, steps: int, count: int) -> Callable:
-    """Steps like `Models.step`, called one after the other, that leave out what `savings` says."""
-    done, memory, residual, before = 0, None, None, 0.0
-
-    def step(x, window, guidance, trajectory_guidance, conditions, features, edit, noise):
-        nonlocal done, memory, residual, before
-        share, i = done / steps, done
-        done += 1
-        if memory is None:
-            memory = rectified_flow.Memory(jnp.zeros_like(x), jnp.zeros_like(x))
-        guided = savings.guidance_from <= share < savings.guidance_to
-        first = math.ceil(savings.guidance_from * steps)
-        if not guided:
-            memory = memory._replace(extra=jnp.zeros_like(x))
-        if not guided or (i - first) % savings.guidance_every:
-            conditions = jax.tree.map(lambda rows: rows[:count], conditions)
-        known = residual is not None and len(residual) == len(conditions["text"])
-        cached = known and 1 < i < steps - 1 and i % savings.cache_every > 0
-        length = float(window[1] - window[2])
-        ratio = jnp.float32(length / before if savings.solver == "ab2" and i else 0.0)
-        before = length
-        weights = guidance, trajectory_guidance
-        rest = conditions, features, edit, noise, memory, ratio, residual if cached else None
-        x, memory, residual = models.saving_step(models.params["tora"], x, window, *weights, *rest)
-        return x
-
-    return step
 
 
 def video_size(models: Models, height: int, width: int) -> tuple[int, int]:

@@ -147,21 +147,27 @@ def sampling_step(
       noise: Gaussian, for the frames that start at this step; needed with `edit`.
     """
     _, now, after = times
-    moving, start = _start(x, times, edit, noise)
+    moving, _, start = _start(x, times, edit, noise)
     velocities = predict(start, jnp.broadcast_to(now, len(x)), moving)[..., : x.shape[-1]].astype(jnp.float32)
     end = start + guide(velocities, guidance, trajectory_guidance) * ((now - after) / NUM_TIMESTEPS)
     return end if edit is None else jnp.where(moving[:, :, None, None, None], end, x)
 
 
-def _start(x: Array, times, edit: Array | None, noise: Array | None) -> tuple[Array | None, Array]:
-    """Which frames move at a step, and the latents with noise in those that start to."""
-    if edit is None:
-        return None, x
+def moving_frames(edit, times):
+    """Which latent frames move at a step, and which of them start to: bool [b, t] both; arguments of `sampling_step`,
+    NumPy's or JAX's, as the result."""
     before, now, _ = times
-    moving = edit * NUM_TIMESTEPS >= now
-    starts = moving & ~(edit * NUM_TIMESTEPS >= before)
-    noisy = add_noise(x, noise, jnp.broadcast_to(now, len(x)))
-    return moving, jnp.where(starts[:, :, None, None, None], noisy, x)
+    moving = edit * np.float32(NUM_TIMESTEPS) >= now
+    return moving, moving & ~(edit * np.float32(NUM_TIMESTEPS) >= before)
+
+
+def _start(x: Array, times, edit: Array | None, noise: Array | None) -> tuple[Array | None, Array | None, Array]:
+    """`moving_frames`, and the latents with noise in those that start to."""
+    if edit is None:
+        return None, None, x
+    moving, starts = moving_frames(edit, times)
+    noisy = add_noise(x, noise, jnp.broadcast_to(times[1], len(x)))
+    return moving, starts, jnp.where(starts[:, :, None, None, None], noisy, x)
 
 
 class Memory(NamedTuple):
@@ -193,16 +199,19 @@ def saving_step(
 
     Args:
       ratio: length of this step over that of the one before: the two-step Adams-Bashforth method, which extrapolates
-        the velocity to the middle of the step. 0 = Euler.
+        the velocity to the middle of the step. 0 = Euler. A frame that starts to move takes Euler's step: the velocity
+        before was that of a frame without noise.
     """
     _, now, after = times
-    moving, start = _start(x, times, edit, noise)
+    moving, starts, start = _start(x, times, edit, noise)
     velocities = predict(start, jnp.broadcast_to(now, len(x)), moving)[..., : x.shape[-1]].astype(jnp.float32)
     if len(velocities) == 1:
         velocity, extra = velocities[0] + memory.extra, memory.extra
     else:
         velocity = guide(velocities, guidance, trajectory_guidance)
         extra = velocity - velocities[0]
+    if edit is not None:
+        ratio = jnp.where(starts, 0.0, ratio)[:, :, None, None, None]
     middle = velocity + ratio / 2 * (velocity - memory.velocity)
     end = start + middle * ((now - after) / NUM_TIMESTEPS)
     end = end if edit is None else jnp.where(moving[:, :, None, None, None], end, x)

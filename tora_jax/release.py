@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,14 +111,17 @@ def part_config(folder: str | Path, part: str) -> dict[str, Any]:
     return dict(config[part])
 
 
-def load(folder: str | Path) -> Release:
+def load(folder: str | Path, keep: Callable[[Any], Any] = lambda params: params) -> Release:
     """Reads a release folder.
+
+    Args:
+      keep: is given the parameters of each part before the next is read, and returns what is kept of them.
 
     Raises:
       UserError: when something is missing or broken; the message names the file.
     """
     folder, config = Path(folder), read_config(folder)
-    params = {part: load_part(folder, part) for part in PARTS}
+    params = {part: keep(load_part(folder, part)) for part in PARTS}
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer}: missing; copy the sentencepiece model of the text encoder there")

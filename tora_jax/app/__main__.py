@@ -14,6 +14,7 @@ MAX_UPLOAD = "50mb"
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tora_jax.app", description="A page to draw on.")
     parser.add_argument("--weights", help="release folder; left out: the small model's")
+    parser.add_argument("--low_memory", action="store_true", help="parts are on the device only while they are used")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 = on all interfaces")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--user", default="tora", help="with --password")
@@ -42,7 +43,9 @@ def serve(folder: Path, options: argparse.Namespace, block: bool = True):
     from tora_jax.app import page, studio
 
     command.use_compilation_cache()
-    blocks = page.build(studio.Studio(tora_jax.load(options.weights), folder / "results"))
+    blocks = page.build(
+        studio.Studio(tora_jax.load(options.weights, low_memory=options.low_memory), folder / "results")
+    )
     password = options.password or os.environ.get("TORA_PASSWORD")
     _, address, _ = blocks.launch(
         server_name=options.host,
