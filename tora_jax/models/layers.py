@@ -142,12 +142,12 @@ class RMSNorm(nn.Module):
 def rotate(x: Float[Array, "*b l k d"], base: float = 10000.0) -> Float[Array, "*b l k d"]:
     """Rotary position embedding over l with interleaved pairs (channels 2i and 2i + 1 turn together)."""
     length, half = x.shape[-3], x.shape[-1] // 2
-    angle = np.arange(length)[:, None] * base ** (-np.arange(half) / half)
+    angle = np.repeat(np.arange(length)[:, None] * base ** (-np.arange(half) / half), 2, axis=-1)
     cos, sin = (jnp.asarray(f(angle), jnp.float32)[:, None, :] for f in (np.cos, np.sin))
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    # A product exchanges neighbours, exactly: an axis of pairs would have TPUs turn whole arrays around in float32.
+    swap = np.kron(np.eye(half), [[0, 1], [-1, 0]]).astype(x.dtype)
+    other = jnp.matmul(x, swap, precision="highest").astype(jnp.float32)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
 class SelfAttention(nn.Module):
