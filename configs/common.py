@@ -80,8 +80,8 @@ def small() -> dict:
         "spatial": {"channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_groups": 8, "latent_channels": 8},
         "temporal": {
             "channels": 8,
-            "latent_channels": 16,
-            "inner_channels": 16,
+            "latent_channels": 24,
+            "inner_channels": 24,
             "filters": 32,
             "channel_multipliers": (1, 2, 2),
             "num_res_blocks": 1,
@@ -92,14 +92,14 @@ def small() -> dict:
         "micro_frame_size": 17,
         "frame_batch": 0,
         "spatial_scaling": 1.0,
-        "latent_shift": (0.0,) * 16,
-        "latent_scale": (1.0,) * 16,
+        "latent_shift": (0.0,) * 24,
+        "latent_scale": (1.0,) * 24,
     }
     return {
         "tora": {
             "stdit": {
                 "variant": "4x128x4/2",
-                "in_channels": 16,
+                "in_channels": 24,
                 "caption_channels": 64,
                 "caption_length": 48,
                 "base_resolution": 128.0,
@@ -270,7 +270,7 @@ def vae_loss(phase: str) -> dict:
 
 def magvit(small: bool) -> dict:
     """A motion VAE in one causal net, pixels to latents of the video VAE's grid."""
-    channels = 16 if small else 4
+    channels = 24 if small else 4
     return {
         "spatial": None,
         "temporal": {

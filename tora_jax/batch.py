@@ -74,7 +74,7 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path}: is over {MAX_BYTES >> 20} MB; cut it into several")
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside of a text, too
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text; --batch takes JSON lines, a video each") from None
     output.check_folder(folder, str(folder))
@@ -95,6 +95,8 @@ def _hash(text: str) -> str:
 
 
 def _content(path: Path) -> str:
+    if not path.is_file():  # a device has no end
+        return ""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -395,7 +395,7 @@ def check_settings(*, num_frames, steps, height, width, fps, guidance, trajector
     for name, value in (("guidance", guidance), ("trajectory_guidance", trajectory_guidance)):
         if not abs(value) <= 1e4:  # NaN too
             raise UserError(f"{name} is {value}; give a number up to 10000 (1 = off)")
-    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
+    if not 0.01 <= fps <= 1000:  # NaN too
         raise UserError(f"fps is {fps}; give a number from 0.01 to 1000")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; give a whole number from 0 to 4294967295")

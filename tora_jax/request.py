@@ -210,7 +210,7 @@ def _check_texts(found: Mapping[str, Any]) -> None:
         raise UserError(f"prompt is {found['prompt']!r}; give a text, or several for the parts of a long video")
     for name in SCORES[:2]:
         value = found.get(name)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+        if value is not None and not (isinstance(value, int | float) and abs(value) <= 1e6):  # NaN is not, too
             raise UserError(f"{name} is {value!r}; give a number, such as 6.5")
     if not isinstance(found.get("camera_motion") or "", str):
         raise UserError(f'camera_motion is {found["camera_motion"]!r}; give a text, such as "pan left"')
