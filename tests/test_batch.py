@@ -57,6 +57,20 @@ def test_lines_become_videos(tiny_models, folder):
     assert report(folder, "00004")["settings"]["motion_score"] == 5
 
 
+def test_lines_end_where_json_lines_do(tiny_models, folder):
+    """Other marks of a line's end may stand in a text."""
+    Path("jobs.jsonl").write_text('{"prompt": "a\u2028star\x85."}\r\n{}\r\n', "utf-8", newline="")
+    first, second = batch.read("jobs.jsonl", folder, SECTION, {})
+    assert (first.wanted.settings["prompt"], second.line) == ("a\u2028star\x85.", 2)
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "a\0b.png", "."])
+def test_what_is_no_file_is_one_failure(tiny_models, folder, file):
+    write({"conditions": [f"0={file}"]})
+    assert run(tiny_models, folder) == (0, 0, 1)
+    assert "\n" not in report(folder, "00001")["error"]
+
+
 def test_failures_are_recorded_and_nothing_is_made_twice(tiny_models, folder, monkeypatch):
     write({"seed": 1}, *BROKEN, {"seed": 2})
     assert run(tiny_models, folder) == (2, 0, 3)

@@ -26,6 +26,7 @@ from tora_jax.errors import UserError
 SCORES = ("aesthetic_score", "motion_score", "camera_motion")  # at the end of the prompt, see `text.append_scores`
 INPUTS = ("trajectories", "conditions")
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+MAX_TEXT = 10_000  # letters: cleaning takes time by their square, and the model reads some hundred tokens
 MAX_CLIP_PIXELS = 10**9  # of all frames of a clip that are decoded, 3 GB; a small file can hold any number
 SAVINGS = generation.Savings._fields
 # What the arguments of `generation.generate_pieces` are called in the settings, too.
@@ -210,10 +211,13 @@ def _check_texts(found: Mapping[str, Any]) -> None:
         raise UserError(f"prompt is {found['prompt']!r}; give a text, or several for the parts of a long video")
     for name in SCORES[:2]:
         value = found.get(name)
-        if value is not None and not (isinstance(value, int | float) and abs(value) <= 1e6):  # NaN is not, too
+        if value is not None and not (isinstance(value, int | float) and abs(value) <= 1e6):  # NaN is not
             raise UserError(f"{name} is {value!r}; give a number, such as 6.5")
     if not isinstance(found.get("camera_motion") or "", str):
         raise UserError(f'camera_motion is {found["camera_motion"]!r}; give a text, such as "pan left"')
+    longest = max(len(each or "") for each in (*prompts, found["negative_prompt"], found.get("camera_motion")))
+    if longest > MAX_TEXT:
+        raise UserError(f"a prompt has {longest} letters; give at most {MAX_TEXT}")
 
 
 # ----------------------------------------------------------------------------------------------------------
