@@ -80,26 +80,27 @@ def small() -> dict:
         "spatial": {"channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_groups": 8, "latent_channels": 8},
         "temporal": {
             "channels": 8,
-            "latent_channels": 24,
-            "inner_channels": 24,
+            "latent_channels": 32,
+            "inner_channels": 32,
             "filters": 32,
             "channel_multipliers": (1, 2, 2),
             "num_res_blocks": 1,
             "norm_groups": 8,
             "temporal_downsample": (True, True),
             "causal_norm": True,  # trained from scratch: see `CausalVAE`
+            "shortcut": True,
         },
         "micro_frame_size": 17,
         "frame_batch": 0,
         "spatial_scaling": 1.0,
-        "latent_shift": (0.0,) * 24,
-        "latent_scale": (1.0,) * 24,
+        "latent_shift": (0.0,) * 32,
+        "latent_scale": (1.0,) * 32,
     }
     return {
         "tora": {
             "stdit": {
                 "variant": "4x128x4/2",
-                "in_channels": 24,
+                "in_channels": 32,
                 "caption_channels": 64,
                 "caption_length": 48,
                 "base_resolution": 128.0,
@@ -270,7 +271,7 @@ def vae_loss(phase: str) -> dict:
 
 def magvit(small: bool) -> dict:
     """A motion VAE in one causal net, pixels to latents of the video VAE's grid."""
-    channels = 24 if small else 4
+    channels = 32 if small else 4
     return {
         "spatial": None,
         "temporal": {

@@ -27,9 +27,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.small:
         config.optim = common.quick(2e-3)
         config.ema, config.eval_every = 0.99, 500
-        config.steps = {"spatial": 2000, "causal": 1000, "joint": 90}[arg.phase]
-        config.optim.lr = {"spatial": 2e-3, "causal": 2e-3, "joint": 5e-4}[arg.phase]
-        config.optim.warmup = {"spatial": 100, "causal": 100, "joint": 20}[arg.phase]
+        config.steps = {"spatial": 2000, "causal": 200, "joint": 90}[arg.phase]
+        config.optim.lr = {"spatial": 2e-3, "causal": 1e-3, "joint": 5e-4}[arg.phase]
+        config.optim.warmup = {"spatial": 100, "causal": 20, "joint": 20}[arg.phase]
         batch = {"spatial": 16, "causal": 8, "joint": 4}[arg.phase]
         config.data.crop = 64
         config.data.buckets = (common.bucket(frames, 128, 128, batch=batch),)

@@ -125,6 +125,8 @@ FINE = "--config.data.damaged_share=0.1"
         ("vae.py:phase=last", (), "phase=last: there are spatial, causal, joint"),
         ("tora.py:stage=3", (), "stage=3: there are 1 (dense flow) and 2 (sparse trajectories)"),
         ("motion_vae.py:arch=gan", (), "arch=gan: there are video, magvit"),
+        ("motion_vae.py:phase=last", (), "phase=last: there are spatial, causal, joint"),
+        ("motion_vae.py:arch=magvit,phase=causal", (), "arch=magvit is one net, trained in one phase, joint"),
         ("vae.py:fase=joint", (), "unknown argument 'fase'"),
         ("none.py", (), "none.py: no such file"),
         (SPATIAL, ("--config.stepz=3",), 'Did you mean "steps" instead of "stepz"?'),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tora_jax.errors import UserError
+from tora_jax.models import causal_vae
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalConv, CausalVAE
 from tora_jax.models.video_vae import VideoVAE, latent_frames, latent_of
@@ -115,6 +116,32 @@ def test_wrong_number_of_levels_is_an_error():
 
 
 # Causality
+
+
+SHORTCUT = {**TEMPORAL, "channels": 2, "latent_channels": 8, "shortcut": True, "causal_norm": True}
+
+
+@pytest.mark.parametrize("frames", [1, 5, 8])
+def test_a_shortcut_loses_nothing_at_first(frames):
+    """The frames of a latent are its channels; zeros stand in front of the first."""
+    model, x = CausalVAE(**SHORTCUT), jnp.asarray(noise(1, frames, 4, 4, 2))
+    variables = model.init(jax.random.key(0), x)
+    mean, logvar = model.apply(variables, x, method="encode")
+    padded = np.concatenate([np.zeros((1, -frames % 4, 4, 4, 2), np.float32), x], 1)
+    np.testing.assert_array_equal(mean[:, -1], np.concatenate(np.moveaxis(padded[:, -4:], 1, 0), -1))
+    np.testing.assert_array_equal(logvar, causal_vae.SHORTCUT_LOGVAR)
+    np.testing.assert_array_equal(model.apply(variables, x), x)
+
+
+def test_nets_add_to_a_shortcut():
+    model, x = CausalVAE(**SHORTCUT), jnp.asarray(noise(1, 5, 4, 4, 2))
+    assert np.abs(model.apply(random_params(model, x), x) - x).mean() > 0.1
+
+
+@pytest.mark.parametrize("change", [{"latent_channels": 6}, {"spatial_downsample": (True, False, False)}])
+def test_a_shortcut_wants_a_channel_for_each_number(change):
+    with pytest.raises(ValueError, match="latent_channels = 8"):
+        CausalVAE(**SHORTCUT | change).init(jax.random.key(0), jnp.zeros((1, 5, 4, 4, 2)))
 
 
 @pytest.mark.parametrize(("time", "space"), [(1, 1), (2, 1), (1, 2), (2, 2)])

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from tora_jax.models.layers import Dtype, conv3d, gathered, group_norm, split_moments
 
 EPS = 1e-5
+SHORTCUT_LOGVAR = -6.0  # of the posterior at the first step: a deviation of 0.05
 CONV = gathered(conv3d, None, None, None, None, None)
 
 
@@ -30,6 +31,7 @@ class CausalConv(nn.Module):
     time_stride: int = 1
     space_stride: int = 1
     use_bias: bool = True
+    zero: bool = False  # starts at zero
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -42,6 +44,7 @@ class CausalConv(nn.Module):
             strides=(self.time_stride, self.space_stride, self.space_stride),
             padding=((self.kernel - self.time_stride, 0), space, space),
             use_bias=self.use_bias,
+            kernel_init=nn.initializers.zeros if self.zero else nn.linear.default_kernel_init,
             dtype=self.dtype,
             conv_general_dilated=CONV,
             name="conv",
@@ -103,6 +106,7 @@ class Decoder(nn.Module):
     norm_groups: int
     causal_norm: bool
     out_channels: int
+    zero: bool
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -120,7 +124,7 @@ class Decoder(nn.Module):
                 x = CausalConv(width, dtype=self.dtype, name=f"stride_{i - 1}")(x)
                 x = einops.rearrange(x, "b t h w (c p q r) -> b (t p) (h q) (w r) c", p=time, q=space, r=space)
         x = nn.silu(group_norm(self.norm_groups, EPS, name="norm_out", per_frame=self.causal_norm)(x))
-        return CausalConv(self.out_channels, dtype=self.dtype, name="conv_out")(x)
+        return CausalConv(self.out_channels, zero=self.zero, dtype=self.dtype, name="conv_out")(x)
 
 
 class CausalVAE(nn.Module):
@@ -134,6 +138,10 @@ class CausalVAE(nn.Module):
     little; the released weights need that. `causal_norm` takes them over each frame alone: then no later
     frame can reach an earlier latent, which is what a net trained from scratch should have.
 
+    With `shortcut` the nets learn what to add to a code that needs none: the frames of a latent side by side as its
+    channels. At the first step nothing is lost, and a small net trained for minutes does not blur what moves. Shortcuts
+    without parameters around strides are DC-AE's idea (Chen et al. 2024, section 3.2).
+
     Fields:
       channels: of the clip, in and out: 4 for the spatial VAE's latents, 3 for pixels.
       latent_channels: of the latent.
@@ -144,7 +152,8 @@ class CausalVAE(nn.Module):
       temporal_downsample, spatial_downsample: does level i halve time, or height and width? One entry for
         each level but the last; the empty tuple halves nowhere. A level that does neither has no convolution
         between it and the next.
-      causal_norm: see above.
+      causal_norm, shortcut: see above; a shortcut wants `channels` times the frames of a latent as `latent_channels`,
+        and no strides in space.
       dtype: of the convolutions; norms run in float32.
 
     Source: Open-Sora v1.2, opensora/models/vae/vae_temporal.py; the spatial strides, and their upsampling by
@@ -161,6 +170,7 @@ class CausalVAE(nn.Module):
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     spatial_downsample: tuple[bool, ...] = ()
     causal_norm: bool = False
+    shortcut: bool = False
     dtype: Dtype = jnp.float32
 
     @property
@@ -181,6 +191,11 @@ class CausalVAE(nn.Module):
                 f"{levels + 1} levels want {levels} entries in temporal_downsample and spatial_downsample, "
                 f"got {len(self.temporal_downsample)} and {len(self.spatial_downsample)}"
             )
+        if self.shortcut and (self.space_factor, self.latent_channels) != (1, self.channels * self.time_factor):
+            raise ValueError(
+                f"a shortcut wants no spatial strides and latent_channels = {self.channels * self.time_factor}, "
+                f"got {self.latent_channels}"
+            )
         shape = (
             tuple(self.filters * m for m in self.channel_multipliers),
             tuple((2 if time else 1, 2 if space else 1) for time, space in zip(*halved, strict=True)),
@@ -189,19 +204,26 @@ class CausalVAE(nn.Module):
             self.causal_norm,
         )
         self.encoder = Encoder(self.filters, *shape, 2 * self.inner_channels, self.dtype)
-        self.decoder = Decoder(*shape, self.channels, self.dtype)
-        self.quant_conv = CausalConv(2 * self.latent_channels, kernel=1, dtype=self.dtype)
+        self.decoder = Decoder(*shape, self.channels, self.shortcut, self.dtype)
+        self.quant_conv = CausalConv(2 * self.latent_channels, kernel=1, zero=self.shortcut, dtype=self.dtype)
         self.post_quant_conv = CausalConv(self.inner_channels, kernel=1, dtype=self.dtype)
 
     def encode(self, x: Float[Array, "b t h w _"]) -> tuple[Float[Array, "b t4 h2 w2 c"], Float[Array, "b t4 h2 w2 c"]]:
-        """A clip of any length -> mean and log-variance (-30..20) of the posterior, float32."""
+        """A clip of any length -> mean and log-variance (-30..20, a shortcut's -36..14) of the posterior, float32."""
         front = -x.shape[1] % self.time_factor
         x = jnp.pad(x, ((0, 0), (front, 0), (0, 0), (0, 0), (0, 0)))
-        return split_moments(self.quant_conv(self.encoder(x)))
+        mean, logvar = split_moments(self.quant_conv(self.encoder(x)))
+        if self.shortcut:
+            mean += einops.rearrange(x, "b (t p) h w c -> b t h w (p c)", p=self.time_factor)
+            logvar += SHORTCUT_LOGVAR
+        return mean, logvar
 
     def decode(self, z: Float[Array, "b t4 h2 w2 c"], num_frames: int) -> Float[Array, "b t h w _"]:
         """A latent -> the clip of `num_frames` that it was made from."""
-        return self.decoder(self.post_quant_conv(z))[:, -num_frames % self.time_factor :]
+        x = self.decoder(self.post_quant_conv(z))
+        if self.shortcut:
+            x += einops.rearrange(z, "b t h w (p c) -> b (t p) h w c", p=self.time_factor)
+        return x[:, -num_frames % self.time_factor :]
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:
         """The reconstruction from the posterior's mean."""
