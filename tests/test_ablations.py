@@ -76,6 +76,14 @@ def test_pixels_of_a_cell_become_its_channels():
     np.testing.assert_array_equal(latents[0, 0, 1, 0].reshape(8, 8, 3), picture[0, 0, 8:, :8])
 
 
+def test_the_vaes_are_those_that_ship():
+    """So that the command works on the weights that it takes by default."""
+    config = release.tuples(base.make("sparse", False).to_dict())
+    shipped = release.read_config(release.DEMO)
+    assert (config["vae"], config["motion_vae"]) == (shipped["vae"], shipped["motion_vae"])
+    assert config["tora"]["stdit"]["in_channels"] == shipped["tora"]["stdit"]["in_channels"]
+
+
 def test_principal_components():
     """Of variance 1, and a better code than any other eight directions."""
     like = VideoVAE(**common.small()["vae"])

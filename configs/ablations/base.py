@@ -12,6 +12,8 @@ The files beside this one each change one thing, as one table of the paper does.
 from ml_collections import ConfigDict
 from tora_jax.configs import common
 
+from tora_jax import release
+
 STAGES = {"dense": ("dense",), "sparse": ("sparse",), "both": ("dense", "sparse")}
 MOTIONS = ("key_frames", "mean_pooling", "motion_vae", "none")
 STEPS = 500  # of a whole cell; two stages have half of them each
@@ -36,6 +38,10 @@ def make(
         if value not in known:
             raise ValueError(f"{name}={value}: there are {', '.join(known)}")
     config = ConfigDict(common.tiny() if runlocal else common.small())
+    if not runlocal:  # the VAEs are not trained here: those of the weights that ship
+        shipped = release.read_config(release.DEMO)
+        config.vae, config.motion_vae = ConfigDict(shipped["vae"]), ConfigDict(shipped["motion_vae"])
+        config.tora.stdit.in_channels = shipped["tora"]["stdit"]["in_channels"]
     config.update(common.training())
     config.tora.fuser, config.tora.placement = fuser, placement
     config.tora.stdit.base_resolution = 64.0
