@@ -110,6 +110,7 @@ def small() -> dict:
             "fuser": "adaptive_norm",
             "placement": "temporal",
             "motion_features": 64,
+            "prediction": "data",  # a patch has 128 numbers, as many as the width
         },
         "vae": vae,
         "motion_vae": vae,

@@ -189,3 +189,20 @@ def test_released_sizes(variant, billions):
 def test_unknown_names(field):
     with pytest.raises(ValueError, match="unknown"):
         Tora(STDIT, **{field: "sideways"}).init(jax.random.key(0), **inputs())
+
+
+def test_data_prediction_is_the_same_output_read_another_way():
+    """The velocity is (output - x_t) / t, with t no less than 0.05; the released weights' output is the velocity."""
+    velocity, params = init("adaptive_norm", "temporal")
+    data = velocity.clone(prediction="data")
+    for timestep, divisor in (([300.0, 900.0], [0.3, 0.9]), ([10.0, 1000.0], [0.05, 1.0])):
+        timestep, divisor = jnp.array(timestep), jnp.array(divisor)[:, None, None, None, None]
+        output = apply(velocity, shaken(params), timestep=timestep)
+        found = apply(data, shaken(params), timestep=timestep)
+        assert_close(found[..., :4], (output[..., :4] - inputs()["x"]) / divisor, 1e-5)
+        assert_close(found[..., 4:], output[..., 4:], 1e-6)
+
+
+def test_unknown_prediction_is_named():
+    with pytest.raises(ValueError, match="unknown prediction 'noise'; choose one of velocity, data"):
+        Tora(STDIT, prediction="noise").init(jax.random.key(0), **inputs())
