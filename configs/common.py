@@ -110,7 +110,7 @@ def small() -> dict:
             "fuser": "adaptive_norm",
             "placement": "temporal",
             "motion_features": 64,
-            "prediction": "data",  # a patch has 128 numbers, as many as the width
+            "data_std": 0.25,  # about that of the smaller principal components of a patch, whose numbers are 128
         },
         "vae": vae,
         "motion_vae": vae,

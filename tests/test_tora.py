@@ -191,18 +191,33 @@ def test_unknown_names(field):
         Tora(STDIT, **{field: "sideways"}).init(jax.random.key(0), **inputs())
 
 
-def test_data_prediction_is_the_same_output_read_another_way():
-    """The velocity is (output - x_t) / t, with t no less than 0.05; the released weights' output is the velocity."""
-    velocity, params = init("adaptive_norm", "temporal")
-    data = velocity.clone(prediction="data")
-    for timestep, divisor in (([300.0, 900.0], [0.3, 0.9]), ([10.0, 1000.0], [0.05, 1.0])):
-        timestep, divisor = jnp.array(timestep), jnp.array(divisor)[:, None, None, None, None]
-        output = apply(velocity, shaken(params), timestep=timestep)
-        found = apply(data, shaken(params), timestep=timestep)
-        assert_close(found[..., :4], (output[..., :4] - inputs()["x"]) / divisor, 1e-5)
+def test_with_data_std_the_output_is_the_data_under_much_noise():
+    """What the velocity says of the data, x_t + t v, is the output at t = 1, and x_t where there is no noise."""
+    plain_tora, params = init("adaptive_norm", "temporal")
+    tora, x = plain_tora.clone(data_std=0.25), inputs()["x"]
+    for timestep, weight in ((1000.0, 1.0), (0.0, 0.0)):
+        timestep = jnp.full(BATCH, timestep)
+        output = apply(plain_tora, shaken(params), timestep=timestep)
+        found = apply(tora, shaken(params), timestep=timestep)
+        assert_close(x + weight * found[..., :4], weight * output[..., :4] + (1 - weight) * x, 1e-5)
         assert_close(found[..., 4:], output[..., 4:], 1e-6)
 
 
-def test_unknown_prediction_is_named():
-    with pytest.raises(ValueError, match="unknown prediction 'noise'; choose one of velocity, data"):
-        Tora(STDIT, prediction="noise").init(jax.random.key(0), **inputs())
+@pytest.mark.parametrize("std", [0.25, 1.0])
+def test_data_std_is_that_of_data_for_which_an_output_of_zero_is_best(std):
+    """Of Gaussian data the best velocity is a multiple of x_t; the fit of v to x_t finds what a zero output gives."""
+    tora, params = init("adaptive_norm", "temporal")
+    tora, params = tora.clone(data_std=std), jax.tree.map(jnp.zeros_like, params)
+    noise, data = jax.random.normal(jax.random.key(3), (2, BATCH, FRAMES, 40, 40, 4))
+    for t in (0.1, 0.5, 0.9):
+        x_t, velocity = (1 - t) * std * data + t * noise, std * data - noise
+        want = (velocity * x_t).sum() / jnp.square(x_t).sum() * x_t
+        found = tora.apply(
+            {"params": params}, **inputs() | {"x": x_t, "motion": None, "timestep": jnp.full(BATCH, 1000 * t)}
+        )
+        assert_close(found[..., :4], want, 0.05)
+
+
+def test_a_data_std_of_zero_is_refused():
+    with pytest.raises(ValueError, match="data_std=0: it must be over 0, or None"):
+        Tora(STDIT, data_std=0).init(jax.random.key(0), **inputs())

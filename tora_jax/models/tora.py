@@ -15,9 +15,6 @@ from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.trajectory_extractor import TrajectoryExtractor
 from tora_jax.rectified_flow import NUM_TIMESTEPS
 
-PREDICTIONS = ("velocity", "data")
-LEAST_TIME = 0.05  # on the 0..1 scale, at which the data's error stops to count more; the paper's
-
 
 class Tora(nn.Module):
     """Trajectory-controlled denoiser (Tora, section 3).
@@ -25,31 +22,36 @@ class Tora(nn.Module):
     The parameter tree is {"stdit": ..., "extractor": ...}; without the leaves named "*_fuser", "stdit" is plain
     Open-Sora's tree.
 
-    With `prediction="data"` ST-DiT's output is the clean latents x, and the velocity (x - x_t) / t is made of that. A
-    velocity has all of the noise in it, which must then get through every block; a net whose width is no more than the
-    numbers in a patch has no room for anything else. Clean latents lie on far fewer dimensions (Li and He 2025, "Back
-    to basics: let denoising generative models denoise").
+    A velocity has all of the noise in it, which must then get through every block; a net whose width is no more than
+    the numbers in a patch has room for little else. Clean latents lie on far fewer dimensions (Li and He 2025, "Back to
+    basics: let denoising generative models denoise", predicts them). `data_std` makes the velocity of the noisy latents
+    x_t and of ST-DiT's output F as Karras et al. 2022 (EDM, section 5) do, written for the straight line between data
+    and noise, t in 0..1, and s = `data_std`:
+
+      v = ((s^2 (1 - t) - t) x_t + sqrt(d) F) / d, d = s^2 (1 - t)^2 + t^2
+
+    F stands for the data where the noise is larger than s, and for what is left of the noise where it is smaller.
 
     Attributes:
       stdit: fields of `STDiT` but for its fuser and placement.
       fuser, placement: see `MotionFuser` and `STDiT`.
       motion_features: channels of the extractor.
-      prediction: what ST-DiT's output is: "velocity", as the released weights, or "data".
+      data_std: see above; None = the output is the velocity, as that of the released weights.
     """
 
     stdit: Mapping[str, Any]
     fuser: str = "adaptive_norm"
     placement: str = "temporal"
     motion_features: int = 128
-    prediction: str = "velocity"
+    data_std: float | None = None
 
     def setup(self):
         if self.fuser not in FORMS:
             raise ValueError(f"unknown fuser {self.fuser!r}; choose one of {', '.join(FORMS)}")
         if self.placement not in PLACEMENTS:
             raise ValueError(f"unknown placement {self.placement!r}; choose one of {', '.join(PLACEMENTS)}")
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"unknown prediction {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
+        if self.data_std is not None and self.data_std <= 0:
+            raise ValueError(f"data_std={self.data_std}: it must be over 0, or None")
         size = parse_variant(self.stdit.get("variant", STDiT.variant))
         dtype: Dtype = self.stdit.get("dtype", STDiT.dtype)
         remat = self.stdit.get("remat", STDiT.remat)
@@ -65,11 +67,13 @@ class Tora(nn.Module):
     def denoise(self, x, timestep, text, *, features=None, **conditions) -> Float[Array, "b t h w c2"]:
         """One forward pass with features that `extract` gave, or None for plain Open-Sora; see `STDiT`."""
         output = self.denoiser(x, timestep, text, features=features, **conditions)
-        if self.prediction == "velocity":
+        if self.data_std is None:
             return output
-        data, rest = jnp.split(output, 2, axis=-1)
-        time = jnp.maximum(timestep / NUM_TIMESTEPS, LEAST_TIME)[:, None, None, None, None]
-        return jnp.concatenate([(data - x) / time, rest], axis=-1)
+        velocity, rest = jnp.split(output, 2, axis=-1)
+        t, variance = (timestep / NUM_TIMESTEPS)[:, None, None, None, None], self.data_std**2
+        d = variance * (1 - t) ** 2 + t**2
+        velocity = (variance * (1 - t) - t) / d * x + velocity / jnp.sqrt(d)
+        return jnp.concatenate([velocity, rest], axis=-1)
 
     def __call__(
         self,
