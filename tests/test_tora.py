@@ -205,17 +205,16 @@ def test_with_data_std_the_output_is_the_data_under_much_noise():
 
 @pytest.mark.parametrize("std", [0.25, 1.0])
 def test_data_std_is_that_of_data_for_which_an_output_of_zero_is_best(std):
-    """Of Gaussian data the best velocity is a multiple of x_t; the fit of v to x_t finds what a zero output gives."""
+    """Of Gaussian data the best velocity is a multiple of x_t; with an output of zero the velocity is that."""
     tora, params = init("adaptive_norm", "temporal")
     tora, params = tora.clone(data_std=std), jax.tree.map(jnp.zeros_like, params)
     noise, data = jax.random.normal(jax.random.key(3), (2, BATCH, FRAMES, 40, 40, 4))
     for t in (0.1, 0.5, 0.9):
         x_t, velocity = (1 - t) * std * data + t * noise, std * data - noise
-        want = (velocity * x_t).sum() / jnp.square(x_t).sum() * x_t
-        found = tora.apply(
-            {"params": params}, **inputs() | {"x": x_t, "motion": None, "timestep": jnp.full(BATCH, 1000 * t)}
-        )
-        assert_close(found[..., :4], want, 0.05)
+        changes = {"x": x_t, "motion": None, "timestep": jnp.full(BATCH, 1000 * t)}
+        found = tora.apply({"params": params}, **inputs() | changes)[..., :4]
+        best = (velocity * x_t).sum() / jnp.square(x_t).sum()  # of so many numbers, to about 1 %
+        np.testing.assert_allclose(found, best * x_t, atol=0.02 * jnp.abs(velocity).max())
 
 
 def test_a_data_std_of_zero_is_refused():
