@@ -110,6 +110,7 @@ def small() -> dict:
             "fuser": "adaptive_norm",
             "placement": "temporal",
             "motion_features": 64,
+            "time_scale": 5.0,  # a small video's colours and paths are settled in much noise: see docs/demo.md
             "data_std": 0.25,  # about that of the smaller principal components of a patch, whose numbers are 128
         },
         "vae": vae,

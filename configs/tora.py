@@ -47,9 +47,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluation.clips = 4
     if arg.small:
         config.train = (r"tora/.*", r"t5/.*")
-        config.steps = 100 if arg.stage == 1 else 1600
-        config.optim = {**common.quick(2e-3), "warmup": 50 if arg.stage == 1 else 100}
-        config.ema = 0.995
+        config.steps = 100 if arg.stage == 1 else 3000
+        config.optim = {**common.quick(2.5e-3), "warmup": 50 if arg.stage == 1 else 100}
+        config.ema = 0.997
+        config.loss.timesteps = "uniform"
         config.data.buckets = (common.bucket(17, 128, 128, batch=16),)
         config.data.tracks, config.data.max_tracks = "given", 3
         config.data.frame_masks = {"image_head": 0.15, "image_tail": 0.05, "random": 0.05}

@@ -240,7 +240,7 @@ def test_configs_that_make_no_model(tiny_config, path, value, message):
     assert "\n" not in str(error.value)
 
 
-def told(models, **changes):
+def told(models, time_scale=1.0, **changes):
     """What the denoiser is told at each step; one that predicts ones stands in for it."""
     calls = []
 
@@ -252,8 +252,16 @@ def told(models, **changes):
             return jnp.ones_like(x)
 
     with jax.disable_jit():
-        run(dataclasses.replace(models, tora=Recorder({"variant": "1x16x2/2"})), **changes)
+        run(dataclasses.replace(models, tora=Recorder({"variant": "1x16x2/2"}, time_scale=time_scale)), **changes)
     return calls
+
+
+def test_the_time_scale_of_the_weights_holds_in_sampling(tiny_models, tracks):
+    calls = told(tiny_models, time_scale=5.0, prompt="", tracks=tracks, height=37)
+    times = rectified_flow.sampling_times(2, 37, 48, 2, scale=5.0)
+    assert times[2] > 1.5 * rectified_flow.sampling_times(2, 37, 48, 2)[2]
+    for call, time in zip(calls, times[1:-1], strict=True):
+        np.testing.assert_allclose(call["timestep"], time)
 
 
 def test_what_the_denoiser_is_told(tiny_models, tracks):

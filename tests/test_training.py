@@ -14,6 +14,7 @@ from tora_jax.configs import common, tora
 from tora_jax import lora, optim, sharding, training
 from tora_jax.data import pipeline
 from tora_jax.errors import UserError
+from tora_jax.models.tora import Tora
 
 BATCH = 16  # two samples on each of 8 devices: for one alone, XLA sums in another order, which a tiny model amplifies
 LATENTS = (2, 4, 4, 4)
@@ -128,6 +129,27 @@ def test_stage_1_starts_from_the_base_model(parts, tiny_models):
     without, _ = jax.jit(base)(tiny_models.params, without_motion(batch), keys)
     assert loss == pytest.approx(float(without.mean()), rel=1e-6)
     assert any(np.any(leaf) for path, leaf in gradients.items() if "_fuser/" in path)  # and it can learn from there
+
+
+def test_the_time_scale_of_the_weights_holds_in_training(parts, params):
+    """Timesteps of the same draws: t' = s t / (1 + (s - 1) t) for a scale of s times as much."""
+
+    def timesteps(scale: float) -> np.ndarray:
+        seen = []
+
+        class Recorder(Tora):
+            def apply(self, variables, x, t, *args, **conditions):
+                seen.append(np.asarray(t))
+                return x
+
+        recorder = Recorder(parts["tora"].stdit, time_scale=scale)
+        batch = on_device(make_batch(0))
+        keys = training.sample_keys(jax.random.key(0), 0, batch)
+        training.tora_loss({**parts, "tora": recorder}, LOSS)(params, batch, keys)
+        return seen[0] / 1000
+
+    one = timesteps(1.0)
+    np.testing.assert_allclose(timesteps(5.0), 5 * one / (1 + 4 * one), rtol=1e-5)
 
 
 def test_what_is_frozen_does_not_change_by_a_bit(parts, params):

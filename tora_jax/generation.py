@@ -184,7 +184,7 @@ def generate_batch(
             for latent, (image, ratio) in latents.items():
                 x, edit = x.at[row, latent].set(image[0]), edit.at[row, latent].set(ratio)
         x, edit = spread((x, edit))
-        times = rectified_flow.sampling_times(steps, height, width, frames)
+        times = rectified_flow.sampling_times(steps, height, width, frames, scale=models.tora.time_scale)
 
         def noise(step: int) -> Array:
             return spread(jnp.concatenate([rectified_flow.step_noise(key, step, shape) for _, key in keys]))

@@ -87,7 +87,7 @@ def training_loss(
 
 
 def sampling_times(
-    num_steps: int, height: float, width: float, latent_frames: int, transform: bool = True
+    num_steps: int, height: float, width: float, latent_frames: int, transform: bool = True, scale: float = 1.0
 ) -> Float[np.ndarray, "steps_plus_2"]:
     """The sampler's timesteps, from noise to data, with the two ends that its first and last steps need.
 
@@ -98,7 +98,7 @@ def sampling_times(
     t = np.asarray([(1 - i / num_steps) * NUM_TIMESTEPS for i in range(num_steps)], np.float32)
     if transform:
         # At some small sizes rounding gives 1000.0001, and a frame with edit ratio 1 would miss the first step.
-        t = np.minimum(transform_timesteps(t, height, width, latent_frames), np.float32(NUM_TIMESTEPS))
+        t = np.minimum(transform_timesteps(t, height, width, latent_frames, scale), np.float32(NUM_TIMESTEPS))
     return np.concatenate([[NUM_TIMESTEPS], t, [0]]).astype(np.float32)
 
 

@@ -242,7 +242,8 @@ def tora_loss(parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss
         motion = _latents(parts, params, batch, draws["motion"], "motion_vae", "maps", "motion")
         t = jax.vmap(lambda key: rectified_flow.sample_timesteps(key, 1, config["timesteps"])[0])(draws["time"])
         if config["transform"]:
-            t = rectified_flow.transform_timesteps(t, batch["height"], batch["width"], x.shape[1])
+            scale = parts["tora"].time_scale
+            t = rectified_flow.transform_timesteps(t, batch["height"], batch["width"], x.shape[1], scale)
         predict = tora_predict(
             parts,
             params,

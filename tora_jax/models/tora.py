@@ -37,6 +37,7 @@ class Tora(nn.Module):
       fuser, placement: see `MotionFuser` and `STDiT`.
       motion_features: channels of the extractor.
       data_std: see above; None = the output is the velocity, as that of the released weights.
+      time_scale: `scale` of `rectified_flow.transform_timesteps`, in training and in sampling.
     """
 
     stdit: Mapping[str, Any]
@@ -44,6 +45,7 @@ class Tora(nn.Module):
     placement: str = "temporal"
     motion_features: int = 128
     data_std: float | None = None
+    time_scale: float = 1.0
 
     def setup(self):
         if self.fuser not in FORMS:
