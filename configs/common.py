@@ -131,8 +131,8 @@ def small() -> dict:
             "width": 128,
             "num_frames": 17,
             "fps": 8.0,
-            "guidance": 4.0,
-            "trajectory_guidance": 4.0,
+            "guidance": 1.5,
+            "trajectory_guidance": 2.5,
         },
     }
 
