@@ -286,6 +286,27 @@ def test_ctrl_c_stops_and_leaves_nothing(tmp_path, tiny_release):
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_inside_garbage_collection_is_neither_lost_nor_shown():
+    """JAX has a callback there, out of which Python lets no exception."""
+    script = """
+import gc, os, signal
+from tora_jax import command
+
+def body(argv, check_interrupt):
+    def press(phase, info):
+        gc.callbacks.remove(press)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000): pass
+    gc.callbacks.append(press)
+    gc.collect()
+    check_interrupt()
+
+command.run(body, ["work.py"], "go on")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (130, "\nwork.py: stopped; go on\n")
+
+
 def test_help_names_every_flag(sample):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:

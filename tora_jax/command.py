@@ -68,7 +68,7 @@ def _remembered_interrupts() -> Iterator[Callable[[], None]]:
     """Ctrl-C raises KeyboardInterrupt as always, and again from the function that this yields.
 
     Python drops an exception raised inside a garbage-collection callback, and JAX has one: a Ctrl-C that falls
-    there would be lost.
+    there would be lost, and the user would read of it in a traceback.
     """
     seen = []
 
@@ -80,11 +80,17 @@ def _remembered_interrupts() -> Iterator[Callable[[], None]]:
         if seen:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, remember)
+    def report_others(dropped) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            report(dropped)
+
+    before, report = signal.signal(signal.SIGINT, remember), sys.unraisablehook
+    sys.unraisablehook = report_others
     try:
         yield check
     finally:
         signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = report
 
 
 def parse(
