@@ -227,6 +227,8 @@ def changed(config, path, value):
         ("tora.stdit.dtype", "bfloat17", "bfloat17"),
         ("tora.stdit.caption_channels", 16, "make them equal"),
         ("tora.stdit.in_channels", 8, "8"),
+        ("tora.data_std", 0.0, "data_std"),
+        ("tora.time_scale", 0.0, "time_scale"),
         ("vae.spatial.norm_groups", 3, "config"),
         ("vae.temporal.temporal_downsample", (True,), "temporal_downsample"),
         ("vae.micro_frame_size", 9, "micro_frame_size"),

@@ -91,6 +91,11 @@ def sampling_times(
 ) -> Float[np.ndarray, "steps_plus_2"]:
     """The sampler's timesteps, from noise to data, with the two ends that its first and last steps need.
 
+    Args:
+      num_steps: of the sampler.
+      height, width, latent_frames, scale: see `transform_timesteps`.
+      transform: False leaves the timesteps even.
+
     Returns:
       [1000, t_0, ..., t_{n-1}, 0]: step i goes from t_i to t_{i+1} (the last one to 0) and looks back at the
       entry before t_i to see which frames were already on their way.

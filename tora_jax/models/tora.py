@@ -37,7 +37,7 @@ class Tora(nn.Module):
       fuser, placement: see `MotionFuser` and `STDiT`.
       motion_features: channels of the extractor.
       data_std: see above; None = the output is the velocity, as that of the released weights.
-      time_scale: `scale` of `rectified_flow.transform_timesteps`, in training and in sampling.
+      time_scale: `scale` of `rectified_flow.transform_timesteps`, in training and in sampling; over 0.
     """
 
     stdit: Mapping[str, Any]
@@ -54,6 +54,8 @@ class Tora(nn.Module):
             raise ValueError(f"unknown placement {self.placement!r}; choose one of {', '.join(PLACEMENTS)}")
         if self.data_std is not None and self.data_std <= 0:
             raise ValueError(f"data_std={self.data_std}: it must be over 0, or None")
+        if self.time_scale <= 0:
+            raise ValueError(f"time_scale={self.time_scale}: it must be over 0")
         size = parse_variant(self.stdit.get("variant", STDiT.variant))
         dtype: Dtype = self.stdit.get("dtype", STDiT.dtype)
         remat = self.stdit.get("remat", STDiT.remat)
@@ -71,10 +73,10 @@ class Tora(nn.Module):
         output = self.denoiser(x, timestep, text, features=features, **conditions)
         if self.data_std is None:
             return output
-        velocity, rest = jnp.split(output, 2, axis=-1)
+        output, rest = jnp.split(output, 2, axis=-1)
         t, variance = (timestep / NUM_TIMESTEPS)[:, None, None, None, None], self.data_std**2
         d = variance * (1 - t) ** 2 + t**2
-        velocity = (variance * (1 - t) - t) / d * x + velocity / jnp.sqrt(d)
+        velocity = (variance * (1 - t) - t) / d * x + output / jnp.sqrt(d)
         return jnp.concatenate([velocity, rest], axis=-1)
 
     def __call__(
