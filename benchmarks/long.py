@@ -1,11 +1,11 @@
 """Long videos and given frames on the benchmark sprites, as JSON on stdout.
 
-  python -m benchmarks.long [--weights DIR] [--parts extension,pause,ends] [--clips 8] [--frames 136] [--save FOLDER]
+  python -m benchmarks.long [--weights DIR] [--parts extension,pause,ends] [--clips 8] [--frames 136] [--overlap N]
 
 Parts:
-  extension  a video of --frames by extension, on a closed curve with about a model's usual speed: the frame difference
-             at the seams over the median (aim: at most 1.5), and the path's error segment by segment, over what linear
-             growth from the first one allows (aim: at most 1)
+  extension  a video of --frames by extension, on a closed curve at a steady speed, so that no fast stretch passes for a
+             jump: the frame difference at the seams over the median (aim: at most 1.5), and the path's error segment
+             by segment, over what linear growth from the first one allows (aim: at most 1)
   pause      the same length, the path rests for a third of it: the object's speed there over its mean (aim: under 0.1)
   ends       first and last frame given: PSNR of both and that of the VAE's own reconstruction of them (aim: within
              1 dB), and the path's error in between (aim: under 1.5 % of the width); and PSNR of the last frame where
@@ -31,21 +31,23 @@ from tora_jax.data import sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import sprites as measures
 
-TURNS = 1 / 34  # of the closed curve, each frame: about 3 % of the width a frame
+SPEED = 0.045  # of the closed curve, in widths a frame; training clips have 0.025 to 0.0625 on average
 REST = (1 / 3, 2 / 3)  # of the video, in `pause`
 MARGIN = 4  # frames of the rest at either end that do not count: a latent holds as many
 
 
 def curve(index: int, frames: int, rest: bool) -> np.ndarray:
-    """A closed curve, float32 [1, frames, 2]; with `rest` it stands still in the middle third."""
+    """A closed curve, float32 [1, frames, 2], at one speed; with `rest` it stands still in the middle third."""
     rng = np.random.default_rng([7, index])
     when = np.arange(frames, dtype=np.float64)
     if rest:
         start, stop = (round(share * frames) for share in REST)
         when = np.minimum(when, start) + np.maximum(when - stop, 0)
-    phase, turns = rng.uniform(0, 2 * np.pi, 2), when * TURNS * 2 * np.pi
-    x, y = 0.5 + 0.28 * np.sin(turns + phase[0]), 0.5 + 0.28 * np.sin(2 * turns + phase[1])
-    return np.stack([x, y], -1)[None].astype(np.float32)
+    phase, turn = rng.uniform(0, 2 * np.pi, 2), np.linspace(0, 2 * np.pi, 1000)
+    points = 0.5 + 0.28 * np.stack([np.sin(turn + phase[0]), np.sin(2 * turn + phase[1])], -1)
+    travelled = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
+    place = when * SPEED % travelled[-1]
+    return np.stack([np.interp(place, travelled, points[:, i]) for i in range(2)], -1)[None].astype(np.float32)
 
 
 def make(bench: dict[str, Any], index: int, rest: bool) -> tuple[np.ndarray, np.ndarray, list[int], str]:
@@ -59,6 +61,7 @@ def make(bench: dict[str, Any], index: int, rest: bool) -> tuple[np.ndarray, np.
         [track],
         seeds=[index],
         segment=settings["num_frames"],
+        overlap=bench["overlap"],
         **{**settings, "num_frames": frames},
     )
     videos = [piece.video for (piece,) in pieces]
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--frames", type=int, default=136)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--overlap", type=int, default=0, help="latent frames that a segment takes over")
     parser.add_argument("--save", type=Path, help="folder for the long videos, with their paths drawn in")
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -153,7 +157,14 @@ def main() -> None:
     found = {part: PARTS[part](bench) for part in parts}
     print(
         json.dumps(
-            {"weights": options.weights, "clips": options.clips, "frames": options.frames, **rounded(found)}, indent=2
+            {
+                "weights": options.weights,
+                "clips": options.clips,
+                "frames": options.frames,
+                "overlap": options.overlap,
+                **rounded(found),
+            },
+            indent=2,
         )
     )
 

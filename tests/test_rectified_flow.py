@@ -155,3 +155,10 @@ def test_longer_and_larger_videos_see_more_noise():
     np.testing.assert_allclose(rectified_flow.transform_timesteps(t, 512, 512, 1), t, rtol=1e-6)
     inside = jax.jit(rectified_flow.transform_timesteps)(jnp.asarray(t), 512, 512, 15)
     np.testing.assert_allclose(inside, large, rtol=1e-5)
+
+
+def test_weights_of_cells(data, noise):
+    """An error of 2 everywhere, with weights 1 and 3 in halves of the cells."""
+    weight = jnp.ones(data.shape[:-1]).at[..., : data.shape[-2] // 2].set(3.0)
+    loss = rectified_flow.training_loss(lambda x, t: data - noise + 2, data, noise, jnp.array([1.0, 2.0]), None, weight)
+    np.testing.assert_allclose(loss, 4 * weight.mean((1, 2, 3)), rtol=1e-5)

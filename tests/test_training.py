@@ -19,7 +19,7 @@ from tora_jax.models.tora import Tora
 BATCH = 16  # two samples on each of 8 devices: for one alone, XLA sums in another order, which a tiny model amplifies
 LATENTS = (2, 4, 4, 4)
 OPTIM = {**common.training()["optim"], "warmup": 0, "clip": 0.0}
-LOSS = {"timesteps": "logit_normal", "transform": True, "drop_text": 0.2, "drop_motion": 0.2}
+LOSS = {"timesteps": "logit_normal", "transform": True, "drop_text": 0.2, "drop_motion": 0.2, "path_weight": 0.0}
 RULES = tuple(common.training()["rules"].items())
 STAGE_1 = tuple(tora.get_config("stage=1").train)
 
@@ -150,6 +150,32 @@ def test_the_time_scale_of_the_weights_holds_in_training(parts, params):
 
     one = timesteps(1.0)
     np.testing.assert_allclose(timesteps(5.0), 5 * one / (1 + 4 * one), rtol=1e-5)
+
+
+def test_near_paths():
+    """A cell that differs in motion weighs more, and its neighbours in space and time; a still clip has no such cell."""
+    motion = np.zeros((2, 5, 8, 8, 3), np.float32) + np.float32([0.3, -1, 2])
+    motion[0, 2, 4, 4] += 1
+    near = np.asarray(training.near_paths(jnp.asarray(motion)))
+    touched = np.zeros((5, 8, 8), bool)
+    touched[1:4, 3:6, 3:6] = True
+    assert near[0][touched].min() > 0.8
+    assert np.abs(near[0][~touched]).max() == np.abs(near[1]).max() == 0
+
+
+def test_weight_beside_the_paths(parts, params):
+    """It changes the losses of samples with motion, and them alone."""
+    batch = on_device(make_batch(0))
+    keys = training.sample_keys(jax.random.key(0), 0, batch)
+
+    def losses(batch, weight, drop):
+        config = {**LOSS, "path_weight": weight, "drop_motion": drop}
+        return np.asarray(training.tora_loss(parts, config)(params, batch, keys)[0])
+
+    assert (losses(batch, 5.0, 0.0) > losses(batch, 0.0, 0.0)).all()
+    np.testing.assert_array_equal(losses(batch, 5.0, 1.0), losses(batch, 0.0, 1.0))
+    still = without_motion(batch)
+    np.testing.assert_array_equal(losses(still, 5.0, 0.0), losses(still, 0.0, 0.0))
 
 
 def test_what_is_frozen_does_not_change_by_a_bit(parts, params):

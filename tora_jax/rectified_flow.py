@@ -66,6 +66,7 @@ def training_loss(
     noise: Float[Array, "b t h w c"],
     timestep: Float[Array, "b"],
     frame_mask: Bool[Array, "b t"] | None = None,
+    weight: Float[Array, "b t h w"] | None = None,
 ) -> Float[Array, "b"]:
     """Mean squared error of the velocity, for each sample.
 
@@ -75,12 +76,14 @@ def training_loss(
       timestep: 0..1000.
       frame_mask: False = a conditioned frame, which gets no noise and no loss; the mean is over the others.
         A sample without a frame to generate has loss 0.
+      weight: of each cell's error. One that depends on the conditions alone leaves the best prediction as it is.
     """
     x_t = add_noise(x, noise, timestep)
     if frame_mask is not None:
         x_t = jnp.where(frame_mask[:, :, None, None, None], x_t, x)
     velocity = predict(x_t, timestep)[..., : x.shape[-1]].astype(jnp.float32)
-    error = jnp.square(velocity - (x - noise)).mean((2, 3, 4))
+    error = jnp.square(velocity - (x - noise)).mean(4)
+    error = (error if weight is None else weight * error).mean((2, 3))
     if frame_mask is None:
         return error.mean(1)
     return jnp.where(frame_mask, error, 0).sum(1) / jnp.maximum(frame_mask.sum(1), 1)

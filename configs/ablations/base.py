@@ -53,7 +53,7 @@ def make(
     config.ema = 0.99
     config.eval_every = config.save_every = config.steps
     config.keep = 1
-    config.loss = {"timesteps": "uniform", "transform": True, "drop_text": 0.1, "drop_motion": 0.1}
+    config.loss = {"timesteps": "uniform", "transform": True, "drop_text": 0.1, "drop_motion": 0.1, "path_weight": 0.0}
     config.data.motion = "none" if motion == "none" else stage
     config.data.tracks, config.data.max_tracks = "given", 3
     config.data.split, config.data.validation = f"train[:-{HELD_OUT}]", f"train[-{HELD_OUT}:]"
