@@ -1,8 +1,9 @@
 """The paper's ablations on sprites: python -m benchmarks.ablations --out DIR
 
 Trains and measures every cell of configs/ablations/, with the same seeds, data and number of steps, on cached latents
-of 64-pixel clips, and writes DIR/table.md and DIR/results.json. Each cell is trained by train.py in a process of its
-own. Stopped at any moment, it goes on from there when it is started again; a cell that is done stays.
+of 64-pixel clips, and writes DIR/table.md and DIR/results.json. All start from one base that was trained on captions
+alone, as the paper's start from Open-Sora, with extractor and fusers that are new. Each is trained by train.py in a
+process of its own. Stopped at any moment, it goes on from there when it is started again; a cell that is done stays.
 
 Key frames and mean pooling stand in the motion VAE's place as in the paper: the middle one of each latent's maps, or
 their mean, with 8x8 pixels of it side by side as channels. Those 192 numbers are brought to as many as the motion VAE's
@@ -19,6 +20,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from tora_jax.configs import eval as eval_config
 from tora_jax.configs.ablations import base
 
 from benchmarks.train_demo import TWO_DEVICES
-from tora_jax import chain, command, flow, generation, release, video_io
+from tora_jax import chain, command, flow, generation, optim, release, video_io
 from tora_jax.data import precompute, sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, measures
@@ -47,6 +49,8 @@ ROOT = Path(__file__).parent.parent
 TABLES = ("motion", "fuser", "placement", "stages", "trajectory")
 METRICS = {"traj_error": "TrajError", "path_error_percent": "path error, %"}  # by which the orderings are judged
 SHARED = ("weights", "train", "clips", "steps", "runlocal")  # options that all results of a folder have in common
+NEW = r"^tora/extractor/|_fuser/"  # parameters that the cells do not take over from the base
+LENGTHS = ("steps", "eval_every", "save_every")
 FITTED = 64  # clips whose maps give the principal components
 
 
@@ -205,24 +209,18 @@ class Run:
         folder = self.out / "cells" / cell.name / str(seed)
         if (folder / "result.json").is_file():
             return json.loads((folder / "result.json").read_text())
-        folder.mkdir(parents=True, exist_ok=True)
         config = cell.config(runlocal=self.runlocal)
         weights = folder / "start"
         if not weights.exists():
-            self.start(config, seed, weights)
-        sources = {stage: self.cache(config["ablation"]["motion"], stage) for stage in config["ablation"]["stages"]}
+            base_params = optim.flatten(chain.load(weights=self.base()).params)
+            given = {path: leaf for path, leaf in base_params.items() if not re.search(NEW, path)}
+            self.start(config, seed, weights, given)
+        stages = config["ablation"]["stages"]
+        for stage in stages:
+            self.cache(config["ablation"]["motion"], stage)
         begun = time.perf_counter()
-        for stage, source in sources.items():
-            if not (folder / stage / "release").exists():
-                train(
-                    f"--config={ROOT}/configs/ablations/{cell.file}.py:{cell.launch(stage, self.runlocal)}",
-                    f"--weights={weights}",
-                    f"--workdir={folder / stage}",
-                    f"--config.data.sources=('{source}',)",
-                    f"--config.seed={seed}",
-                    "--config.resume",
-                    *self.changes,
-                )
+        for stage in stages:
+            self.train_stage(cell, stage, weights, folder / stage, f"--config.seed={seed}", *self.changes)
             weights = folder / stage / "release"
         trained = time.perf_counter()
         result = self.measure(config, weights)
@@ -232,16 +230,37 @@ class Run:
         with video_io.write_atomic(folder / "result.json") as aside:
             aside.write_text(json.dumps(result) + "\n")
         if not self.keep:
-            for inside in (folder / "start", *(folder / stage for stage in sources)):
+            for inside in (folder / "start", *(folder / stage for stage in stages)):
                 shutil.rmtree(inside)
         return result
 
-    def start(self, config: Mapping[str, Any], seed: int, folder: Path) -> None:
-        """A release folder with fresh weights, but for the VAEs."""
-        vaes = {part: self.models.params[part] for part in ("vae", "motion_vae")}
-        params = {**chain.load(config, seed=seed).params, **vaes}
+    def base(self) -> Path:
+        """The release folder that the cells start from, trained as far as it is not done."""
+        cell, folder = cells()["trajectory", "motion=none"], self.out / "base"
+        if not (folder / "train" / "release").exists():
+            if not (folder / "start").exists():
+                vaes = {part: self.models.params[part] for part in ("vae", "motion_vae")}
+                self.start(cell.config(runlocal=self.runlocal), 0, folder / "start", optim.flatten(vaes))
+            steps = () if self.runlocal else (f"--config.{name}={base.BASE_STEPS}" for name in LENGTHS)
+            self.train_stage(cell, "sparse", folder / "start", folder / "train", *steps)
+        return folder / "train" / "release"
+
+    def start(self, config: Mapping[str, Any], seed: int, folder: Path, given: Mapping[str, Array]) -> None:
+        """A release folder with fresh weights, but for the given ones (path -> leaf)."""
+        params = optim.join({**optim.flatten(chain.load(config, seed=seed).params), **given}, {})
         sections = {name: config[name] for name in (*chain.PARTS, "sampling")}
         release.save(folder, sections, params, chain.tokenizer_path(self.weights), f"Untrained, seed {seed}.\n")
+
+    def train_stage(self, cell: Cell, stage: str, weights: Path, workdir: Path, *flags: str) -> None:
+        if not (workdir / "release").exists():
+            train(
+                f"--config={ROOT}/configs/ablations/{cell.file}.py:{cell.launch(stage, self.runlocal)}",
+                f"--weights={weights}",
+                f"--workdir={workdir}",
+                f"--config.data.sources=('{self.cache(cell.config()['ablation']['motion'], stage)}',)",
+                "--config.resume",
+                *flags,
+            )
 
     def measure(self, config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
         """Means over the benchmark's clips, each with noise of its own that is the same for all cells."""

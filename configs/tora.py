@@ -27,7 +27,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train = (r"tora/extractor/.*", r"tora/stdit/blocks/temporal.*", r"tora/stdit/blocks/.*_fuser/.*")
     config.steps = 20_000 if arg.stage == 1 else 10_000
     config.optim.lr = 2e-5
-    config.loss = {"timesteps": "logit_normal", "transform": True, "drop_text": 0.1, "drop_motion": 0.1, "path_weight": 0.0}
+    config.loss = {
+        "timesteps": "logit_normal",
+        "transform": True,
+        "drop_text": 0.1,
+        "drop_motion": 0.1,
+        "path_weight": 0.0,
+    }
     config.data.motion = "dense" if arg.stage == 1 else "sparse"
     config.data.buckets = (common.bucket(51, 480, 854, batch=32, fps=24.0),)
     if arg.buckets:

@@ -154,11 +154,11 @@ def test_the_command(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "train", train)
     argv = [f"--out={tmp_path}", f"--weights={weights}", "--runlocal", "--train=6", "--clips=2", "--seeds=1"]
     assert ablations.main([*argv, "--cells=default"]) == 0
-    assert len(trained) == 2  # dense, then sparse
+    assert len(trained) == 3  # the base, dense, sparse
     cells = "--cells=default,motion.form=key_frames,trajectory.motion=none"
     monkeypatch.setattr(ablations.base, "STAGES", {**base.STAGES, "both": ("sparse",)})
     assert ablations.main([*argv, cells]) == 0
-    assert len(trained) == 4
+    assert len(trained) == 5
     results = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert results.keys() == {"default", "motion.form=key_frames", "trajectory.motion=none"}
     for cell in results.values():

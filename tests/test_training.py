@@ -153,7 +153,7 @@ def test_the_time_scale_of_the_weights_holds_in_training(parts, params):
 
 
 def test_near_paths():
-    """A cell that differs in motion weighs more, and its neighbours in space and time; a still clip has no such cell."""
+    """A cell that differs weighs more, with its neighbours in space and time; a still clip has none."""
     motion = np.zeros((2, 5, 8, 8, 3), np.float32) + np.float32([0.3, -1, 2])
     motion[0, 2, 4, 4] += 1
     near = np.asarray(training.near_paths(jnp.asarray(motion)))

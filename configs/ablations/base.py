@@ -16,6 +16,7 @@ from tora_jax import release
 
 STAGES = {"dense": ("dense",), "sparse": ("sparse",), "both": ("dense", "sparse")}
 MOTIONS = ("key_frames", "mean_pooling", "motion_vae", "none")
+BASE_STEPS = 1500  # of what all cells start from: the small model without trajectories
 STEPS = 500  # of a whole cell; two stages have half of them each
 HELD_OUT = 64  # clips at the end of a cache
 
