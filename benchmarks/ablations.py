@@ -38,7 +38,7 @@ from jaxtyping import Array, Float
 from tora_jax.configs import eval as eval_config
 from tora_jax.configs.ablations import base
 
-from benchmarks.train_demo import TWO_DEVICES
+from benchmarks import train_demo
 from tora_jax import chain, command, flow, generation, optim, release, video_io
 from tora_jax.data import precompute, sprites
 from tora_jax.errors import UserError
@@ -288,9 +288,8 @@ def train(*flags: str) -> None:
     Raises:
       UserError: it stopped; it goes on from there when it is started again.
     """
-    halves = jax.default_backend() == "cpu"  # each core works on half of a batch
-    env, mesh = (os.environ | TWO_DEVICES, ["--config.mesh=data=2"]) if halves else (os.environ, [])
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, *mesh], env=env)
+    env, more = train_demo.launch()
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags, *more], env=env)
     if done.returncode:
         raise UserError(f"train.py stopped with exit code {done.returncode}; start again to go on")
 

@@ -14,17 +14,30 @@ import sys
 import time
 from pathlib import Path
 
-# XLA keeps two cores busier as two devices, each with half of a batch, than as one: 1.6 against 1.3 steps a second.
-TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+import jax
+
+# This process and train.py's share a GPU; JAX would give most of its memory to the first.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
-    """(name, what is there when it is done, command) of each stage, in order."""
+def launch() -> tuple[dict[str, str], list[str]]:
+    """Environment and flags for train.py on this machine.
+
+    XLA keeps two cores busier as two devices, each with half of a batch, than as one: 1.6 against 1.3 steps a second.
+    """
+    if jax.default_backend() != "cpu":
+        return dict(os.environ), []
+    return os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, ["--config.mesh=data=2"]
+
+
+def stages(out: Path, steps: int | None = None) -> list[tuple[str, Path, list[str]]]:
+    """(name, what is there when it is done, command) of each stage, in order; `steps` of the last one."""
     clips = out / "data/sprites/128x17x6000_seed0/1.0.0"
+    flags = launch()[1]
 
     def train(name: str, config: str, source: Path, weights: str | None = None, *more: str):
         command = ["train.py", f"--config=configs/{config}", f"--workdir={out / name}", "--config.resume"]
-        command += [f"--config.data.sources=('{source}',)", "--config.mesh=data=2", *more]
+        command += [f"--config.data.sources=('{source}',)", *flags, *more]
         if weights:
             command.append(f"--weights={out / weights / 'release'}")
         return name, out / name / "release", command
@@ -36,6 +49,7 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
         return name, out / name, [*command, *options, *size]
 
     splits = ["--config.data.split=train[:-64]", "--config.data.validation=train[-64:]"]  # of a cached set's only one
+    longer = [] if steps is None else [f"--config.steps={steps}"]
     cached = [*splits, "--config.evaluation.clips=0"]  # no clips to draw over
     return [
         ("sprites", clips, ["-m", "tora_jax.data.sprites", f"--out={out / 'data'}"]),
@@ -46,23 +60,25 @@ def stages(out: Path) -> list[tuple[str, Path, list[str]]]:
         cache("dense", "dense", "train[:400]"),
         cache("sparse", "sparse", "train[:3600]"),
         train("stage1", "tora.py:stage=1,small", out / "dense", "motion_vae", *cached),
-        train("stage2", "tora.py:stage=2,small", out / "sparse", "stage1", *cached),
+        train("stage2", "tora.py:stage=2,small", out / "sparse", "stage1", *cached, *longer),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="working folder, kept for the next start")
-    out = parser.parse_args().out.absolute()
+    parser.add_argument("--steps", type=int, help="of stage 2, in place of the config's")
+    args = parser.parse_args()
+    out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "seconds.json"
     seconds = json.loads(log.read_text()) if log.exists() else {}
-    for name, done, command in stages(out):
+    for name, done, command in stages(out, args.steps):
         if done.exists():
             continue
         start = time.time()
         try:
-            subprocess.run([sys.executable, *command], check=True, env=os.environ | TWO_DEVICES)
+            subprocess.run([sys.executable, *command], check=True, env=launch()[0])
         except subprocess.CalledProcessError as error:
             sys.exit(f"{name}: stopped with exit code {error.returncode}; start again to go on")
         finally:
