@@ -57,6 +57,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.optim = {**common.quick(2.5e-3), "warmup": 50 if arg.stage == 1 else 100}
         config.ema = 0.997
         config.loss.timesteps = "uniform"
+        config.loss.path_weight = 10.0  # objects are 3 to 5 % of a frame
         config.data.buckets = (common.bucket(17, 128, 128, batch=16),)
         config.data.tracks, config.data.max_tracks = "given", 3
         config.data.frame_masks = {"image_head": 0.15, "image_tail": 0.05, "random": 0.05}
