@@ -181,7 +181,8 @@ class Log:
             with video_io.write_atomic(path) as aside:  # what came after the checkpoint comes again
                 aside.write_text("".join(kept))
         self._file = (path if first else Path(os.devnull)).open("a")
-        self._board = SummaryWriter(str(folder), purge_step=start + 1, write_to_disk=first)
+        # With a bounded queue the training would wait for ever once a full disk has ended the thread that writes.
+        self._board = SummaryWriter(str(folder), purge_step=start + 1, max_queue=0, write_to_disk=first)
         self._bar = tqdm(total=total, initial=start, unit="step", disable=quiet or not first, mininterval=1)
         self._waiting: list[tuple[int, dict, int]] = []
         self._since = time.perf_counter()

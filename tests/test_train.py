@@ -328,7 +328,7 @@ def test_full_disk(clips, tmp_path):
     )
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if "passed over" not in line]
-    assert len(errors) == 1
+    assert len(errors) == 1, done.stderr
     assert re.match(r"train.py: error: .*: (no space left; whole are the checkpoints of|.*No space left)", errors[0])
     steps = [json.loads(line)["step"] for line in done.stdout.splitlines() if line.startswith("{")]
     assert steps == [1, 2, 3, 4, 4]

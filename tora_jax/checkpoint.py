@@ -162,7 +162,8 @@ class Manager:
     def __post_init__(self):
         self.folder = Path(self.folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        logging.getLogger("absl").addFilter(_not_a_traceback_of_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_a_traceback_of_orbax)
         self._stop = threading.Event()
         self._handler = None
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
@@ -402,5 +403,5 @@ def _from_all_processes(text: str) -> list[str]:
 
 
 def _not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs hundreds of lines for what it then raises."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """Orbax logs hundreds of lines for what it then raises, and leaves failed tasks for asyncio to log."""
+    return not (record.exc_info and (record.name == "asyncio" or "orbax" in record.pathname))

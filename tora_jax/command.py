@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
+import errno
+import functools
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -29,6 +34,7 @@ def run(
       left: what it is told after Ctrl-C.
     """
     name = Path(argv[0]).name
+    sys.unraisablehook, threading.excepthook = _report_unraisable, _report_thread  # threads may outlive the body
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -60,6 +66,7 @@ def run(
             return
     message = "".join(c if c.isprintable() else " " for c in message)
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    atexit.register(_report_no_more)
     sys.exit(2)
 
 
@@ -80,17 +87,31 @@ def _remembered_interrupts() -> Iterator[Callable[[], None]]:
         if seen:
             raise KeyboardInterrupt
 
-    def report_others(dropped) -> None:
-        if not isinstance(dropped.exc_value, KeyboardInterrupt):
-            report(dropped)
-
-    before, report = signal.signal(signal.SIGINT, remember), sys.unraisablehook
-    sys.unraisablehook = report_others
+    before = signal.signal(signal.SIGINT, remember)
     try:
         yield check
     finally:
         signal.signal(signal.SIGINT, before)
-        sys.unraisablehook = report
+
+
+def _report_unless_told(report: Callable[[Any], None], dropped: Any) -> None:
+    """Of the exceptions in threads and callbacks, leaves out those that the command itself tells: Ctrl-C, a full disk.
+
+    When one write of a checkpoint fails, Orbax closes its event loop, and each of the other writes fails with that.
+    """
+    error = dropped.exc_value
+    full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not (full_disk or isinstance(error, KeyboardInterrupt) or str(error) == "Event loop is closed"):
+        report(dropped)
+
+
+_report_unraisable = functools.partial(_report_unless_told, sys.unraisablehook)
+_report_thread = functools.partial(_report_unless_told, threading.excepthook)
+
+
+def _report_no_more() -> None:
+    """Threads and handlers that fail at the exit after an error fail because of it."""
+    sys.unraisablehook = threading.excepthook = lambda dropped: None
 
 
 def parse(
