@@ -212,9 +212,7 @@ class Run:
         config = cell.config(runlocal=self.runlocal)
         weights = folder / "start"
         if not weights.exists():
-            base_params = optim.flatten(chain.load(weights=self.base()).params)
-            given = {path: leaf for path, leaf in base_params.items() if not re.search(NEW, path)}
-            self.start(config, seed, weights, given)
+            self.start(config, seed, weights, chain.load(weights=self.base()).params)
         stages = config["ablation"]["stages"]
         for stage in stages:
             self.cache(config["ablation"]["motion"], stage)
@@ -239,15 +237,15 @@ class Run:
         cell, folder = cells()["trajectory", "motion=none"], self.out / "base"
         if not (folder / "train" / "release").exists():
             if not (folder / "start").exists():
-                vaes = {part: self.models.params[part] for part in ("vae", "motion_vae")}
-                self.start(cell.config(runlocal=self.runlocal), 0, folder / "start", optim.flatten(vaes))
+                self.start(cell.config(runlocal=self.runlocal), 0, folder / "start", self.models.params)
             steps = () if self.runlocal else (f"--config.{name}={base.BASE_STEPS}" for name in LENGTHS)
             self.train_stage(cell, "sparse", folder / "start", folder / "train", *steps)
         return folder / "train" / "release"
 
-    def start(self, config: Mapping[str, Any], seed: int, folder: Path, given: Mapping[str, Array]) -> None:
-        """A release folder with fresh weights, but for the given ones (path -> leaf)."""
-        params = optim.join({**optim.flatten(chain.load(config, seed=seed).params), **given}, {})
+    def start(self, config: Mapping[str, Any], seed: int, folder: Path, given: Mapping[str, Any]) -> None:
+        """A release folder with given parameters, but for extractor and fusers, which are new."""
+        taken = {path: leaf for path, leaf in optim.flatten(given).items() if not re.search(NEW, path)}
+        params = optim.join({**optim.flatten(chain.load(config, seed=seed).params), **taken}, {})
         sections = {name: config[name] for name in (*chain.PARTS, "sampling")}
         release.save(folder, sections, params, chain.tokenizer_path(self.weights), f"Untrained, seed {seed}.\n")
 

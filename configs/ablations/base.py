@@ -16,7 +16,7 @@ from tora_jax import release
 
 STAGES = {"dense": ("dense",), "sparse": ("sparse",), "both": ("dense", "sparse")}
 MOTIONS = ("key_frames", "mean_pooling", "motion_vae", "none")
-BASE_STEPS = 1500  # of what all cells start from: the small model without trajectories
+BASE_STEPS = 500  # of what all cells start from: the weights that ship, trained on without trajectories
 STEPS = 500  # of a whole cell; two stages have half of them each
 HELD_OUT = 64  # clips at the end of a cache
 
@@ -39,14 +39,12 @@ def make(
         if value not in known:
             raise ValueError(f"{name}={value}: there are {', '.join(known)}")
     config = ConfigDict(common.tiny() if runlocal else common.small())
-    if not runlocal:  # the VAEs are not trained here: those of the weights that ship
+    if not runlocal:
         shipped = release.read_config(release.DEMO)
-        config.vae, config.motion_vae = ConfigDict(shipped["vae"]), ConfigDict(shipped["motion_vae"])
-        config.tora.stdit.in_channels = shipped["tora"]["stdit"]["in_channels"]
+        config.update({part: shipped[part] for part in ("tora", "vae", "motion_vae", "t5")})
     config.update(common.training())
     config.tora.fuser, config.tora.placement = fuser, placement
-    config.tora.stdit.base_resolution = 64.0
-    config.sampling.update({"height": 64, "width": 64, "steps": 15, "guidance": 3.0, "trajectory_guidance": 1.0})
+    config.sampling.update({"height": 64, "width": 64, "steps": 15})
     config.job = "tora"
     config.train = (r"tora/.*", r"t5/.*")
     config.steps = STEPS // len(STAGES[stages])
@@ -54,7 +52,7 @@ def make(
     config.ema = 0.99
     config.eval_every = config.save_every = config.steps
     config.keep = 1
-    config.loss = {"timesteps": "uniform", "transform": True, "drop_text": 0.1, "drop_motion": 0.1, "path_weight": 0.0}
+    config.loss = {"timesteps": "uniform", "transform": True, "drop_text": 0.1, "drop_motion": 0.1, "path_weight": 10.0}
     config.data.motion = "none" if motion == "none" else stage
     config.data.tracks, config.data.max_tracks = "given", 3
     config.data.split, config.data.validation = f"train[:-{HELD_OUT}]", f"train[-{HELD_OUT}:]"
