@@ -404,4 +404,4 @@ def _from_all_processes(text: str) -> list[str]:
 
 def _not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs hundreds of lines for what it then raises, and leaves failed tasks for asyncio to log."""
-    return not (record.exc_info and (record.name == "asyncio" or "orbax" in record.pathname))
+    return not (record.name == "asyncio" or (record.exc_info and "orbax" in record.pathname))

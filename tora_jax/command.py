@@ -34,7 +34,9 @@ def run(
       left: what it is told after Ctrl-C.
     """
     name = Path(argv[0]).name
-    sys.unraisablehook, threading.excepthook = _report_unraisable, _report_thread  # threads may outlive the body
+    # To the end of the process: threads may outlive the body. Orbax leaves coroutines behind when a write fails.
+    sys.unraisablehook, threading.excepthook = _report_unraisable, _report_thread
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     with warnings.catch_warnings():
         show = warnings.showwarning
 
