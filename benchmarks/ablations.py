@@ -1,9 +1,10 @@
 """The paper's ablations on sprites: python -m benchmarks.ablations --out DIR
 
 Trains and measures every cell of configs/ablations/, with the same seeds, data and number of steps, on cached latents
-of 64-pixel clips, and writes DIR/table.md and DIR/results.json. All start from one base that was trained on captions
-alone, as the paper's start from Open-Sora, with extractor and fusers that are new. Each is trained by train.py in a
-process of its own. Stopped at any moment, it goes on from there when it is started again; a cell that is done stays.
+of 64-pixel clips, and writes DIR/table.md and DIR/results.json. All start from one base, as the paper's start from
+Open-Sora: the weights that ship, trained on with captions alone, and with extractor and fusers that are new. Each is
+trained by train.py in a process of its own. Stopped at any moment, it goes on from there when it is started again; a
+cell that is done stays.
 
 Key frames and mean pooling stand in the motion VAE's place as in the paper: the middle one of each latent's maps, or
 their mean, with 8x8 pixels of it side by side as channels. Those 192 numbers are brought to as many as the motion VAE's
@@ -163,7 +164,7 @@ class Run:
     """Where the cells are, and what they share.
 
     Attributes:
-      weights: a release folder, whose VAEs are used; its denoiser and text encoder are not.
+      weights: a release folder, from which the base starts.
       train: clips to train on, beside those held out. clips: to be measured on.
       changes: flags for train.py, such as "--config.steps=20".
     """
@@ -233,7 +234,7 @@ class Run:
         return result
 
     def base(self) -> Path:
-        """The release folder that the cells start from, trained as far as it is not done."""
+        """The release folder that the cells start from: their weights, trained on without trajectories."""
         cell, folder = cells()["trajectory", "motion=none"], self.out / "base"
         if not (folder / "train" / "release").exists():
             if not (folder / "start").exists():
@@ -383,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {cell.name: cell for cell in cells().values()}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="working folder, kept for the next start")
-    parser.add_argument("--weights", type=Path, default=release.DEMO, help="release folder whose VAEs are used")
+    parser.add_argument("--weights", type=Path, default=release.DEMO, help="release folder that the base starts from")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cells", default=",".join(known), help="some of them, separated by commas")
     parser.add_argument("--steps", type=int, help="of each stage, in place of the config's")
