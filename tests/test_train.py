@@ -342,3 +342,35 @@ def test_ctrl_c_says_how_to_go_on(clips, tmp_path):
     assert process.returncode == 130
     assert stderr.endswith("train.py: stopped; go on from the last checkpoint with --config.resume\n")
     assert "Traceback" not in stderr
+
+
+def test_failures_that_follow_from_one_are_not_told_again():
+    """In threads, at the exit and in callbacks; what has nothing to do with it is."""
+    script = """
+import atexit, errno, sys, threading
+from tora_jax import command
+from tora_jax.errors import UserError
+
+def fail(error):
+    raise error
+
+def body(argv, check_interrupt):
+    async def dropped():
+        pass
+    for error in (OSError(errno.ENOSPC, "full"), RuntimeError("Event loop is closed"), ValueError("another")):
+        thread = threading.Thread(target=fail, args=[error])
+        thread.start()
+        thread.join()
+    dropped()
+    atexit.register(fail, OSError("handle is closed"))
+    raise UserError("the disk is full")
+
+command.run(body, ["x.py"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(" ")]
+    assert [line for line in lines if "Traceback" not in line and not line.startswith("Exception in")] == [
+        "ValueError: another",
+        "x.py: error: the disk is full",
+    ]
