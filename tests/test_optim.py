@@ -19,6 +19,7 @@ CONFIG = {
     "b1": 0.9,
     "b2": 0.999,
     "eps": 1e-15,
+    "muon_rms": 0.5,
     "clip": 1.0,
     "weight_decay": (),
     "lr_multipliers": (),
@@ -149,6 +150,32 @@ class TestOptimizer:
         got, state = run({**CONFIG, "optimizer": "sgd", "warmup": 0, "clip": 0.0}, [GRADIENT])
         np.testing.assert_allclose(got["a/kernel"], [1.0 - 3e-3, -2.0 + 4e-3], rtol=1e-6)
         assert sum(np.size(leaf) for leaf in jax.tree.leaves(state)) == 1  # the step
+
+    def test_muon_steps_along_the_polar_factor(self):
+        """The first step of a kernel: all singular values about alike, whatever the gradient's were; one of a bias."""
+        gradient = np.random.default_rng(0).normal(size=(6, 4)) * [1, 3, 10, 30]
+        got = self.muon({"a/kernel": gradient, "a/bias": np.array([1e-3, -5.0])})
+        u, _, v = np.linalg.svd(gradient, full_matrices=False)
+        step = -got["a/kernel"] / (1e-2 * 0.5 * 6**0.5)  # a rate of 1e-2 and, for a square matrix, an RMS of 0.5
+        np.testing.assert_allclose(np.diag(u.T @ step @ v.T), np.ones(4), atol=0.35)  # Newton and Schulz's 5 rounds
+        np.testing.assert_allclose(u.T @ step @ v.T * (1 - np.eye(4)), np.zeros((4, 4)), atol=1e-3)
+        np.testing.assert_allclose(got["a/bias"], 1e-2 * (1 + 0.9 / 1.9) * np.array([-1, 1]), rtol=1e-4)  # NAdam's
+
+    def test_muon_on_stacked_and_convolution_kernels(self):
+        """Each layer of a stack and a flattened convolution go as matrices of their own do."""
+        gradient = np.random.default_rng(1).normal(size=(3, 12, 5))
+        alone = [self.muon({"a/kernel": layer})["a/kernel"] for layer in gradient]
+        stacked = self.muon({"a/blocks/b/kernel": gradient})["a/blocks/b/kernel"]
+        np.testing.assert_allclose(stacked, alone, rtol=1e-4, atol=1e-7)
+        convolution = self.muon({"a/kernel": gradient[0].reshape(2, 3, 2, 5)})["a/kernel"]
+        np.testing.assert_allclose(convolution.reshape(12, 5), alone[0], rtol=1e-4, atol=1e-7)
+
+    @staticmethod
+    def muon(gradient):
+        """What the first step adds to zeros."""
+        config = {**CONFIG, "optimizer": "muon", "warmup": 0, "clip": 0.0}
+        gradient = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in gradient.items()}
+        return run(config, [gradient], {path: jnp.zeros(leaf.shape) for path, leaf in gradient.items()})[0]
 
     @pytest.mark.parametrize(("clip", "share"), [(0.25, 0.5), (1.0, 1.0), (0.0, 1.0)])
     def test_clip_by_global_norm(self, clip, share):
