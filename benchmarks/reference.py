@@ -83,7 +83,7 @@ def main(folder: str, sizes: dict) -> None:
     shape, _ = sizes["variant"].split("/")
     depth, width, heads = map(int, {"XL": "28x1152x16", "3B": "28x1872x26"}.get(shape, shape).split("x"))
     config = stdit3.STDiT3Config(depth=depth, hidden_size=width, num_heads=heads, model_max_length=sizes["text"])
-    model = stdit3.STDiT3(config).float().eval()
+    model = stdit3.STDiT3(config).to(getattr(torch, sizes["dtype"])).eval()
     batch, frames, height, width, channels = sizes["latents"]
     x = torch.randn(batch, channels, frames, height, width)
     text, mask = torch.randn(batch, 1, sizes["text"], 4096), torch.ones(batch, sizes["text"], dtype=torch.long)

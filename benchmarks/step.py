@@ -7,7 +7,7 @@
 Jobs: "train", the whole step of train.py on precomputed clips; "sample", one step of sample.py with guidance; "forward"
 and "backward", one pass of the denoiser, and one with the gradients of all its parameters.
 
---reference takes a checkout of Open-Sora at tag v1.2.0 and times its PyTorch model of the same size in turns with this
+--reference takes a checkout of Open-Sora at tag v1.2.0 and times its PyTorch model of this size and dtype in turns with this
 one, each pass of the one after a pass of the other, so that what else the machine does meets both. That wants torch,
 transformers, einops and rotary_embedding_torch, here or in the Python of --reference_python; xformers, timm, colossalai
 and mmengine are stood in for.
@@ -141,7 +141,8 @@ class Reference:
             raise UserError(f"--reference {args.reference}: no checkout of Open-Sora v1.2.0 (opensora/models/stdit)")
         latents, stdit = jobs.latent_shape(parts, args.num_frames, args.height, args.width), parts["tora"].stdit
         sizes = {"variant": stdit["variant"], "latents": [batch, *latents], "text": stdit["caption_length"]}
-        sizes |= {"height": args.height, "width": args.width, "gradients": args.job == "backward"}
+        sizes |= {"height": args.height, "width": args.width, "dtype": stdit["dtype"]}
+        sizes |= {"gradients": args.job == "backward"}
         script = Path(__file__).with_name("reference.py")
         self._process = subprocess.Popen(
             [args.reference_python, script, args.reference, json.dumps(sizes)],

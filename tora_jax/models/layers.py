@@ -31,6 +31,18 @@ from tora_jax.models.attention import attention
 Dtype = jnp.dtype | type | str  # "bfloat16", as configs have it, is fine
 
 
+def dot(x: Array, kernel: Array, dimensions, **options) -> Array:
+    """`jax.lax.dot_general` for products with kernels.
+
+    In bfloat16 on a CPU the sums leave it as float32: only so does XLA take the instructions made for them (AMX), which
+    are four times as fast. The result is the same.
+    """
+    if x.dtype != jnp.bfloat16 or sharding.platform() != "cpu":
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    sums = jax.lax.dot_general(x, kernel, dimensions, **options | {"preferred_element_type": jnp.float32})
+    return sums.astype(x.dtype)
+
+
 def gathered(product: Callable, *names: str | None) -> Callable:
     """A product (x, kernel, ...) on a mesh whose kernel is put together before, but for the axes with these names.
 
@@ -50,8 +62,8 @@ INWARD = ("proj", "fc2", "linear")  # layers whose input is what "hidden" names 
 def dense(features: int, *, dtype: Dtype, name: str, kernel_init: Callable | None = None, bias: bool = True):
     """A linear layer with the reference's initialisation (Xavier uniform, zero bias)."""
     init = kernel_init or nn.initializers.xavier_uniform()
-    dot = gathered(jax.lax.dot_general, *(("hidden", None) if name in INWARD else (None, "hidden")))
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=dot, name=name)
+    product = gathered(dot, *(("hidden", None) if name in INWARD else (None, "hidden")))
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=product, name=name)
 
 
 def layer_norm(x: Float[Array, "*l c"], eps: float = 1e-6) -> Float[Array, "*l c"]:

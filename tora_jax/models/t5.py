@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tora_jax.models.layers import Dtype, RMSNorm, attention
+from tora_jax.models.layers import Dtype, RMSNorm, attention, dot
 
 
 def relative_bucket(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "length length"]:
@@ -30,7 +30,7 @@ def relative_bucket(length: int, num_buckets: int, max_distance: int) -> Int[np.
 def linear(features: int, name: str, fan_in: int, dtype: Dtype) -> nn.Dense:
     """A matrix without bias, initialised as T5 does."""
     init = nn.initializers.normal(fan_in**-0.5)
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, dot_general=dot, name=name)
 
 
 class SelfAttention(nn.Module):
