@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from tora_jax.configs import common
 
-from tora_jax import chain, optim
+from tora_jax import chain, optim, sharding
 from tora_jax.errors import UserError
 
 CONFIG = {
@@ -169,6 +170,33 @@ class TestOptimizer:
         np.testing.assert_allclose(stacked, alone, rtol=1e-4, atol=1e-7)
         convolution = self.muon({"a/kernel": gradient[0].reshape(2, 3, 2, 5)})["a/kernel"]
         np.testing.assert_allclose(convolution.reshape(12, 5), alone[0], rtol=1e-4, atol=1e-7)
+
+    def test_muon_on_a_mesh(self):
+        """Momenta lie where their kernels do, and the step is that of one device."""
+        paths = ("tora/stdit/blocks/spatial/mlp/fc1/kernel", "tora/stdit/t_block/kernel", "tora/stdit/t_block/bias")
+        shapes = dict(zip(paths, ((3, 8, 16), (16, 8), (8,)), strict=True))
+        rng = np.random.default_rng(2)
+        gradient = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+        mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
+        transform = optim.make({**CONFIG, "optimizer": "muon"}, gradient, 10)
+        want, _ = jax.jit(transform.update)(gradient, transform.init(gradient), gradient)
+
+        def put(tree):
+            return jax.device_put(tree, sharding.param_shardings(tree, mesh, tuple(common.training()["rules"].items())))
+
+        placed = put(gradient)
+        state = put(transform.init(gradient))
+        momenta = [
+            (path[-1].key, leaf.sharding)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+            if isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in paths
+        ]
+        assert len(momenta) == 4  # one of each kernel, two of the bias
+        assert all(where == placed[path].sharding for path, where in momenta)
+        assert not placed[paths[0]].sharding.is_fully_replicated
+        got, _ = jax.jit(transform.update)(placed, state, placed)
+        for path in paths:
+            np.testing.assert_allclose(got[path], want[path], rtol=1e-3, atol=1e-6)
 
     @staticmethod
     def muon(gradient):
