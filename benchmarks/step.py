@@ -7,8 +7,8 @@
 Jobs: "train", the whole step of train.py on precomputed clips; "sample", one step of sample.py with guidance; "forward"
 and "backward", one pass of the denoiser, and one with the gradients of all its parameters.
 
---reference takes a checkout of Open-Sora at tag v1.2.0 and times its PyTorch model of this size and dtype in turns with this
-one, each pass of the one after a pass of the other, so that what else the machine does meets both. That wants torch,
+--reference takes a checkout of Open-Sora at tag v1.2.0 and times its PyTorch model, of this size and dtype, in turns with
+this one, each pass of the one after a pass of the other, so that what else the machine does meets both. That wants torch,
 transformers, einops and rotary_embedding_torch, here or in the Python of --reference_python; xformers, timm, colossalai
 and mmengine are stood in for.
 
