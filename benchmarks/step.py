@@ -7,10 +7,10 @@
 Jobs: "train", the whole step of train.py on precomputed clips; "sample", one step of sample.py with guidance; "forward"
 and "backward", one pass of the denoiser, and one with the gradients of all its parameters.
 
---reference takes a checkout of Open-Sora at tag v1.2.0 and times its PyTorch model, of this size and dtype, in turns with
-this one, each pass of the one after a pass of the other, so that what else the machine does meets both. That wants torch,
-transformers, einops and rotary_embedding_torch, here or in the Python of --reference_python; xformers, timm, colossalai
-and mmengine are stood in for.
+--reference takes a checkout of Open-Sora at tag v1.2.0 and times its PyTorch model, of this size and dtype, in turns
+with this one, each pass of the one after a pass of the other, so that what else the machine does meets both. That wants
+torch, transformers, einops and rotary_embedding_torch, here or in the Python of --reference_python; xformers, timm,
+colossalai and mmengine are stood in for.
 
 Prints one JSON line: the median of the repeats after a warm-up, the slowest and the fastest, the operations, and on
 known chips the share of their peak. Operations that are done twice to save memory do not count.
