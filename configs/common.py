@@ -207,7 +207,7 @@ def training() -> dict:
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-15,  # the reference's
-            "muon_rms": 0.2,
+            "muon_rms": 0.2,  # of the optimizer "muon" alone
             "clip": 1.0,
             "weight_decay": (),
             "lr_multipliers": (),

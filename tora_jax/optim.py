@@ -120,7 +120,7 @@ def make(config: Mapping[str, Any], trained: Mapping[str, Any], steps: int) -> o
       config: what `schedule` reads, and
         optimizer: "adamw" (b1, b2, eps; eps stands beside the root), "sgd" (plain) or "muon" (Jordan et al. 2024):
           kernels move by their momentum made orthogonal, with a root mean square of muon_rms at a rate of 1 (0.2
-          is about AdamW's, Liu et al. 2025), and all else as by AdamW;
+          is about AdamW's, Liu et al. 2025), and all else as by Adam, both with Nesterov's momentum;
         clip: largest global norm of the gradient, 0 = any;
         weight_decay, lr_multipliers: tuples of (regex, number); no match = 0 and 1. Decay is decoupled, times lr.
       trained: arrays or shapes.
