@@ -27,7 +27,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ from tora_jax.evals import quality, traj_error
 from tora_jax.evals import sprites as measures
 from tora_jax.models.video_vae import latent_frames, latent_of
 
-DEMO = str(resources.files("tora_jax").joinpath("assets/demo"))
 ONE, TWO, HELD_OUT = "benchmark_one", "benchmark_two", "test"
 SETTINGS = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
 SAVED = 8  # clips of each part
@@ -297,7 +295,7 @@ def main() -> None:
     weights, parts = options.pop("weights"), options.pop("parts").split(",")
     command.use_compilation_cache()
     try:
-        found = run(weights or DEMO, parts, **options)
+        found = run(weights or release.DEMO, parts, **options)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(json.dumps(rounded(found), indent=2))

@@ -32,7 +32,7 @@ def launch() -> tuple[dict[str, str], list[str]]:
 
 def stages(out: Path, steps: int | None = None) -> list[tuple[str, Path, list[str]]]:
     """(name, what is there when it is done, command) of each stage, in order; `steps` of the last one."""
-    clips = out / "data/sprites/128x17x6000_seed0/1.0.0"
+    clips = out / "data/sprites/128x17x6000_seed0/1.1.0"
     flags = launch()[1]
 
     def train(name: str, config: str, source: Path, weights: str | None = None, *more: str):

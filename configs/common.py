@@ -99,7 +99,7 @@ def small() -> dict:
     return {
         "tora": {
             "stdit": {
-                "variant": "4x128x4/2",
+                "variant": "3x192x6/2",
                 "in_channels": 32,
                 "caption_channels": 64,
                 "caption_length": 48,

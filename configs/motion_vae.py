@@ -36,7 +36,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.loss = {**common.vae_loss("joint"), "frame": 0.0, "identity": 0.0, "kl_spatial": 0.0}
     if arg.small:
         config.optim = {**common.quick(1e-3), "warmup": 20}
-        config.steps = {"spatial": 400, "causal": 200, "joint": 100}[arg.phase]
+        if arg.phase == "spatial":
+            config.optim.update({"lr": 1.5e-3, "optimizer": "muon", "muon_rms": 0.8})
+        config.steps = {"spatial": 300, "causal": 100, "joint": 100}[arg.phase]
         config.ema = 0.98
         config.data.crop, config.data.tracks, config.data.max_tracks = 64, "given", 3
         config.data.buckets = (common.bucket(17, 128, 128, batch={"spatial": 2, "causal": 8, "joint": 2}[arg.phase]),)

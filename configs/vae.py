@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.ema, config.eval_every = 0.99, 500
         if arg.phase == "spatial":  # 27.8 dB after 200 steps, where AdamW has 24.1
             config.optim.update({"optimizer": "muon", "muon_rms": 0.8})
-        config.steps = {"spatial": 1000, "causal": 200, "joint": 90}[arg.phase]
+        config.steps = {"spatial": 1000, "causal": 100, "joint": 90}[arg.phase]
         config.optim.lr = {"spatial": 2e-3, "causal": 1e-3, "joint": 5e-4}[arg.phase]
         config.optim.warmup = {"spatial": 100, "causal": 20, "joint": 20}[arg.phase]
         batch = {"spatial": 16, "causal": 8, "joint": 4}[arg.phase]

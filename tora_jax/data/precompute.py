@@ -19,6 +19,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import warnings
@@ -35,10 +36,11 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from flax import linen as nn
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt8
 from tqdm import tqdm
 
-from tora_jax import chain, video_io
+from tora_jax import chain, sharding, video_io
 from tora_jax.data import motion, pipeline, sources
 from tora_jax.errors import UserError
 
@@ -103,18 +105,31 @@ def make_encoder(models: chain.Models, seed: int = 0) -> Encode:
     It takes video, uint8 [b, t, h, w, 3]; maps, uint8 [b, k, t, h, w, 3], k draws of each clip's motion, or None; and
     the numbers of the clips, from which (and from the seed) it draws what is sampled. It gives latent_mean and
     latent_std, float16 [b, t4, h8, w8, c], and with maps motion_mean and motion_std, float16 [b, k, t4, h8, w8, c].
+    Of this process's devices, as many as divide b take an equal share of the clips each.
     """
-    run = {part: jax.jit(functools.partial(posterior, getattr(models, part))) for part in ("vae", "motion_vae")}
+    parts = ("vae", "motion_vae")
+    run = {part: jax.jit(functools.partial(posterior, getattr(models, part))) for part in parts}
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
+    @functools.cache
+    def place(batch: int) -> tuple[NamedSharding, dict[str, Any]]:
+        """Where a batch lies, and the weights on each of its devices."""
+        count = math.gcd(batch, jax.local_device_count())
+        mesh = sharding.make_mesh(f"data={count}", jax.local_devices())
+        params = {part: models.params[part] for part in parts if part in models.params}
+        return NamedSharding(mesh, PartitionSpec("data")), jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
     def encode(video: np.ndarray, maps: np.ndarray | None, indices: Sequence[int]) -> dict[str, Array]:
+        spread, params = place(len(video))
         keys = fold(jax.random.key(seed), jnp.asarray(indices))
-        mean, std = run["vae"](models.params["vae"], video, keys)
+        mean, std = run["vae"](params["vae"], *jax.device_put((video, keys), spread))
         encoded = {"latent_mean": mean, "latent_std": std}
         if maps is not None:
             b, k = maps.shape[:2]
             keys = jax.vmap(fold, in_axes=(0, None))(keys, jnp.arange(1, k + 1)).reshape(-1)
-            both = run["motion_vae"](models.params["motion_vae"], maps.reshape(b * k, *maps.shape[2:]), keys)
+            both = run["motion_vae"](
+                params["motion_vae"], *jax.device_put((maps.reshape(b * k, *maps.shape[2:]), keys), spread)
+            )
             encoded["motion_mean"], encoded["motion_std"] = (x.reshape(b, k, *x.shape[1:]) for x in both)
         return encoded
 

@@ -73,7 +73,8 @@ class Clip:
     Attributes:
       video: uint8 [t, h, w, 3].
       fps: frames per second.
-      caption: such as "a red star and a striped blue disc over green waves."
+      caption: such as "a red star and a striped blue disc over green waves."; the objects are named from left to right
+        in the first frame, so that a prompt can say which of them takes which path.
       tracks: (x, y) of each object's centre of mass in 0..1 of the frame; pixel = x * width - 0.5.
       visible: at least half of the object is inside the frame and not covered.
       labels: uint8 [t, h, w], 0 = background, i + 1 = object i is on top.
@@ -109,7 +110,7 @@ def make_clip(
     sprites = tuple(_sprite(rng, str(colour)) for colour in colours)
     tracks = _tracks(rng, sprites, frames, apart=split == "benchmark_two")
     video, labels, visible = _render(rng, sprites, tracks, _background(rng, texture, tone, size))
-    names = [f"a {sprite.name}" for sprite in sprites]
+    names = [f"a {sprites[i].name}" for i in np.argsort(tracks[:, 0, 0])]
     listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     background = f"{tone} {texture}"
     caption = f"{listed} over {background}."
@@ -312,8 +313,11 @@ class Scale(tfds.core.BuilderConfig):
 class Sprites(tfds.core.GeneratorBasedBuilder):
     """The clips as records: what `Clip` holds, with the video as mp4 bytes."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar = {
+        "1.1.0": "Captions name the objects from left to right.",
+        "1.0.0": "First version.",
+    }
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text
