@@ -58,7 +58,7 @@ def stages(out: Path, steps: int | None = None) -> list[tuple[str, Path, list[st
         train("motion_spatial", "motion_vae.py:phase=spatial,small", clips, "vae"),
         train("motion_vae", "motion_vae.py:phase=causal,small", clips, "motion_spatial"),
         cache("dense", "dense", "train[:400]"),
-        cache("sparse", "sparse", "train[:3600]"),
+        cache("sparse", "sparse", "train[:2000]"),
         train("stage1", "tora.py:stage=1,small", out / "dense", "motion_vae", *cached),
         train("stage2", "tora.py:stage=2,small", out / "sparse", "stage1", *cached, *longer),
     ]

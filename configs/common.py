@@ -99,7 +99,7 @@ def small() -> dict:
     return {
         "tora": {
             "stdit": {
-                "variant": "3x192x6/2",
+                "variant": "4x128x4/2",
                 "in_channels": 32,
                 "caption_channels": 64,
                 "caption_length": 48,
@@ -207,7 +207,8 @@ def training() -> dict:
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-15,  # the reference's
-            "muon_rms": 0.2,  # of the optimizer "muon" alone
+            "muon_rms": 0.2,  # of the optimizer "muon" alone, as is the next one
+            "muon_kernels": (r".*/kernel",),
             "clip": 1.0,
             "weight_decay": (),
             "lr_multipliers": (),

@@ -21,6 +21,7 @@ CONFIG = {
     "b2": 0.999,
     "eps": 1e-15,
     "muon_rms": 0.5,
+    "muon_kernels": (".*/kernel",),
     "clip": 1.0,
     "weight_decay": (),
     "lr_multipliers": (),
@@ -171,6 +172,16 @@ class TestOptimizer:
         convolution = self.muon({"a/kernel": gradient[0].reshape(2, 3, 2, 5)})["a/kernel"]
         np.testing.assert_allclose(convolution.reshape(12, 5), alone[0], rtol=1e-4, atol=1e-7)
 
+    def test_muon_of_some_kernels(self):
+        """The others move as by Adam: each number by about the rate, in the direction of its sign."""
+        gradient = {"a/conv_out/kernel": np.array([[1e-3, -5.0]] * 2), "a/conv/kernel": np.eye(2)}
+        got = self.muon(gradient, muon_kernels=("!.*/conv_out/kernel", ".*/kernel"))
+        adam = np.array([[-1, 1]] * 2) * 1e-2 * (1 + 0.9 / 1.9)
+        np.testing.assert_allclose(got["a/conv_out/kernel"], adam, rtol=1e-4)
+        np.testing.assert_array_equal(got["a/conv/kernel"], self.muon(gradient)["a/conv/kernel"])
+        with pytest.raises(UserError, match=r"muon_kernels: 'b/\.\*' fits no parameter"):
+            self.muon(gradient, muon_kernels=("b/.*",))
+
     def test_muon_on_a_mesh(self):
         """Momenta lie where their kernels do, and the step is that of one device."""
         paths = ("tora/stdit/blocks/spatial/mlp/fc1/kernel", "tora/stdit/t_block/kernel", "tora/stdit/t_block/bias")
@@ -199,9 +210,9 @@ class TestOptimizer:
             np.testing.assert_allclose(got[path], want[path], rtol=1e-3, atol=1e-6)
 
     @staticmethod
-    def muon(gradient):
+    def muon(gradient, **changes):
         """What the first step adds to zeros."""
-        config = {**CONFIG, "optimizer": "muon", "warmup": 0, "clip": 0.0}
+        config = {**CONFIG, "optimizer": "muon", "warmup": 0, "clip": 0.0, **changes}
         gradient = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in gradient.items()}
         return run(config, [gradient], {path: jnp.zeros(leaf.shape) for path, leaf in gradient.items()})[0]
 

@@ -49,6 +49,12 @@ def match(paths: Iterable[str], rules: Sequence[tuple[str, Any]], default: Any, 
     return found
 
 
+def _choose(paths: Iterable[str], patterns: Sequence[str], what: str) -> dict[str, bool]:
+    """`match` with patterns that say yes, or, with a "!" before them, no; a path that none fits is a no."""
+    rules = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in patterns]
+    return match(paths, rules, False, what)
+
+
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     """A nested dict -> path -> leaf."""
     return traverse_util.flatten_dict(params, sep="/")
@@ -65,8 +71,7 @@ def select(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, bool
       UserError: when a pattern never has its way, or nothing trains.
     """
     flat = flatten(params)
-    rules = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in patterns]
-    chosen = match((path for path in flat if not NEVER.fullmatch(path)), rules, False, "train")
+    chosen = _choose((path for path in flat if not NEVER.fullmatch(path)), patterns, "train")
     if not any(chosen.values()):
         raise UserError(f"train: {list(patterns)} leaves nothing to train")
     return {path: chosen.get(path, False) for path in flat}
@@ -120,7 +125,8 @@ def make(config: Mapping[str, Any], trained: Mapping[str, Any], steps: int) -> o
       config: what `schedule` reads, and
         optimizer: "adamw" (b1, b2, eps; eps stands beside the root), "sgd" (plain) or "muon" (Jordan et al. 2024):
           kernels move by their momentum made orthogonal, with a root mean square of muon_rms at a rate of 1 (0.2
-          is about AdamW's, Liu et al. 2025), and all else as by Adam, both with Nesterov's momentum;
+          is about AdamW's, Liu et al. 2025), and all else as by Adam, both with Nesterov's momentum. muon_kernels:
+          which ones, patterns as in `select`;
         clip: largest global norm of the gradient, 0 = any;
         weight_decay, lr_multipliers: tuples of (regex, number); no match = 0 and 1. Decay is decoupled, times lr.
       trained: arrays or shapes.
@@ -137,12 +143,15 @@ def make(config: Mapping[str, Any], trained: Mapping[str, Any], steps: int) -> o
     if config["optimizer"] == "adamw":
         direction = optax.scale_by_adam(config["b1"], config["b2"], config["eps"])
     elif config["optimizer"] == "muon":
+        chosen = _choose(trained, config["muon_kernels"], "muon_kernels")
         direction = optax.contrib.muon(
             -1.0,  # it turns around what it multiplies by a rate; ours comes last
             eps=config["eps"],
             adam_b1=config["b1"],
             adam_b2=config["b2"],
-            muon_weight_dimension_numbers={path: _as_matrix(path, leaf.ndim) for path, leaf in trained.items()},
+            muon_weight_dimension_numbers={
+                path: _as_matrix(path, leaf.ndim) if chosen[path] else None for path, leaf in trained.items()
+            },
             consistent_rms=config["muon_rms"],
         )
     else:
@@ -160,9 +169,9 @@ def make(config: Mapping[str, Any], trained: Mapping[str, Any], steps: int) -> o
 
 
 def _as_matrix(path: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
-    """The axes of a kernel's input (with those of a convolution) and output; None for what is no kernel."""
+    """The axes of a kernel's input (with those of a convolution) and output; None for what is no matrix."""
     stacked = int("blocks" in path.split("/"))  # of all layers in a loop: a matrix each
-    if not path.endswith("/kernel") or ndim - stacked < 2:
+    if ndim - stacked < 2:
         return None
     return optax.contrib.MuonDimensionNumbers(tuple(range(stacked, ndim - 1)), ndim - 1)
 
