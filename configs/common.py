@@ -264,7 +264,8 @@ def vae_part(part: str, phase: str) -> tuple[str, ...]:
 
 def vae_loss(phase: str) -> dict:
     """Weights of `training.vae_loss` in a phase."""
-    terms = {"l1": 0.1, "l2": 1.0, "frame": 0.0, "identity": 0.0, "video": 0.0, "kl_spatial": 0.0, "kl": 0.0}
+    terms = {"l1": 0.1, "l2": 1.0, "frame": 0.0, "coarse": 0.0, "identity": 0.0, "video": 0.0}
+    terms |= {"kl_spatial": 0.0, "kl": 0.0}
     changes = {
         "spatial": {"frame": 1.0, "kl_spatial": 1e-4},
         "causal": {"identity": 1.0, "kl": 1e-4},

@@ -28,6 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.optim = common.quick(2e-3)
         config.ema, config.eval_every = 0.99, 500
         if arg.phase == "spatial":
+            config.loss.coarse = 0.25
             config.optim.update({"optimizer": "muon", "muon_rms": 0.8})
             # Muon on the layers into and out of the latents spreads them over all directions: see docs/demo.md.
             config.optim.muon_kernels = (r"!.*(conv_in|conv_out|quant_conv)/kernel", r".*/kernel")

@@ -3,6 +3,7 @@
 import functools
 import re
 
+import flax.linen as nn
 import flax.traverse_util as traverse_util
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tora_jax import lora, optim, sharding, training
 from tora_jax.data import pipeline
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
+from tora_jax.models.video_vae import Gaussian, Moments
 
 BATCH = 16  # two samples on each of 8 devices: for one alone, XLA sums in another order, which a tiny model amplifies
 LATENTS = (2, 4, 4, 4)
@@ -233,6 +235,31 @@ def test_tokens_of_a_batch(parts):
     video = {"video": jnp.zeros((3, 5, 32, 48, 3), jnp.uint8), "frame_mask": jnp.ones((3, 2), bool)}
     assert training.count_tokens(video, "vae", parts) == 3 * 2 * 4 * 6
     assert training.count_tokens(video, "tora", parts) == 3 * 2 * 2 * 3
+
+
+class Means(nn.Module):
+    """A VAE whose latents are the means of 8x8 pixels: it loses nothing of frames in cells of one colour."""
+
+    def moments(self, video, rng):
+        clip = nn.avg_pool(video, (1, 8, 8), strides=(1, 8, 8))
+        posterior = Gaussian(clip, jnp.zeros_like(clip))
+        return Moments(posterior, clip, posterior)
+
+    def decode_frames(self, clip):
+        return clip.repeat(8, axis=2).repeat(8, axis=3)
+
+
+@pytest.mark.parametrize(("cell", "expected"), [(16, 0.0), (8, 0.25)])
+def test_coarse_frames(cell, expected):
+    """Means of 2x2 latents are to be half the frame: they are where cells are twice as wide as a latent's."""
+    rows, columns = np.indices((24, 40)) // cell  # the latents' odd row and column have no half
+    checks = np.where((rows + columns) % 2, 255, 0).astype(np.uint8)
+    batch = {"video": jnp.asarray(np.broadcast_to(checks[None, None, :, :, None], (2, 3, 24, 40, 3)))}
+    config = {**common.vae_loss("spatial"), "l1": 0.0, "kl_spatial": 0.0, "frame": 0.0, "coarse": 0.25}
+    loss = training.vae_loss(Means(), "vae", config)
+    total, terms = loss({"vae": {}}, batch, jax.random.split(jax.random.key(0), 2))
+    np.testing.assert_allclose(total, [expected] * 2, atol=1e-6)
+    np.testing.assert_allclose(terms["coarse"], 4 * expected, atol=1e-6)
 
 
 def test_mistakes(parts, params):

@@ -174,6 +174,9 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
       config: weights of the terms; one of weight 0 is not computed.
         l1, l2: of |d| and d^2 in every reconstruction, means over its elements;
         frame: of the frames that the spatial VAE alone reconstructs;
+        coarse: of frames of half the size, decoded from means of 2x2 of their latents: what is smooth in pixels becomes
+            smooth in latents, which a denoiser learns sooner (Skorokhodov et al. 2025, "Improving the diffusability of
+            autoencoders", section 4);
         identity: of the causal VAE's clip against the spatial VAE's (the reference's identity loss);
         video: of the pixels after both;
         kl_spatial, kl: of the posteriors, means over their elements.
@@ -200,6 +203,10 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
             terms["kl"] = _kl(moments.latent)
         if config["frame"]:
             terms["frame"] = distance(run("decode_frames", moments.clip), video)
+        if config["coarse"]:
+            coarse = run("decode_frames", _halve(moments.clip))
+            height, width = coarse.shape[2:4]  # without what an odd number of latent cells leaves over
+            terms["coarse"] = distance(coarse, _halve(video)[:, :, :height, :width])
         if config["identity"] or config["video"]:
             latent = moments.latent.mean + jnp.exp(0.5 * moments.latent.logvar) * _normal(
                 keys, moments.latent.mean.shape
@@ -213,6 +220,10 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
         return total, {name: value.mean() for name, value in terms.items()}
 
     return loss
+
+
+def _halve(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:
+    return nn.avg_pool(x, (1, 2, 2), strides=(1, 2, 2))
 
 
 def _kl(posterior: Gaussian) -> Float[Array, "b"]:
