@@ -38,6 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.optim = {**common.quick(1e-3), "warmup": 20}
         if arg.phase == "spatial":
             config.optim.update({"lr": 1.5e-3, "optimizer": "muon", "muon_rms": 0.8})
+            config.data.motion = "dense"  # the hard maps: sparse ones come along
         config.steps = {"spatial": 300, "causal": 100, "joint": 100}[arg.phase]
         config.ema = 0.98
         config.data.crop, config.data.tracks, config.data.max_tracks = 64, "given", 3
