@@ -74,7 +74,7 @@ def opensora(variant: str = "XL/2") -> dict:
     }
 
 
-def small() -> dict:
+def small(variant: str = "4x128x4/2") -> dict:
     """The small model: every part of the real chain at 128x128 pixels and 17 frames, in seconds on a laptop."""
     vae = {
         "spatial": {"channels": (16, 32, 64, 64), "layers_per_block": 1, "norm_groups": 8, "latent_channels": 8},
@@ -99,7 +99,7 @@ def small() -> dict:
     return {
         "tora": {
             "stdit": {
-                "variant": "4x128x4/2",
+                "variant": variant,
                 "in_channels": 32,
                 "caption_channels": 64,
                 "caption_length": 48,
