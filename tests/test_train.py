@@ -14,7 +14,9 @@ import time
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event
+from tora_jax.configs import common, motion_vae, tora, vae
 
 from tests import records, training_runs
 from tests.training_runs import ROOT, run, source, train
@@ -59,6 +61,24 @@ def test_what_a_run_leaves(spatial):
     assert f"python train.py --config={ROOT}/configs/{SPATIAL}" in readme
     assert "Seed 0" in readme
     assert f'"psnr": {judged["psnr"]}' in readme
+
+
+@pytest.mark.parametrize("module", [vae, motion_vae, tora])
+def test_runlocal_is_of_the_least_size(module):
+    """With `small` too: what trains is set by it, and no size."""
+    shrunk, tiny = (ConfigDict(config).to_dict() for config in (module.get_config("small,runlocal"), common.tiny()))
+    for part in ("tora", "vae", "motion_vae", "t5"):
+        assert shrunk[part] == tiny[part]
+
+
+def test_the_small_vae_learns_coarse_frames(clips, tmp_path):
+    outcome = run("vae.py:phase=spatial,small,runlocal", tmp_path / "run", source(clips), FINE)
+    assert outcome.code == 0, outcome.stderr
+    *steps, _ = outcome.metrics
+    assert all(line["coarse"] > 0 for line in steps)
+    for line in steps:
+        distances = line["frame"] + 0.25 * line["coarse"]
+        assert line["loss"] == pytest.approx(distances + 1e-4 * line["kl_spatial"], rel=1e-5)
 
 
 def tensorboard(folder):
