@@ -63,10 +63,9 @@ def attention(
         backend = _best(q, k, plain=bias is None and not causal)
     elif backend != "xla" and (bias is not None or causal):
         raise ValueError(f"attention {backend!r} has neither biases nor a causal form; use 'xla'")
-    if backend == "splash":
-        return _on_devices(functools.partial(_splash, scale=scale), q, k, v, key_mask, axes)
-    if backend == "cudnn":
-        return _cudnn(q, k, v, key_mask, scale=scale)
+    if backend != "xla":
+        kernel = _cudnn if backend == "cudnn" else _splash
+        return _on_devices(functools.partial(kernel, scale=scale), q, k, v, key_mask, axes)
     return _plain(q, k, v, key_mask, bias, scale=scale, causal=causal)
 
 
@@ -96,13 +95,14 @@ def _plain(
 
 
 def _cudnn(q: Array, k: Array, v: Array, key_mask: Array | None, *, scale: float) -> Array:
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    attend = functools.partial(jax.nn.dot_product_attention, mask=mask, scale=scale, implementation="cudnn")
-    for _ in range(k.ndim - 4):
-        attend = jax.vmap(attend, in_axes=1, out_axes=1)
-    for _ in range(q.ndim - k.ndim):
-        attend = jax.vmap(attend, in_axes=(1, None, None), out_axes=1)
-    return attend(q, k, v)
+    own = k.ndim - 3  # leading axes that q and k share
+    shape, mask = q.shape, None
+    q = q.reshape(-1, math.prod(shape[own:-2]), *shape[-2:])
+    k, v = (x.reshape(-1, *x.shape[-3:]) for x in (k, v))
+    if key_mask is not None:
+        mask = jnp.repeat(key_mask, len(k) // len(key_mask), axis=0)[:, None, None]
+        mask = jnp.broadcast_to(mask, (len(k), 1, q.shape[1], k.shape[1]))  # cuDNN wants a row for each query
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn").reshape(shape)
 
 
 def _best(q: Array, k: Array, plain: bool) -> str:
