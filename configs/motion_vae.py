@@ -22,7 +22,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"arch={arg.arch}: there are {', '.join(ARCHS)}")
     if arg.arch == "magvit" and arg.phase != "joint":
         raise ValueError(f"phase={arg.phase}: arch=magvit is one net, trained in one phase, joint")
-    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if arg.small else common.opensora())
+    config = ConfigDict(
+        common.tiny() if arg.runlocal else common.small(common.SMALL) if arg.small else common.opensora()
+    )
     config.update(common.training())
     config.job = "motion_vae"
     config.train = common.vae_part("motion_vae", arg.phase)

@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, variant="XL/2", stage=1, buckets=0, small=False, runlocal=False)
     if arg.stage not in (1, 2):
         raise ValueError(f"stage={arg.stage}: there are 1 (dense flow) and 2 (sparse trajectories)")
-    small = common.small("3x192x6/2")  # it learns sooner than the variant that ships
+    small = common.small(common.SMALL)
     config = ConfigDict(common.tiny() if arg.runlocal else small if arg.small else common.opensora(arg.variant))
     config.update(common.training())
     config.job = "tora"

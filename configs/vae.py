@@ -16,7 +16,9 @@ from tora_jax.configs import common
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, phase="joint", small=False, runlocal=False)
-    config = ConfigDict(common.tiny() if arg.runlocal else common.small() if arg.small else common.opensora())
+    config = ConfigDict(
+        common.tiny() if arg.runlocal else common.small(common.SMALL) if arg.small else common.opensora()
+    )
     config.update(common.training())
     config.job = "vae"
     config.train = common.vae_part("vae", arg.phase)

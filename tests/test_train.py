@@ -394,3 +394,9 @@ command.run(body, ["x.py"])
         "ValueError: another",
         "x.py: error: the disk is full",
     ]
+
+
+def test_the_small_jobs_take_over_each_others_weights():
+    """A release folder holds all parts, so the parts that a job does not train must have one size, too."""
+    jobs = (config.get_config("small") for config in (vae, motion_vae, tora))
+    assert len({job.tora.stdit.variant for job in jobs}) == 1
