@@ -1,9 +1,9 @@
-"""CPU, 8 devices, float32 at the highest precision, and a compilation cache that outlives the run."""
+"""CPU (or what JAX_PLATFORMS says), 8 devices, float32 at the highest precision, and a cache that outlives the run."""
 
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "tora_jax")
 # Subprocesses of the tests share it.

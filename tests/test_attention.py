@@ -85,7 +85,7 @@ def test_splash_in_half_precision():
 @pytest.mark.accelerator
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernel_of_this_accelerator(name):
-    """cuDNN's on GPUs, splash on TPUs: python -m pytest -m accelerator tests/test_attention.py"""
+    """cuDNN's on GPUs, splash on TPUs: JAX_PLATFORMS=cuda (or tpu) python -m pytest -m accelerator"""
     q, k, valid = SHAPES[name]
     mask = None if valid is None else jnp.arange(k[-3])[None] < jnp.array(valid)[:, None]
     backend = {"gpu": "cudnn", "tpu": "splash"}[jax.default_backend()]

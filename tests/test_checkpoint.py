@@ -346,19 +346,22 @@ def endless(folder):
 
 def test_killed_while_saving(tmp_path):
     """kill -9 while it saves without a pause; then SIGTERM, which loses nothing."""
-    before = 0
+    before = -1
     for wait in (0.05, 0.21, 0.13):
         process = endless(tmp_path)
         start = process.stdout.readline()
         assert start, process.stderr.read()
-        assert int(start) >= before
+        assert int(start) > before
         before = int(start)
+        while not any(int(name) > before for name in names(tmp_path) if name.isdecimal()):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)  # however slow the machine, a kill in vain would show nothing
         time.sleep(wait)
         process.kill()
         process.communicate()
     process = endless(tmp_path)
     start = int(process.stdout.readline())
-    assert start > 0
+    assert start > before
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from tora_jax import cli, video_io
+from tora_jax import cli, command, video_io
 
 ROOT = Path(__file__).parent.parent
 
@@ -305,6 +306,26 @@ command.run(body, ["work.py"], "go on")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (130, "\nwork.py: stopped; go on\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA error: CUDA_ERROR_ILLEGAL_INSTRUCTION"), False),
+    ],
+)
+def test_a_failed_device_is_told_with_what_helps(error, memory, capsys):
+    def body(argv, check_interrupt):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        command.run(body, ["train.py"], "go on with --config.resume")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert ("need less memory" in line) == memory
+    assert ("start again; go on with --config.resume" in line) != memory
 
 
 def test_help_names_every_flag(sample):

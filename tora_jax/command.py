@@ -57,7 +57,8 @@ def run(
             message = f"{error.filename or 'a file'}: {error.strerror or error}"
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             first = str(error).partition("\n")[0] or "out of memory"
-            advice = "a smaller size or fewer frames need less memory"
+            full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first
+            advice = "a smaller size or fewer frames need less memory" if full else f"start again; {left}"
             if jax.process_count() > 1:
                 advice = f"another process may have ended: see what it wrote, and start all again; {left}"
             message = f"the device gave up ({first}); {advice}"
