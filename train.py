@@ -27,11 +27,17 @@ from tensorboardX import SummaryWriter
 from tora_jax.configs import common
 from tqdm import tqdm
 
-from tora_jax import chain, checkpoint, command, lora, optim, release, sharding, training, video_io
+from tora_jax import command_line, sharding
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import manager as checkpoint
+from tora_jax.checkpoints import release
 from tora_jax.data import pipeline
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout
+from tora_jax.io.video import read_video, write_atomic
 from tora_jax.models import video_vae
+from tora_jax.training import lora, optim
+from tora_jax.training import step as training
 
 USAGE = """Trains one part of the chain; configs/*.py have the launch lines.
 
@@ -51,23 +57,23 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 def main(argv: list[str], check_interrupt) -> None:
     # ----- Flags and config -------------------------------------------------------------------------------------
-    args = command.parse(argv, define_flags, USAGE, common.training())
+    args = command_line.parse(argv, define_flags, USAGE, common.training())
     if args.workdir is None:
         raise UserError("--workdir is missing; name a folder for checkpoints, metrics and the trained weights")
     if args.distributed:
-        command.join_processes()
+        command_line.join_processes()
     first = jax.process_index() == 0  # writes what is written once
     config = release.tuples(args.config.to_dict())
     workdir = Path(args.workdir)
     released = workdir / "release"
     if released.exists():
         raise UserError(f"{released}: exists, so this run is finished; choose another --workdir")
-    command.use_compilation_cache()
+    command_line.use_compilation_cache()
     mesh, rules = sharding.make_mesh(config["mesh"]), tuple(config["rules"].items())
 
     # ----- Models, and what of them trains ----------------------------------------------------------------------
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # devices get their own parts alone, below
-        models = chain.load(config, args.weights, config["seed"])
+        models = assembly.load(config, args.weights, config["seed"])
         params = dict(models.params)
         if config["from_video_vae"]:
             params["motion_vae"] = params["vae"]
@@ -103,7 +109,7 @@ def main(argv: list[str], check_interrupt) -> None:
     }
 
     # ----- The step, and how its result is judged ---------------------------------------------------------------
-    parts = {part: getattr(models, part) for part in chain.PARTS}
+    parts = {part: getattr(models, part) for part in assembly.PARTS}
     train_step = training.jit_train_step(config, parts, optimizer, combine, state)
     key = jax.random.key(config["seed"])
     validation = {**data, "crop": 0, "workers": 0}
@@ -161,8 +167,8 @@ def main(argv: list[str], check_interrupt) -> None:
     launch = shlex.join(["python", *argv])
     figures = json.dumps(judged, indent=2)
     readme = f"Trained by\n\n    {launch}\n\nSeed {config['seed']}. On held-out clips:\n\n{figures}\n"
-    sections = {name: config[name] for name in (*chain.PARTS, "sampling")}
-    release.save(released, sections, params, chain.tokenizer_path(args.weights), readme)
+    sections = {name: config[name] for name in (*assembly.PARTS, "sampling")}
+    release.save(released, sections, params, assembly.tokenizer_path(args.weights), readme)
     print(f"wrote {released}")
 
 
@@ -178,7 +184,7 @@ class Log:
         if first:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            with video_io.write_atomic(path) as aside:  # what came after the checkpoint comes again
+            with write_atomic(path) as aside:  # what came after the checkpoint comes again
                 aside.write_text("".join(kept))
         self._file = (path if first else Path(os.devnull)).open("a")
         # With a bounded queue the training would wait for ever once a full disk has ended the thread that writes.
@@ -215,7 +221,7 @@ class Log:
     def show(self, step: int, folder: Path) -> None:
         """Eight frames of each clip that was sampled at this step."""
         for path in sorted(folder.glob(f"{step:06}_*.mp4")):
-            frames, _ = video_io.read_video(path)
+            frames, _ = read_video(path)
             chosen = frames[np.linspace(0, len(frames) - 1, 8).round().astype(int)]
             self._board.add_images(f"clip{path.stem.partition('_')[2]}", chosen, step, dataformats="NHWC")
 
@@ -230,4 +236,4 @@ class Log:
 
 
 if __name__ == "__main__":
-    command.run(main, sys.argv, "go on from the last checkpoint with --config.resume")
+    command_line.run(main, sys.argv, "go on from the last checkpoint with --config.resume")

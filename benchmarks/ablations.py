@@ -40,11 +40,17 @@ from tora_jax.configs import eval as eval_config
 from tora_jax.configs.ablations import base
 
 from benchmarks import train_demo
-from tora_jax import chain, command, flow, generation, optim, release, video_io
+from tora_jax import command_line
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
+from tora_jax.conditioning import motion_maps
 from tora_jax.data import precompute, sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, measures
+from tora_jax.io.video import write_atomic
 from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE, latent_of
+from tora_jax.sampling import generate as generation
+from tora_jax.training import optim
 
 ROOT = Path(__file__).parent.parent
 TABLES = ("motion", "fuser", "placement", "stages", "trajectory")
@@ -132,8 +138,11 @@ def fit(form: str, like: VideoVAE, channels: int, side: int, frames: int) -> tup
     plain = Compression(like.spatial, like.temporal, like.micro_frame_size, form=form, channels=width)
     maps = []
     for clip in (sprites.make_clip(i, "train", size=side, frames=frames) for i in range(FITTED)):
-        sparse = flow.displacement_maps(clip.tracks, side, side, clip.visible)
-        maps += [flow.flow_to_color(sparse), flow.flow_to_color(sprites.dense_flow(clip.labels, clip.tracks))]
+        sparse = motion_maps.displacement_maps(clip.tracks, side, side, clip.visible)
+        maps += [
+            motion_maps.flow_to_color(sparse),
+            motion_maps.flow_to_color(sprites.dense_flow(clip.labels, clip.tracks)),
+        ]
     whole = {"params": {"centre": np.zeros(width, np.float32), "basis": np.eye(width, dtype=np.float32)}}
     patches = np.asarray(plain.apply(whole, jnp.asarray(np.stack(maps)), method="encode"), np.float64)
     patches = patches.reshape(-1, width)
@@ -144,7 +153,7 @@ def fit(form: str, like: VideoVAE, channels: int, side: int, frames: int) -> tup
     return plain.clone(channels=channels), params
 
 
-def with_motion(models: chain.Models, motion: str, side: int, frames: int) -> chain.Models:
+def with_motion(models: assembly.Models, motion: str, side: int, frames: int) -> assembly.Models:
     """Models whose motion is compressed in another way."""
     if motion not in ("key_frames", "mean_pooling"):
         return models
@@ -182,8 +191,8 @@ class Run:
         return dict(base.make("sparse", self.runlocal).data.buckets[0])
 
     @functools.cached_property
-    def models(self) -> chain.Models:
-        return chain.load(weights=self.weights)
+    def models(self) -> assembly.Models:
+        return assembly.load(weights=self.weights)
 
     def cache(self, motion: str, stage: str) -> Path:
         """Latents and motion of the training clips; "none" takes those of the motion VAE."""
@@ -213,7 +222,7 @@ class Run:
         config = cell.config(runlocal=self.runlocal)
         weights = folder / "start"
         if not weights.exists():
-            self.start(config, seed, weights, chain.load(weights=self.base()).params)
+            self.start(config, seed, weights, assembly.load(weights=self.base()).params)
         stages = config["ablation"]["stages"]
         for stage in stages:
             self.cache(config["ablation"]["motion"], stage)
@@ -226,7 +235,7 @@ class Run:
         lines = [json.loads(line) for line in (weights.parent / "metrics.jsonl").read_text().splitlines()]
         result["held_out_loss"] = next(line["objective"] for line in reversed(lines) if "objective" in line)
         result["seconds"] = {"train": trained - begun, "measure": time.perf_counter() - trained}
-        with video_io.write_atomic(folder / "result.json") as aside:
+        with write_atomic(folder / "result.json") as aside:
             aside.write_text(json.dumps(result) + "\n")
         if not self.keep:
             for inside in (folder / "start", *(folder / stage for stage in stages)):
@@ -246,9 +255,9 @@ class Run:
     def start(self, config: Mapping[str, Any], seed: int, folder: Path, given: Mapping[str, Any]) -> None:
         """A release folder with given parameters, but for extractor and fusers, which are new."""
         taken = {path: leaf for path, leaf in optim.flatten(given).items() if not re.search(NEW, path)}
-        params = optim.join({**optim.flatten(chain.load(config, seed=seed).params), **taken}, {})
-        sections = {name: config[name] for name in (*chain.PARTS, "sampling")}
-        release.save(folder, sections, params, chain.tokenizer_path(self.weights), f"Untrained, seed {seed}.\n")
+        params = optim.join({**optim.flatten(assembly.load(config, seed=seed).params), **taken}, {})
+        sections = {name: config[name] for name in (*assembly.PARTS, "sampling")}
+        release.save(folder, sections, params, assembly.tokenizer_path(self.weights), f"Untrained, seed {seed}.\n")
 
     def train_stage(self, cell: Cell, stage: str, weights: Path, workdir: Path, *flags: str) -> None:
         if not (workdir / "release").exists():
@@ -264,7 +273,7 @@ class Run:
     def measure(self, config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
         """Means over the benchmark's clips, each with noise of its own that is the same for all cells."""
         motion, side, frames = config["ablation"]["motion"], self.bucket["height"], self.bucket["frames"]
-        models = with_motion(chain.load(weights=weights), motion, side, frames)
+        models = with_motion(assembly.load(weights=weights), motion, side, frames)
         names = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
         settings = {name: config["sampling"][name] for name in names}
         benchmark = benchmarks.Sprites("benchmark_one", self.clips)
@@ -347,10 +356,10 @@ def markdown(results: Mapping[str, Mapping[int, Mapping[str, Any]]], seeds: Sequ
 
 
 def report(out: Path, results: Mapping[str, Mapping[int, Mapping[str, Any]]], seeds: Sequence[int]) -> None:
-    with video_io.write_atomic(out / "table.md") as aside:
+    with write_atomic(out / "table.md") as aside:
         aside.write_text(markdown(results, seeds), encoding="utf-8")
     machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
-    with video_io.write_atomic(out / "results.json") as aside:
+    with write_atomic(out / "results.json") as aside:
         whole = {"cells": results, "orderings": summary(results), "machine": machine}
         aside.write_text(json.dumps(whole, indent=2) + "\n")
 
@@ -375,7 +384,7 @@ def claim(out: Path, options: Mapping[str, Any]) -> None:
             raise UserError(f"{out}: was made with another --{name} ({before.get(name)}); choose another --out")
         return
     out.mkdir(parents=True, exist_ok=True)
-    with video_io.write_atomic(path) as aside:
+    with write_atomic(path) as aside:
         aside.write_text(json.dumps(made, indent=2) + "\n")
 
 
@@ -396,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names, seeds = args.cells.split(","), range(args.seeds)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no cell {unknown[0]!r}; there are {', '.join(known)}")
-    command.use_compilation_cache()
+    command_line.use_compilation_cache()
     out = args.out.absolute()
     steps = () if args.steps is None else (f"--config.steps={args.steps}",)
     run = Run(out, args.weights.absolute(), args.train, args.clips, steps, args.runlocal, args.keep)

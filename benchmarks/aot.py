@@ -25,7 +25,9 @@ from jax.sharding import Mesh
 from tora_jax.configs import common
 
 from benchmarks import chips, flops, jobs
-from tora_jax import chain, command, release, sharding
+from tora_jax import command_line, sharding
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
 
 GIB = 2**30
@@ -39,13 +41,13 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def main(argv: list[str], _) -> None:
-    args = command.parse(argv, define_flags, __doc__, common.training())
+    args = command_line.parse(argv, define_flags, __doc__, common.training())
     config = release.tuples(args.config.to_dict())
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     except Exception as error:
         raise UserError(
-            f"--topology {args.topology}: {command.last_line(error)}; it needs pip install libtpu"
+            f"--topology {args.topology}: {command_line.last_line(error)}; it needs pip install libtpu"
         ) from None
     mesh = sharding.make_mesh(config["mesh"] if args.mesh is None else args.mesh, devices)
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
@@ -58,7 +60,7 @@ def main(argv: list[str], _) -> None:
 def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int = 0) -> dict:
     """Compiles a job on a mesh; the JSON line's figures."""
     rules = tuple(config["rules"].items())
-    parts = chain.modules(config)
+    parts = assembly.modules(config)
     batch = batch or (mesh.shape["data"] * mesh.shape["fsdp"] if job == "train" else 1)
     kind = mesh.devices.flat[0].device_kind
     chip = chips.find(kind)
@@ -134,4 +136,4 @@ def sent(text: str) -> list[tuple[str, int, int]]:
 
 
 if __name__ == "__main__":
-    command.run(main, sys.argv)
+    command_line.run(main, sys.argv)

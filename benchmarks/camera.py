@@ -19,8 +19,8 @@ import numpy as np
 from tora_jax.configs import curate
 
 from tests import moving
-from tora_jax import video_io
 from tora_jax.data.curate import camera
+from tora_jax.io.video import read_video, write_video
 
 
 def main() -> None:
@@ -38,8 +38,8 @@ def main() -> None:
                 video = clip.video
                 if seed % 2:
                     path = Path(folder) / "a.mp4"
-                    video_io.write_video(path, video, moving.FPS)
-                    video, _ = video_io.read_video(path)
+                    write_video(path, video, moving.FPS)
+                    video, _ = read_video(path)
                 found = camera.analyse(video, flow(video), 1 / moving.FPS, config.motion.static)
                 kept = found.foreground >= config.rules.min_foreground
                 if (found.camera, kept) != (clip.camera, clip.has_object):

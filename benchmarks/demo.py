@@ -36,12 +36,18 @@ import numpy as np
 from tora_jax.configs import common
 from tqdm import tqdm
 
-from tora_jax import chain, command, draw, flow, generation, release, video_io
+from tora_jax import command_line
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
+from tora_jax.conditioning import motion_maps
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import quality, traj_error
 from tora_jax.evals import sprites as measures
+from tora_jax.io import overlay
+from tora_jax.io.video import write_video
 from tora_jax.models.video_vae import latent_frames, latent_of
+from tora_jax.sampling import generate as generation
 
 ONE, TWO, HELD_OUT = "benchmark_one", "benchmark_two", "test"
 SETTINGS = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
@@ -51,7 +57,7 @@ SAVED = 8  # clips of each part
 class Bench:
     """The weights with their settings, the benchmark's clips, and the videos made so far."""
 
-    def __init__(self, models: chain.Models, settings: dict[str, Any], clips: int, batch: int, save: Path | None):
+    def __init__(self, models: assembly.Models, settings: dict[str, Any], clips: int, batch: int, save: Path | None):
         self.models, self.settings, self.count, self.batch, self.save = models, settings, clips, batch, save
         if settings["height"] != settings["width"]:
             raise UserError(f"the sprites are square, and the size is {settings['width']}x{settings['height']}")
@@ -85,7 +91,7 @@ class Bench:
             kind = split + ("" if trajectory else "_free") + ("_image" if image else "")
             for i, (video, clip) in enumerate(zip(made[:SAVED], clips, strict=False)):
                 path = self.save / f"{kind}_{i:02}.mp4"
-                video_io.write_video(path, draw.draw_tracks(video, clip.tracks), self.settings["fps"])
+                write_video(path, overlay.draw_tracks(video, clip.tracks), self.settings["fps"])
         return made
 
     def _through(self, part: str) -> Callable:
@@ -177,9 +183,10 @@ def image(bench: Bench) -> dict[str, Any]:
 def vae(bench: Bench) -> dict[str, Any]:
     clips = bench.clips(HELD_OUT)
     videos = [clip.video for clip in clips]
-    dense = [flow.flow_to_rgb(sprites.dense_flow(clip.labels, clip.tracks)) for clip in clips]
+    dense = [motion_maps.flow_to_rgb(sprites.dense_flow(clip.labels, clip.tracks)) for clip in clips]
     sparse = [
-        flow.flow_to_rgb(flow.displacement_maps(clip.tracks, bench.side, bench.side, clip.visible)) for clip in clips
+        motion_maps.flow_to_rgb(motion_maps.displacement_maps(clip.tracks, bench.side, bench.side, clip.visible))
+        for clip in clips
     ]
     found = {"video_db": psnr(reconstruct(bench, "vae", videos), videos)}
     found["pooling_db"] = psnr([pooled(video, bench.models.vae) for video in videos], videos)
@@ -263,7 +270,7 @@ def run(
     sampling = {**common.sampling(), **release.read_config(weights).get("sampling", {})}
     sampling |= {name: value for name, value in changes.items() if value is not None}
     settings = {name: sampling[name] for name in SETTINGS}
-    bench = Bench(chain.load(weights=weights), settings, clips, batch, save)
+    bench = Bench(assembly.load(weights=weights), settings, clips, batch, save)
     found: dict[str, Any] = {"weights": str(weights), "settings": settings, "clips": clips}
     seconds = {}
     for part in parts:
@@ -293,7 +300,7 @@ def main() -> None:
     parser.add_argument("--trajectory_guidance", type=float)
     options = vars(parser.parse_args())
     weights, parts = options.pop("weights"), options.pop("parts").split(",")
-    command.use_compilation_cache()
+    command_line.use_compilation_cache()
     try:
         found = run(weights or release.DEMO, parts, **options)
     except UserError as error:

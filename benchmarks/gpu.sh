@@ -11,7 +11,7 @@ run() { # a row that fails leaves the others, and all of them end after 20 minut
   timeout $((SECONDS < 1200 ? 1200 - SECONDS : 1)) "$python" "$@" || echo "{\"failed\": \"$*\"}"
 }
 
-JAX_PLATFORMS=cuda run -m pytest -q -m accelerator tests/test_attention.py >&2
+JAX_PLATFORMS=cuda run -m pytest -q -m accelerator tests/models/test_attention.py >&2
 # A training step at 480p x 51, and what the fusers cost.
 run -m benchmarks.step --job train --num_frames 51 --height 480 --width 854 --batch 1 --repeats 5
 run -m benchmarks.step --job train --num_frames 51 --height 480 --width 854 --batch 4 --repeats 5

@@ -10,8 +10,11 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from tora_jax import chain, lora, optim, sharding, training
+from tora_jax import sharding
+from tora_jax.backbones import assembly
 from tora_jax.models.video_vae import latent_frames
+from tora_jax.training import lora, optim
+from tora_jax.training import step as training
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -53,7 +56,7 @@ def latent_shape(parts, num_frames: int, height: int, width: int) -> tuple[int, 
 
 def params_of(parts, mesh: Mesh, rules: sharding.Rules, part: str, dtype=None):
     """Shapes of a part's parameters where they lie on a mesh; `dtype` replaces float32."""
-    shapes = jax.eval_shape(functools.partial(chain.init_params, parts), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(assembly.init_params, parts), jax.random.key(0))
     shapes = {part: shapes[part]}
     if dtype is not None:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
@@ -142,8 +145,8 @@ def decode(config, parts, mesh, rules, size, batch):
     return _models(parts).decode, (size["num_frames"], params, latents)
 
 
-def _models(parts) -> chain.Models:
-    return chain.Models(**parts, params={}, tokenizer=None, origin="")
+def _models(parts) -> assembly.Models:
+    return assembly.Models(**parts, params={}, tokenizer=None, origin="")
 
 
 JOBS = {"train": train, "text": text, "motion": motion, "sample": sample, "decode": decode}

@@ -19,7 +19,7 @@ import statistics
 import time
 from importlib import resources
 
-from tora_jax import text
+from tora_jax.conditioning import text
 from tora_jax.data import motion, pipeline
 
 

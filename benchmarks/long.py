@@ -26,10 +26,15 @@ from tora_jax.configs import common
 from tqdm import tqdm
 
 from benchmarks.speed import SETTINGS, psnr
-from tora_jax import chain, command, draw, generation, release, video_io
+from tora_jax import command_line
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import sprites as measures
+from tora_jax.io import overlay
+from tora_jax.io.video import write_video
+from tora_jax.sampling import generate as generation
 
 SPEED = 0.045  # of the closed curve, in widths a frame; training clips have 0.025 to 0.0625 on average
 REST = (1 / 3, 2 / 3)  # of the video, in `pause`
@@ -70,7 +75,7 @@ def make(bench: dict[str, Any], index: int, rest: bool) -> tuple[np.ndarray, np.
     if bench["save"]:
         bench["save"].mkdir(parents=True, exist_ok=True)
         path = bench["save"] / f"{'pause' if rest else 'extension'}_{index:02}.mp4"
-        video_io.write_video(path, draw.draw_tracks(video, track), settings["fps"])
+        write_video(path, overlay.draw_tracks(video, track), settings["fps"])
     return video, track, seams, clip.sprites[0].colour
 
 
@@ -146,9 +151,9 @@ def main() -> None:
     parts = options.parts.split(",")
     if unknown := set(parts) - PARTS.keys():
         parser.error(f"no part {min(unknown)!r}; there are {', '.join(PARTS)}")
-    command.use_compilation_cache()
+    command_line.use_compilation_cache()
     try:
-        models = chain.load(weights=options.weights)
+        models = assembly.load(weights=options.weights)
     except UserError as error:
         sys.exit(f"error: {error}")
     settings = {name: {**common.sampling(), **models.sampling}[name] for name in SETTINGS}

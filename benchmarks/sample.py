@@ -18,7 +18,11 @@ from absl import flags
 from tora_jax.configs import common
 
 from benchmarks import chips, flops, jobs
-from tora_jax import chain, command, generation, release, sharding, text
+from tora_jax import command_line, sharding
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
+from tora_jax.conditioning import text
+from tora_jax.sampling import generate as generation
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -30,19 +34,19 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_integer("repeats", 3, "After one that warms up.", **to)
 
 
-def random_models(config: dict, dtype) -> chain.Models:
+def random_models(config: dict, dtype) -> assembly.Models:
     """The parts of a config with random weights of one dtype."""
-    parts = chain.modules(config)
+    parts = assembly.modules(config)
     mesh = sharding.make_mesh("")
-    shapes = jax.eval_shape(functools.partial(chain.init_params, parts), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(assembly.init_params, parts), jax.random.key(0))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
     params = jobs.filled(jobs.placed(shapes, sharding.param_shardings(shapes, mesh, ())))
-    tokenizer = text.Tokenizer(chain.tokenizer_path(None).read_bytes(), parts["tora"].stdit["caption_length"])
-    return chain.Models(**parts, params=params, tokenizer=tokenizer, origin="random weights")
+    tokenizer = text.Tokenizer(assembly.tokenizer_path(None).read_bytes(), parts["tora"].stdit["caption_length"])
+    return assembly.Models(**parts, params=params, tokenizer=tokenizer, origin="random weights")
 
 
 def main(argv: list[str], _) -> None:
-    args = command.parse(argv, define_flags, __doc__, common.training())
+    args = command_line.parse(argv, define_flags, __doc__, common.training())
     config = release.tuples(args.config.to_dict())
     models = random_models(config, jnp.dtype(config["tora"]["stdit"]["dtype"]))
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
@@ -83,4 +87,4 @@ def main(argv: list[str], _) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, sys.argv)
+    command_line.run(main, sys.argv)

@@ -22,10 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from tora_jax.configs import common
 
-from tora_jax import chain, command, generation, release
+from tora_jax import command_line
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import sprites as measures
+from tora_jax.sampling import generate as generation
 
 Savings = generation.Savings
 # Name -> what is left out, share of the steps, dtype of the VAE's products.
@@ -51,7 +54,7 @@ def psnr(video: np.ndarray, other: np.ndarray) -> float:
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-def measure(models: chain.Models, clips: list, settings: dict[str, Any], batch: int, savings: Savings) -> dict:
+def measure(models: assembly.Models, clips: list, settings: dict[str, Any], batch: int, savings: Savings) -> dict:
     """Seconds of a clip, its error and the videos, of one switch."""
     videos, seconds, errors = [], [], []
     for start in [0, *range(0, len(clips), batch)]:  # the first twice: it compiles
@@ -83,9 +86,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.clips % options.batch:
         parser.error("--batch should divide --clips")
-    command.use_compilation_cache()
+    command_line.use_compilation_cache()
     try:
-        models = chain.load(weights=options.weights)
+        models = assembly.load(weights=options.weights)
     except UserError as error:
         sys.exit(f"error: {error}")
     settings = {name: {**common.sampling(), **models.sampling}[name] for name in SETTINGS}

@@ -30,7 +30,9 @@ from absl import flags
 from tora_jax.configs import common
 
 from benchmarks import chips, flops, jobs
-from tora_jax import chain, command, release, sharding
+from tora_jax import command_line, sharding
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
 
 
@@ -66,10 +68,10 @@ def passes(config, parts, mesh, rules, size, batch, *, gradients: bool, motion: 
 
 
 def main(argv: list[str], _) -> None:
-    args = command.parse(argv, define_flags, __doc__, common.training())
+    args = command_line.parse(argv, define_flags, __doc__, common.training())
     config = release.tuples(args.config.to_dict())
     mesh = sharding.make_mesh(config["mesh"] if args.mesh is None else args.mesh)
-    rules, parts = tuple(config["rules"].items()), chain.modules(config)
+    rules, parts = tuple(config["rules"].items()), assembly.modules(config)
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
     alone = args.job in ("forward", "backward")
     if args.reference and not alone:
@@ -168,4 +170,4 @@ class Reference:
 
 
 if __name__ == "__main__":
-    command.run(main, sys.argv)
+    command_line.run(main, sys.argv)

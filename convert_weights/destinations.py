@@ -14,7 +14,8 @@ from absl import logging
 
 from convert_weights import safetensors_io, stream
 from convert_weights.stream import Leaf
-from tora_jax import checkpoint, sharding
+from tora_jax import sharding
+from tora_jax.checkpoints import manager as checkpoint
 from tora_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

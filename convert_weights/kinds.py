@@ -17,6 +17,7 @@ from tora_jax.configs import common
 from convert_weights import aesthetic, clip, i3d, mapping, measure, raft, stdit3, t5, vae
 from convert_weights.measure import Fields
 from convert_weights.sources import Source, parse_json
+from tora_jax.checkpoints.release import tuples
 from tora_jax.errors import UserError
 from tora_jax.models.aesthetic import V2, AestheticHead
 from tora_jax.models.autoencoder_kl import AutoencoderKL
@@ -27,7 +28,6 @@ from tora_jax.models.raft import RAFT
 from tora_jax.models.stdit import SIZES, STDiT, parse_variant
 from tora_jax.models.t5 import T5Encoder
 from tora_jax.models.video_vae import VideoVAE
-from tora_jax.release import tuples
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ from convert_weights.kinds import Kind
 from convert_weights.mapping import Layout, Move, Rule, Shape
 from convert_weights.measure import Fields
 from convert_weights.safetensors_io import Spec, Tensor
-from tora_jax import checkpoint, release
+from tora_jax.checkpoints import manager as checkpoint
+from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
 
 RECORD = "source.json"

@@ -72,15 +72,15 @@ def tiny_config() -> dict:
 
 @pytest.fixture(scope="session")
 def tiny_models(tiny_config):
-    from tora_jax import chain
+    from tora_jax.backbones import assembly
 
-    return chain.load(tiny_config)
+    return assembly.load(tiny_config)
 
 
 @pytest.fixture(scope="session")
 def tiny_release(tiny_models, tiny_config, tmp_path_factory):
     """A release folder with the tiny models' weights."""
-    from tora_jax import release
+    from tora_jax.checkpoints import release
 
     folder = tmp_path_factory.mktemp("release") / "tiny"
     tokenizer = resources.files("tora_jax").joinpath("assets/tokenizer.model")

@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from tests import moving
-from tora_jax import video_io
+from tora_jax.io.video import write_video
 
 FPS = 8
 RATE = Fraction(FPS)
@@ -41,7 +41,7 @@ def write(
 
 def rotated(path: Path, frames: np.ndarray) -> Path:
     """An mp4 that says that it is to be shown turned by 90 degrees, clockwise."""
-    video_io.write_video(path, frames, FPS)
+    write_video(path, frames, FPS)
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 44  # after its flags, times, id, duration, layer and volume (version 0)
     data[matrix : matrix + 36] = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
@@ -51,7 +51,7 @@ def rotated(path: Path, frames: np.ndarray) -> Path:
 
 def cut_off(path: Path, frames: np.ndarray) -> Path:
     """The index is in front, and the download stopped within the last frames."""
-    video_io.write_video(path, frames, FPS)
+    write_video(path, frames, FPS)
     with av.open(str(path)) as container:
         ends = sorted(packet.pos + packet.size for packet in container.demux(video=0) if packet.size)
     path.write_bytes(path.read_bytes()[: ends[-4] - 3])
@@ -96,15 +96,15 @@ def damaged(path: Path, frames: np.ndarray) -> Path:
 def make_all(folder: Path) -> dict[str, str]:
     """All of them in a folder: name -> the reason it is refused for, or "" where it is used."""
     frames = good()
-    video_io.write_video(folder / "good.mp4", frames, FPS)
+    write_video(folder / "good.mp4", frames, FPS)
     cut_off(folder / "cut_off.mp4", frames)
     truncated(folder / "truncated.mp4", frames)
     (folder / "empty.mp4").touch()
     (folder / "page.mp4").write_text("<html>not found</html>")
     (folder / "list.mp4").write_text("ffconcat version 1.0\nfile good.mp4\n")  # reads another file
     sound(folder / "sound.mp4")
-    video_io.write_video(folder / "one.mp4", frames[:1], FPS)
-    video_io.write_video(folder / "short.mp4", good(seed=1, frames=9), FPS)
+    write_video(folder / "one.mp4", frames[:1], FPS)
+    write_video(folder / "short.mp4", good(seed=1, frames=9), FPS)
     damaged(folder / "damaged.mp4", good(seed=2))
     write(folder / "variable.mp4", good(seed=3, frames=25), times=uneven(25))
     rotated(folder / "rotated.mp4", good(seed=4))

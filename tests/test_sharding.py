@@ -13,18 +13,20 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.aot import sent
 from configs import common, tora
-from tora_jax import chain, optim, sharding
+from tora_jax import sharding
+from tora_jax.backbones import assembly
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
 from tora_jax.models.video_vae import VideoVAE
+from tora_jax.training import optim
 
 RULES = tuple(common.training()["rules"].items())
 
 
 @functools.cache
 def released_shapes():
-    parts = chain.modules(tora.get_config().to_dict())
-    return jax.eval_shape(functools.partial(chain.init_params, parts), jax.random.key(0))
+    parts = assembly.modules(tora.get_config().to_dict())
+    return jax.eval_shape(functools.partial(assembly.init_params, parts), jax.random.key(0))
 
 
 class TestParameters:

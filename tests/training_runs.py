@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests import records
-from tora_jax import command, video_io
+from tora_jax import command_line
 from tora_jax.data import sprites
+from tora_jax.io.video import write_video
 
 _handler = signal.getsignal(signal.SIGINT)
 import train  # noqa: E402
@@ -32,7 +33,7 @@ def run(config: str, workdir: Path, *arguments) -> Outcome:
     stderr, code = io.StringIO(), 0
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
-            command.run(train.main, argv)
+            command_line.run(train.main, argv)
         except SystemExit as stop:
             code = stop.code
     return Outcome(code, stderr.getvalue(), metrics(workdir))
@@ -59,6 +60,6 @@ def write_folder(folder: Path, **counts: int) -> Path:
         (folder / split).mkdir(parents=True)
         for i in range(count):
             clip = sprites.make_clip(i, split, size=SCALE.side, frames=SCALE.frames, fps=SCALE.fps)
-            video_io.write_video(folder / split / f"{i}.mp4", clip.video, clip.fps)
+            write_video(folder / split / f"{i}.mp4", clip.video, clip.fps)
             (folder / split / f"{i}.txt").write_text(clip.caption + "\n")
     return folder

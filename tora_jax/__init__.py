@@ -15,8 +15,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tora_jax.chain import Models
-    from tora_jax.generation import Result
+    from tora_jax.backbones.assembly import Models
+    from tora_jax.sampling.generate import Result
 
 __all__ = ["generate", "load"]
 
@@ -39,9 +39,10 @@ def load(
     Raises:
       tora_jax.errors.UserError: the folder is missing, broken, or does not fit the config.
     """
-    from tora_jax import chain, release
+    from tora_jax.backbones import assembly
+    from tora_jax.checkpoints import release
 
-    return chain.load(config, release.DEMO if weights is None and config is None else weights, seed, low_memory)
+    return assembly.load(config, release.DEMO if weights is None and config is None else weights, seed, low_memory)
 
 
 def generate(
@@ -71,7 +72,8 @@ def generate(
     Raises:
       tora_jax.errors.UserError: for a value that cannot be.
     """
-    from tora_jax import generation, request
+    from tora_jax.sampling import generate as generation
+    from tora_jax.sampling import request
 
     progress = settings.pop("progress", None)
     given = settings | ({} if prompt is None else {"prompt": prompt})

@@ -12,7 +12,7 @@ The files beside this one each change one thing, as one table of the paper does.
 from ml_collections import ConfigDict
 from tora_jax.configs import common
 
-from tora_jax import release
+from tora_jax.checkpoints import release
 
 STAGES = {"dense": ("dense",), "sparse": ("sparse",), "both": ("dense", "sparse")}
 MOTIONS = ("key_frames", "mean_pooling", "motion_vae", "none")

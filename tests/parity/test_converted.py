@@ -17,7 +17,8 @@ from benchmarks import checkpoints
 from convert_weights.__main__ import main
 from tests.converting import CASES, stdit_variant, write_source
 from tests.parity import golden, test_clip, test_rectified_flow, test_stdit, test_vae
-from tora_jax import rectified_flow, release
+from tora_jax.checkpoints import release
+from tora_jax.diffusion import rectified_flow
 from tora_jax.models.stdit import STDiT
 from tora_jax.models.t5 import T5Encoder
 from tora_jax.models.video_vae import latent_frames

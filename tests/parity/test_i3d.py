@@ -14,7 +14,7 @@ from convert_weights import __main__ as converter
 from convert_weights import i3d as table
 from convert_weights import mapping
 from tests.parity import golden
-from tora_jax import release
+from tora_jax.checkpoints import release
 from tora_jax.models.i3d import I3D
 
 KEYS = "i3d_k400_flax"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.parity import golden
 from tests.parity.test_stdit import arguments, channels_last, load_params, model_of
-from tora_jax import rectified_flow
+from tora_jax.diffusion import rectified_flow
 from tora_jax.models.video_vae import latent_frames
 
 FILES = ["rflow_t2v", "rflow_frame_mask"]

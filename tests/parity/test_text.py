@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from tests.parity import golden
-from tora_jax import text
+from tora_jax.conditioning import text
 
 
 def read(name: str):

@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
 def serve(folder: Path, options: argparse.Namespace, block: bool = True):
     """Loads the models and starts the server; with `block=False`, returns the page and its address."""
     import tora_jax
-    from tora_jax import command
+    from tora_jax import command_line
     from tora_jax.app import page, studio
 
-    command.use_compilation_cache()
+    command_line.use_compilation_cache()
     blocks = page.build(
         studio.Studio(tora_jax.load(options.weights, low_memory=options.low_memory), folder / "results")
     )

@@ -11,9 +11,10 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from tora_jax import request, trajectory
 from tora_jax.app.studio import LONGEST, MOST_STEPS, MOST_TEXT, CancelledError, Made, Studio
+from tora_jax.conditioning import trajectory
 from tora_jax.errors import UserError
+from tora_jax.sampling import request
 
 HERE = Path(__file__).parent
 CSS = """

@@ -19,10 +19,15 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from tora_jax import flow, generation, output, request, trajectory, video_io
-from tora_jax.chain import Models
+from tora_jax.backbones.assembly import Models
+from tora_jax.conditioning import motion_maps as flow
+from tora_jax.conditioning import trajectory
 from tora_jax.errors import UserError
 from tora_jax.evals import traj_error
+from tora_jax.io.video import read_image, resize_crop
+from tora_jax.sampling import generate as generation
+from tora_jax.sampling import request
+from tora_jax.sampling import writer as output
 
 KEPT = 12  # results of a visit
 VISITS = 200  # that are remembered; the one longest unused goes first
@@ -157,8 +162,8 @@ class Studio:
     def picture(self, path: str, size: str) -> str:
         """An uploaded picture as the model will see it, as an address."""
         with _named(path):
-            picture = video_io.read_image(path)
-        return _address(video_io.resize_crop(picture, *self._size(size))[None])
+            picture = read_image(path)
+        return _address(resize_crop(picture, *self._size(size))[None])
 
     # ------------------------------------------------------------------------------------------------ generating
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from tora_jax import flow
+from tora_jax.conditioning import motion_maps as flow
 from tora_jax.data import sprites
 
 KINDS = ("none", "dense", "sparse", "mixed")

@@ -32,9 +32,10 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from tora_jax import text, video_io
+from tora_jax.conditioning import text
 from tora_jax.data import buckets, masks, motion, sources
 from tora_jax.errors import UserError
+from tora_jax.io.video import VideoInfo, cover, read_video, resize_crop
 from tora_jax.models import video_vae
 
 BATCH_AXES = ("data", "fsdp")
@@ -469,18 +470,18 @@ class Loader:
         Raises:
           UserError: the record is damaged.
         """
-        config, info = self.config, video_io.VideoInfo(*self.infos[index])
+        config, info = self.config, VideoInfo(*self.infos[index])
         frames, height, width = (self.bucket[name] for name in ("frames", "height", "width"))
         rate, length = float(record.get("fps", info.fps)), int(info.frames)
         step = min(_step(rate, self.bucket["fps"]), (length - 1) // (frames - 1)) if frames > 1 else 1
         reach = (frames - 1) * step + 1
         start = int(rng.integers(length - reach + 1)) if self.training else 0
         wanted = range(start, start + reach, step)
-        original, _ = video_io.read_video(record["video"], only=wanted, strict=True, threads=int(_in_worker()))
+        original, _ = read_video(record["video"], only=wanted, strict=True, threads=int(_in_worker()))
         if len(original) < frames:
             raise UserError(f"{len(original)} of {frames} frames decoded")
-        video = video_io.resize_crop(original, height, width)
-        scaled_height, scaled_width, top, left = video_io.cover(*original.shape[1:3], height, width)
+        video = resize_crop(original, height, width)
+        scaled_height, scaled_width, top, left = cover(*original.shape[1:3], height, width)
         clip = {"video": video, "fps": np.float32(rate / step)}
         clip |= {"height": np.float32(height), "width": np.float32(width)}
         window = (top, left, height, width, scaled_height, scaled_width)

@@ -40,9 +40,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt8
 from tqdm import tqdm
 
-from tora_jax import chain, sharding, video_io
+from tora_jax import sharding
+from tora_jax.backbones import assembly
 from tora_jax.data import motion, pipeline, sources
 from tora_jax.errors import UserError
+from tora_jax.io.video import write_atomic
 
 SHARD = 256  # clips in a file
 TEXTS = ("ids", "embedding")
@@ -99,7 +101,7 @@ def posterior(
 Encode = Callable[[np.ndarray, np.ndarray | None, Sequence[int]], dict[str, Array]]
 
 
-def make_encoder(models: chain.Models, seed: int = 0) -> Encode:
+def make_encoder(models: assembly.Models, seed: int = 0) -> Encode:
     """The function (video, maps, indices) -> posteriors, compiled once for a shape; a call does not wait.
 
     It takes video, uint8 [b, t, h, w, 3]; maps, uint8 [b, k, t, h, w, 3], k draws of each clip's motion, or None; and
@@ -137,7 +139,7 @@ def make_encoder(models: chain.Models, seed: int = 0) -> Encode:
 
 
 def precompute(
-    models: chain.Models,
+    models: assembly.Models,
     source: str | Path,
     out: str | Path,
     options: Options,
@@ -204,7 +206,7 @@ def precompute(
     features = _features(options)
     try:
         aside.mkdir(parents=True, exist_ok=True)
-        with video_io.write_atomic(aside / sources.MADE) as path:
+        with write_atomic(aside / sources.MADE) as path:
             path.write_text(json.dumps(made, indent=2) + "\n")
         done = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths))
         lengths = [ArrayRecordReader(str(path)).num_records() for path in paths[:done]]
@@ -258,7 +260,7 @@ class _Draw:
 
 
 def _encoded(
-    models: chain.Models,
+    models: assembly.Models,
     load: pipeline.Loader,
     options: Options,
     todo: Sequence[tuple[int, Sequence[int]]],
@@ -367,7 +369,7 @@ def _holds(folder: Path, made: Mapping[str, Any]) -> bool:
     return True
 
 
-def _checksum(models: chain.Models, options: Options) -> str:
+def _checksum(models: assembly.Models, options: Options) -> str:
     """Tells apart weights that were trained further under the same name: of the first numbers of each tensor."""
     used = ["vae", *(["motion_vae"] * (options.motion != "none")), *(["t5"] * (options.text == "embedding"))]
     digest = hashlib.sha256()
@@ -402,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     names = {field.name for field in dataclasses.fields(Options)} & vars(args).keys()
     options = Options(frames=args.num_frames, **{name: getattr(args, name) for name in names})
     try:
-        models = chain.load(weights=args.weights)
+        models = assembly.load(weights=args.weights)
         how = {name: getattr(args, name) for name in ("split", "batch", "workers", "damaged_share")}
         print(precompute(models, args.source, args.out, options, **how))
     except UserError as error:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from tora_jax import video_io
 from tora_jax.errors import UserError
+from tora_jax.io.video import VideoInfo, probe
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 SCAN_THREADS = 8
@@ -65,13 +65,13 @@ class Records:
             raise UserError(f"cannot be read ({error})") from error
         return record
 
-    def info(self, index: int) -> video_io.VideoInfo:
+    def info(self, index: int) -> VideoInfo:
         if self.made:
-            return video_io.VideoInfo(*(self.made[name] for name in video_io.VideoInfo._fields))
+            return VideoInfo(*(self.made[name] for name in VideoInfo._fields))
         if self._infos is not None:
             *sizes, fps = self._infos[index]
-            return video_io.VideoInfo(*map(int, sizes), float(fps))
-        return video_io.probe(self[index]["video"])
+            return VideoInfo(*map(int, sizes), float(fps))
+        return probe(self[index]["video"])
 
     def name(self, index: int) -> str:
         return f"{self.folder} {self.split} record {index}"
@@ -131,8 +131,8 @@ class VideoFolder:
         caption = self.captions[index].read_text(encoding="utf-8", errors="replace").strip()
         return {"video": self.files[index], "caption": caption}
 
-    def info(self, index: int) -> video_io.VideoInfo:
-        return video_io.probe(self.files[index])
+    def info(self, index: int) -> VideoInfo:
+        return probe(self.files[index])
 
     def name(self, index: int) -> str:
         return str(self.files[index])
@@ -164,7 +164,7 @@ class Joined:
         source, place = self._place(index)
         return source[place]
 
-    def info(self, index: int) -> video_io.VideoInfo:
+    def info(self, index: int) -> VideoInfo:
         source, place = self._place(index)
         return source.info(place)
 
@@ -197,7 +197,7 @@ def open_folder(folder: str | Path, split: str) -> Records | VideoFolder:
 def scan(source: Records | VideoFolder | Joined) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
     """`video_io.VideoInfo` of each clip, zeros where it cannot be read; and of those, why."""
 
-    def one(index: int) -> video_io.VideoInfo | UserError:
+    def one(index: int) -> VideoInfo | UserError:
         try:
             return source.info(index)
         except UserError as error:

@@ -24,8 +24,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float, UInt8
 
-from tora_jax import video_io
 from tora_jax.errors import UserError
+from tora_jax.io.video import write_video
 
 SPLITS = ("train", "validation", "test", "benchmark_one", "benchmark_two")  # a clip's seed holds its split's place
 SIZES_OF_SPLITS = {"train": 6000, "validation": 256, "test": 256, "benchmark_one": 64, "benchmark_two": 64}
@@ -353,7 +353,7 @@ def _record(split: str, scale: Scale, index: int) -> tuple[int, dict[str, Any]]:
     clip = make_clip(index, split, scale.seed, scale.side, scale.frames, scale.fps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        video_io.write_video(path, clip.video, clip.fps)
+        write_video(path, clip.video, clip.fps)
         video = path.read_bytes()
     return index, {
         "video": video,

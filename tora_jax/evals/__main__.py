@@ -25,11 +25,15 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from tora_jax import chain, command, generation, release, video_io
+from tora_jax import command_line
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
 from tora_jax.configs import eval as eval_config
 from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, report
 from tora_jax.evals.measures import Measures
+from tora_jax.io.video import read_video, write_atomic, write_video
+from tora_jax.sampling import generate as generation
 
 USAGE = """Measures released weights, or videos that are there.
 
@@ -51,11 +55,11 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
-    args = command.parse(argv, define_flags, USAGE, eval_config.get_config())
+    args = command_line.parse(argv, define_flags, USAGE, eval_config.get_config())
     if args.out is None:
         raise UserError("--out is missing; name a folder for the videos and the figures")
     config, out = release.tuples(args.config.to_dict()), Path(args.out)
-    command.use_compilation_cache()
+    command_line.use_compilation_cache()
     results, records = evaluate(config, args.weights, out, args.quiet, check_interrupt)
     report.write(out, results, records)
     if args.page is not None:
@@ -91,7 +95,7 @@ def evaluate(
         raise UserError("config.cells: two cells are of the same size, length and rate")
     for metric, why in measures.left_out.items():
         print(f"{metric} is left out: {why}", file=sys.stderr)
-    load = functools.cache(lambda: chain.load(weights=weights))  # once, and only if a video is missing
+    load = functools.cache(lambda: assembly.load(weights=weights))  # once, and only if a video is missing
     records = {}
     with tqdm(total=len(cells) * len(benchmark.names), unit="clip", disable=quiet) as bar:
         for name, cell in cells.items():
@@ -138,16 +142,16 @@ def _batch(config, cell, folder: Path, benchmark, measures: Measures, indices: l
     missing = [i for i in tasks if not paths[i].is_file()]
     if config["videos"] not in ("", "truth"):
         for i in missing:
-            with video_io.write_atomic(paths[i]) as aside:  # not encoded again: that would change what is measured
+            with write_atomic(paths[i]) as aside:  # not encoded again: that would change what is measured
                 shutil.copyfile(_find(config["videos"], folder.name, tasks[i].name), aside)
     elif missing:
         chosen = [tasks[i] for i in missing]
         seeds = [config["seed"] + i for i in missing]
         made = map(_true_clip, chosen) if config["videos"] else _generate(config, cell, chosen, seeds, load())
         for i, video in zip(missing, made, strict=True):
-            video_io.write_video(paths[i], video, cell["fps"])
+            write_video(paths[i], video, cell["fps"])
     for i, task in tasks.items():
-        video, _ = video_io.read_video(paths[i])  # the file, not what it was made from: a second run measures the same
+        video, _ = read_video(paths[i])  # the file, not what it was made from: a second run measures the same
         if len(video) != cell["frames"]:
             raise UserError(f"{paths[i]}: has {len(video)} frames, the cell {cell['frames']}; remove it")
         record = {
@@ -162,7 +166,7 @@ def _batch(config, cell, folder: Path, benchmark, measures: Measures, indices: l
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    with video_io.write_atomic(path) as aside:
+    with write_atomic(path) as aside:
         aside.write_text(json.dumps(record) + "\n")
 
 
@@ -239,7 +243,7 @@ def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], wei
             raise UserError(f"{folder}: was made with another {name} ({before.get(name)}); choose another --out")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with video_io.write_atomic(path) as aside:
+    with write_atomic(path) as aside:
         aside.write_text(json.dumps(made, indent=2) + "\n")
 
 
@@ -266,9 +270,9 @@ def write_page(out: Path, folder: Path, results, records, launch: str) -> None:
         text += ["", f"## {report.title(cell)}", "", f"![stills]({sheet.name})", ""]
         text += [f"{i + 1}. {record['prompt']}" for i, record in enumerate(records[cell["name"]][: report.STILL_CLIPS])]
     report.plots(folder, results["cells"])
-    with video_io.write_atomic(folder / "README.md") as aside:
+    with write_atomic(folder / "README.md") as aside:
         aside.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    command.run(main, ["tora_jax.evals", *sys.argv[1:]], "what is done stays; run the same command to go on")
+    command_line.run(main, ["tora_jax.evals", *sys.argv[1:]], "what is done stays; run the same command to go on")

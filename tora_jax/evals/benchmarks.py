@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from tora_jax import trajectory, video_io
+from tora_jax.conditioning import trajectory
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
+from tora_jax.io.video import cover, read_image, resize_crop
 
 PICTURES = (".jpg", ".jpeg", ".png")
 SMALLEST = 0.001  # of the frame: an object with a smaller mask at the start gives no trajectory
@@ -98,7 +99,7 @@ class Listed:
             paths = trajectory.parse(points, name=self.names[index])
         image = None
         if "image" in item:
-            image = video_io.resize_crop(video_io.read_image(self.folder / item["image"]), height, width)[None]
+            image = resize_crop(read_image(self.folder / item["image"]), height, width)[None]
         return Task(self.names[index], item["prompt"], trajectory.tracks(paths, frames), image)
 
 
@@ -147,10 +148,10 @@ class VideoSegmentationBenchmark:
         name, (pictures, centres) = list(self.sequences.items())[index]
         times = np.linspace(0, len(pictures) - 1, frames)
         wanted = np.round(times).astype(int)
-        read = {j: video_io.read_image(pictures[j]) for j in np.unique(wanted)}
+        read = {j: read_image(pictures[j]) for j in np.unique(wanted)}
         old_height, old_width = next(iter(read.values())).shape[:2]
-        scaled_height, scaled_width, top, left = video_io.cover(old_height, old_width, height, width)
-        resized = {j: video_io.resize_crop(image, height, width) for j, image in read.items()}
+        scaled_height, scaled_width, top, left = cover(old_height, old_width, height, width)
+        resized = {j: resize_crop(image, height, width) for j, image in read.items()}
         video = np.stack([resized[j] for j in wanted])
         low = np.floor(times).astype(int)
         share = (times - low)[:, None]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from tora_jax import release, video_io
+from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
+from tora_jax.io.video import resize_crop
 from tora_jax.models.clip import CLIP, MEAN, STD, CLIPText, CLIPVision
 
 TOKENIZER = "tokenizer.json"
@@ -38,7 +39,7 @@ def load(folder: str | Path) -> Similarity:
 
     def similarity(video: Video, caption: str) -> float:
         text = encode_text(params, jnp.asarray(tokenize(caption))[None])[0]
-        pixels = (video_io.resize_crop(video, side, side).astype(np.float32) / 255 - MEAN) / STD
+        pixels = (resize_crop(video, side, side).astype(np.float32) / 255 - MEAN) / STD
         parts = [pixels[start : start + FRAMES] for start in range(0, len(pixels), FRAMES)]
         cosines = np.concatenate([encode_image(params, jnp.asarray(part)) @ text for part in parts])
         return float(cosines.mean(dtype=np.float64))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from tora_jax import release
+from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
 from tora_jax.models.i3d import I3D, MIN_FRAMES, SIZE
 

@@ -14,11 +14,15 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from tora_jax import draw, generation, sharding, training, video_io
-from tora_jax.chain import Models
+from tora_jax import sharding
+from tora_jax.backbones.assembly import Models
 from tora_jax.data import motion, pipeline, sources
 from tora_jax.errors import UserError
 from tora_jax.evals import sprites, traj_error
+from tora_jax.io import overlay
+from tora_jax.io.video import write_video
+from tora_jax.sampling import generate as generation
+from tora_jax.training import step as training
 
 TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
 PAPER = (512, 512)  # width and height in whose pixels the paper's TrajError counts
@@ -149,7 +153,7 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
         folder.mkdir(parents=True, exist_ok=True)
         found = []
         for i, (clip, result) in enumerate(zip(clips, results, strict=True)):
-            video_io.write_video(folder / f"{step:06}_{i}.mp4", draw.draw_tracks(result.video, clip.tracks), clip.fps)
+            write_video(folder / f"{step:06}_{i}.mp4", overlay.draw_tracks(result.video, clip.tracks), clip.fps)
             tracks, visible = traj_error.track_lk(result.video, clip.tracks[:, 0])
             found.append({"traj_error": traj_error.traj_error(clip.tracks, tracks, visible, PAPER)["l1"]})
             if clip.colours:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from tora_jax import video_io
 from tora_jax.evals import clip_sim, fvd, quality, sprites, traj_error
 from tora_jax.evals.benchmarks import Task
+from tora_jax.io.video import read_video, write_video
 from tora_jax.models.i3d import MIN_FRAMES
 
 Video = UInt8[np.ndarray, "t h w 3"]
@@ -84,5 +84,5 @@ class Measures:
 def _through_a_file(video: Video, fps: float) -> Video:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "true.mp4"
-        video_io.write_video(path, video, fps)
-        return video_io.read_video(path)[0]
+        write_video(path, video, fps)
+        return read_video(path)[0]

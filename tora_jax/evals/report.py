@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tora_jax import draw, video_io
 from tora_jax.errors import UserError
 from tora_jax.evals import fvd
+from tora_jax.io import overlay
+from tora_jax.io.video import read_video, write_atomic
 
 # metric -> (heading, format); the order of the table
 COLUMNS = {
@@ -91,7 +92,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    with video_io.write_atomic(path) as aside:
+    with write_atomic(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
@@ -191,7 +192,7 @@ def plots(out: Path, cells: Sequence[Mapping[str, Any]]) -> None:
         axes.set(xlabel=label, ylabel="TrajError, pixels", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
-        with video_io.write_atomic(out / f"error_by_{name}.svg") as aside:
+        with write_atomic(out / f"error_by_{name}.svg") as aside:
             # Neither dates nor random names: the same figures give the same file.
             figure.savefig(aside, format="svg", metadata={"Date": None, "Creator": None})
 
@@ -213,12 +214,12 @@ def stills(out: Path, folder: Path, cell: str, records: Sequence[Record]) -> Pat
     """
     rows = []
     for record in records[:STILL_CLIPS]:
-        video, _ = video_io.read_video(out / record["video"])
-        drawn = draw.draw_tracks(video, np.array(record["given"], np.float32))
+        video, _ = read_video(out / record["video"])
+        drawn = overlay.draw_tracks(video, np.array(record["given"], np.float32))
         wanted = np.linspace(0, len(video) - 1, STILLS).round().astype(int)
         rows.append(np.concatenate([_crosses(drawn[j], np.array(record["tracked"])[:, j]) for j in wanted], axis=1))
     path = folder / f"{cell}.webp"
-    with video_io.write_atomic(path) as aside:
+    with write_atomic(path) as aside:
         Image.fromarray(np.concatenate(rows)).save(aside, format="webp", quality=80)
     return path
 

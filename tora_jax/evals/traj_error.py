@@ -21,7 +21,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Bool, Float, UInt8
 
-from tora_jax import flow, release
+from tora_jax.checkpoints import release
+from tora_jax.conditioning import motion_maps
 from tora_jax.errors import UserError
 from tora_jax.models.raft import RAFT, STRIDE
 
@@ -255,7 +256,7 @@ def raft_tracker(params: Mapping[str, Any], **fields: Any) -> Tracker:
         frames = [frame[None].astype(np.float32) / 127.5 - 1 for frame in resized]
         flows = [np.asarray(both_ways(params, *pair)) for pair in itertools.pairwise(frames)]
         flows = np.stack(flows) if flows else np.zeros((0, 2, height, width, 2), np.float32)
-        tracks, visible = flow.follow(flows[:, 0], points)
+        tracks, visible = motion_maps.follow(flows[:, 0], points)
         pixels = tracks * np.float32([width, height]) - np.float32(0.5)
         for j, (_, back) in enumerate(flows):
             forward = pixels[:, j + 1] - pixels[:, j]

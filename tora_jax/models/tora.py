@@ -9,11 +9,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tora_jax.diffusion.rectified_flow import NUM_TIMESTEPS
 from tora_jax.models.layers import Dtype
 from tora_jax.models.motion_fuser import FORMS, PLACEMENTS
 from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.trajectory_extractor import TrajectoryExtractor
-from tora_jax.rectified_flow import NUM_TIMESTEPS
 
 
 class Tora(nn.Module):

@@ -10,7 +10,8 @@ from importlib import resources
 from absl import flags
 from ml_collections import config_flags
 
-from tora_jax import command, release
+from tora_jax import command_line
+from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
 
 USAGE = """Makes training shards of raw videos: cuts, measures, filters and captions them.
@@ -33,7 +34,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     own, _, rest = "\0".join(argv).partition("\0--\0")
-    args = command.parse(own.split("\0"), define_flags, USAGE, ())
+    args = command_line.parse(own.split("\0"), define_flags, USAGE, ())
     if not args.input or not args.output:
         raise UserError("give --input and --output, see --help")
     if args.workers < 1:
@@ -51,4 +52,4 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, sys.argv)
+    command_line.run(main, sys.argv)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from tora_jax import release
+from tora_jax.checkpoints import release
 from tora_jax.data import motion
 from tora_jax.errors import UserError
 from tora_jax.models.raft import RAFT, STRIDE

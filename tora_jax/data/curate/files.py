@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from tora_jax import video_io
 from tora_jax.errors import UserError
+from tora_jax.io.video import write_atomic
 
 VERSION = 2  # of the stages' code: raised when what they write changes
 BEFORE = {"clips": "probe", "motion": "clips", "looks": "clips", "captions": "clips"}
@@ -88,7 +88,7 @@ def write(path: str, fill: Callable[[Path], None]) -> None:
     try:
         if is_local(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with video_io.write_atomic(path) as aside:
+            with write_atomic(path) as aside:
                 fill(aside)
         else:
             with local_folder() as folder:

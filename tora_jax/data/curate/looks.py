@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from tora_jax import release
+from tora_jax.checkpoints import release
 from tora_jax.data.curate.probe import UnusableError, opened, small
 from tora_jax.errors import UserError
+from tora_jax.io.video import VideoInfo, resize_crop
 from tora_jax.models.aesthetic import AestheticHead
 from tora_jax.models.clip import CLIP, MEAN, STD, CLIPText, CLIPVision
-from tora_jax.video_io import VideoInfo, resize_crop
 
 FRAMES = 4  # of a clip, evenly spread, that are looked at
 HASH_SIDE, HASH_KEPT = 32, 8  # pixels of the picture, and frequencies of it that make the hash

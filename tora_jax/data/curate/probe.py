@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector
 
-from tora_jax import video_io
+from tora_jax.io.video import CONTAINERS
 
 SHORT = 128  # pixels of the shorter side, that cuts and still frames are looked for at
 BLACK = 8.0  # of 255: mean of a frame that is black
@@ -104,7 +104,7 @@ def opened(source: str | os.PathLike | bytes) -> Iterator[tuple[av.container.Inp
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        container = av.open(file, options=video_io.CONTAINERS)
+        container = av.open(file, options=CONTAINERS)
     except av.FFmpegError as error:
         raise UnusableError("not a video") from error
     with container:

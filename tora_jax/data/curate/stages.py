@@ -26,13 +26,13 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-from tora_jax import text
+from tora_jax.conditioning import text
 from tora_jax.data.curate import camera, captions, cuts, files, looks, probe, report, rules, shards, tracks
 from tora_jax.data.curate.files import Work
 from tora_jax.data.curate.probe import UnusableError
 from tora_jax.data.curate.rules import Row
 from tora_jax.errors import UserError
-from tora_jax.video_io import VideoInfo
+from tora_jax.io.video import VideoInfo
 
 DIGITS = 15  # hexadecimal, of a number that says which clips a data set holds: Beam's integers have 63 bits
 # A process of the local runner. Beam's own command for it tells all that it does.

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from tora_jax import flow as flows
+from tora_jax.conditioning import motion_maps as flows
 from tora_jax.data.motion import GRID
 
 MARGIN = 1 / 32  # of the shorter side: so far from its object's edge a point starts

@@ -1,0 +1,313 @@
+"""The page without a browser: what comes in, what is made, one at a time, cancelled, forgotten."""
+
+import base64
+import dataclasses
+import io
+import json
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tora_jax.app import studio as app
+from tora_jax.conditioning import trajectory
+from tora_jax.errors import UserError
+from tora_jax.io import video as video_io
+from tora_jax.sampling import generate as generation
+from tora_jax.sampling import request
+
+DRAWN = {"trajectories": [[[0.1, 0.2, 0.0], [0.5, 0.5, 0.5], [0.9, 0.2, 1.0]], [[0.2, 0.8, 0], [0.8, 0.8, 1]]]}
+FORM = {"prompt": "a red star.", "size": "48x32", "num_frames": 5, "steps": 1, "seed": 3, "guidance": 1.0}
+
+
+@pytest.fixture
+def studio(tiny_models, tiny_config, tmp_path):
+    return app.Studio(dataclasses.replace(tiny_models, sampling=tiny_config["sampling"]), tmp_path / "results")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """In place of the model: frames of noise, a step each hundredth of a second."""
+    running = []
+
+    def generate_batch(models, prompts, tracks, images, *, num_frames, steps, height, width, progress, **settings):
+        running.append(threading.current_thread())
+        assert len(running) == 1, "two at once"
+        try:
+            for i in range(steps):
+                time.sleep(0.01)
+                progress(i + 1)
+        finally:
+            running.pop()
+        video = np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), np.uint8)
+        return [generation.Result(video, None if tracks is None else video, {})]
+
+    monkeypatch.setattr(generation, "generate_batch", generate_batch)
+
+
+def generate(studio, name="anna", drawn=DRAWN, files=None, told=None, **changes):
+    progress = (lambda *_: None) if told is None else (lambda done, total: told.append((done, total)))
+    return studio.generate(name, drawn, {**FORM, **changes}, files or {}, progress)
+
+
+def test_a_drawing_becomes_a_video(studio):
+    told = []
+    made = generate(studio, told=told, num_frames=6, camera_motion="static", aesthetic_score=None)
+    assert told == [(0, 2), (1, 2), (2, 2)]  # two segments
+    assert all(path.is_file() for path in (*made.files, made.overlay, made.flow))
+    assert [path.name for path in made.files] == ["tora.mp4", "trajectories.json", "tora.json"]
+    first, _ = trajectory.load(made.folder / "trajectories.json")
+    np.testing.assert_allclose(first, DRAWN["trajectories"][0])
+    report = json.loads((made.folder / "tora.json").read_text())
+    assert report["settings"]["seed"] == 3
+    assert report["settings"]["camera_motion"] == "static"
+    assert report["traj_error"] == pytest.approx(made.error, abs=0.01)
+    assert "/" not in report["weights"]
+    assert studio.visit("anna").made == [made]
+
+
+def test_without_a_path(studio):
+    made = generate(studio, drawn={"trajectories": []})
+    assert made.error is made.overlay is made.flow is None
+    assert len(made.files) == 2
+
+
+def test_pictures_and_their_names(studio, tmp_path):
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "photo.png")
+    generate(studio, files={0: str(tmp_path / "photo.png"), -1: None})
+    address = studio.picture(str(tmp_path / "photo.png"), "48x32")
+    kind, _, content = address.partition(",")
+    assert kind == "data:image/webp;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(content))).size == (48, 32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": "x" * 3000},
+        {"prompt": 3},
+        {"prompt": ["a"] * 1000},
+        {"size": "9999x9999"},
+        {"size": ["48x32"]},
+        {"num_frames": 10**9},
+        {"num_frames": 0},
+        {"num_frames": "many"},
+        {"num_frames": float("nan")},
+        {"steps": 10**6},
+        {"steps": 1.5},
+        {"seed": -1},
+        {"seed": None},
+        {"steps": None},
+        {"num_frames": None},
+        {"size": None},
+        {"seed": float("inf")},
+        {"guidance": "high"},
+        {"guidance": float("nan")},
+        {"drawn": {"trajectories": [[[0, 0], [1, 1]]] * 1000}},
+        {"drawn": {"trajectories": [[[0, 0], [float("nan"), 1]]]}},
+        {"drawn": {"trajectories": [[[0, 0]]]}},
+        {"drawn": {"trajectories": "<script>"}},
+        {"drawn": {"trajectories": [[[0, 0, 0], [1, 1, 7]]]}},
+    ],
+)
+def test_what_a_browser_may_not_ask_for(studio, quick, changes):
+    with pytest.raises(UserError) as error:
+        generate(studio, **changes)
+    assert "\n" not in str(error.value)
+    assert not studio.visit("anna").made
+    generate(studio)  # still there
+
+
+def bomb(width, height):
+    """A PNG of a few kilobytes that says it has so many pixels."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    data = chunk(b"IDAT", zlib.compress(bytes(10**6)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+UPLOADS = {
+    "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
+    "page.png": b"<html><script>alert(1)</script></html>",
+    "large.png": bomb(20_000, 20_000),
+    "bomb.png": bomb(100_000, 100_000),
+    "cut.jpg": b"\xff\xd8\xff\xe0\x00\x10JFIF",
+    "empty.png": b"",
+    "clip.mp4": b"no video",
+}
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+def test_uploads_that_are_refused(studio, quick, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(UPLOADS[name])
+    for read in (
+        lambda: generate(studio, files={0: str(path)}),
+        lambda: studio.picture(str(path), "48x32"),
+        lambda: studio.read_trajectories(str(path)),
+    ):
+        with pytest.raises(UserError) as error:
+            read()
+        assert name in str(error.value)
+        assert str(tmp_path) not in str(error.value)  # where files lie is nobody's business
+
+
+def test_clips_that_are_too_large(studio, quick, tmp_path, monkeypatch):
+    path = tmp_path / "clip.mp4"
+    video_io.write_video(path, np.zeros((5, 32, 48, 3), np.uint8), 8)
+    monkeypatch.setattr(request, "MAX_CLIP_PIXELS", 4 * 32 * 48)
+    with pytest.raises(UserError, match=r"^clip\.mp4: 5 frames of 48x32 are too much"):
+        generate(studio, files={0: str(path)})
+    monkeypatch.setattr(request, "MAX_CLIP_PIXELS", 5 * 32 * 48)
+    generate(studio, files={0: str(path)})
+    monkeypatch.setattr(video_io, "MAX_PIXELS", 32 * 48 - 1)
+    with pytest.raises(UserError, match=r"^clip\.mp4: has frames of over"):
+        generate(studio, files={0: str(path)})
+
+
+def test_two_pictures_for_one_frame(studio, quick, tmp_path):
+    Image.new("RGB", (48, 32)).save(tmp_path / "photo.png")
+    with pytest.raises(UserError, match=r"photo\.png: frame 0 has a picture already") as error:
+        generate(studio, num_frames=1, files=dict.fromkeys((0, -1), str(tmp_path / "photo.png")))
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_imported_paths(studio, tmp_path):
+    path = tmp_path / "path.txt"
+    path.write_text("0,0\n256,128\n")
+    assert studio.read_trajectories(str(path)) == [[[0, 0], [1, 0.5]]]
+
+
+def test_the_preview_is_the_flow_map(studio):
+    content = base64.b64decode(studio.preview(DRAWN, "48x32", 5).partition(",")[2])
+    picture = Image.open(io.BytesIO(content))
+    assert picture.size == (48, 32)
+    assert picture.n_frames == 4  # all but the first, which is white
+    assert np.asarray(picture.convert("RGB")).min() < 200
+    blank = Image.open(io.BytesIO(base64.b64decode(studio.preview({}, "48x32", 5).partition(",")[2])))
+    assert np.asarray(blank.convert("RGB")).min() > 250
+
+
+def test_the_preview_lasts_as_long_as_the_video(studio):
+    length = 40
+    picture = Image.open(io.BytesIO(base64.b64decode(studio.preview(DRAWN, "48x32", length).partition(",")[2])))
+    assert picture.n_frames < length
+    each = 1000 * length / studio.defaults["fps"] / app.PREVIEW_FRAMES
+    picture.load()
+    assert picture.info["duration"] == pytest.approx(each, abs=1)
+
+
+def test_one_at_a_time_and_each_its_own(studio, quick):
+    """The stand-in fails if two run at once."""
+    made = {}
+    names = [f"visitor {i}" for i in range(4)]
+
+    def visit(name, seed):
+        made[name] = generate(studio, name, seed=seed, steps=3)
+
+    threads = [threading.Thread(target=visit, args=(name, i)) for i, name in enumerate(names)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for i, name in enumerate(names):
+        assert studio.visit(name).made == [made[name]]
+        assert made[name].settings["seed"] == i
+
+
+def test_cancel_ends_within_a_step(studio, quick):
+    done, ended = [], []
+
+    def progress(step, total):
+        done.append(step)
+        if step == 2:
+            studio.visit("anna").cancel()
+
+    with pytest.raises(app.CancelledError):
+        studio.generate("anna", DRAWN, {**FORM, "steps": 50}, {}, progress)
+    assert done[-1] == 2
+    assert not list(studio.folder.iterdir())
+    generate(studio, told=ended)  # the device is free, and the wish forgotten
+    assert ended[-1] == (1, 1)
+
+
+def test_a_closed_tab_stops_and_leaves_nothing(studio, quick):
+    made = generate(studio)
+    studio.leave("anna")
+    assert not made.folder.exists()
+    assert not studio.visit("anna").made
+
+
+def test_a_tab_closed_after_the_last_step_leaves_nothing(studio, quick):
+    def progress(step, total):
+        if step == total:
+            studio.leave("anna")
+
+    with pytest.raises(app.CancelledError):
+        studio.generate("anna", DRAWN, FORM, {}, progress)
+    assert not list(studio.folder.iterdir())
+
+
+def test_a_second_wish_does_not_undo_the_first_ones_end(studio, quick):
+    """Cancelled, and at once asked for again: the first ends all the same."""
+    ended = []
+
+    def progress(step, total):
+        if step == 1:
+            studio.visit("anna").cancel()
+            second.start()
+            time.sleep(0.05)  # it waits for the device by then
+
+    second = threading.Thread(target=lambda: ended.append(generate(studio, seed=4)))
+    with pytest.raises(app.CancelledError):
+        studio.generate("anna", DRAWN, {**FORM, "steps": 50}, {}, progress)
+    second.join(60)
+    assert studio.visit("anna").made == ended
+
+
+def test_many_requests_leave_the_disk_flat(studio, quick):
+    for i in range(40):
+        generate(studio, f"visitor {i % 2}", seed=i)
+    assert len(list(studio.folder.iterdir())) == 2 * app.KEPT
+    assert [made.settings["seed"] for made in studio.visit("visitor 1").made][:2] == [39, 37]
+
+
+def test_visits_are_bounded(studio, quick, monkeypatch):
+    monkeypatch.setattr(app, "VISITS", 3)
+    for i in range(5):
+        generate(studio, f"visitor {i}")
+    assert len(list(studio.folder.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_200_requests_leave_memory_flat(studio):
+    """With the (tiny) models: what is compiled stays, and nothing is added to it."""
+
+    def megabytes() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    for i in range(220):
+        generate(studio, f"visitor {i}", seed=i, num_frames=6)
+        if i == 20:
+            before = megabytes()
+    grown = megabytes() - before
+    print(f"200 requests: {grown:+.1f} MB, of {before:.0f}")
+    assert grown < 40
+
+
+def test_canvas_files_are_there():
+    folder = Path(app.__file__).parent
+    for name in ("canvas.html", "canvas.css", "canvas.js"):
+        text = (folder / name).read_text()
+        assert text
+        # Gradio fills templates: these two would mean something to it.
+        if not name.endswith(".js"):
+            assert "${" not in text
+            assert "{{" not in text

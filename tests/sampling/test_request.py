@@ -1,0 +1,212 @@
+"""What a person asks for: settings, scores, trajectories and visual conditions in all their forms."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tora_jax
+from tora_jax.conditioning import trajectory
+from tora_jax.errors import UserError
+from tora_jax.io.video import write_video
+from tora_jax.sampling import request
+
+SECTION = {"height": 32, "width": 32, "num_frames": 5, "fps": 8.0, "steps": 1, "guidance": 1.0}
+
+
+def make(**given):
+    return request.make(SECTION, given)
+
+
+def moving(count, value=0):
+    return np.stack([np.full((8, 8, 3), value + 10 * i, np.uint8) for i in range(count)])
+
+
+def test_defaults_are_the_sections():
+    wanted = make()
+    assert wanted.settings["num_frames"] == wanted.settings["segment"] == 5
+    assert wanted.settings["trajectory"] == ("arc",)
+    assert wanted.tracks.shape == (1, 5, 2)
+    assert wanted.read() == {}
+
+
+def test_scores_end_the_prompt():
+    wanted = make(prompt=["a boat.", "a ship. motion score: 3.0."], motion_score=8, camera_motion="pan left")
+    assert wanted.prompts == (
+        "a boat. motion score: 8.0. camera motion: pan left.",
+        "a ship. motion score: 3.0. camera motion: pan left.",
+    )
+    assert make(prompt="a boat.", aesthetic_score=6.5).prompts == ("a boat. aesthetic score: 6.5.",)
+
+
+def test_trajectories_in_all_forms(tmp_path):
+    path = tmp_path / "path.txt"
+    path.write_text("0,0\n256,128\n")
+    points = [[0, 0], [256, 128]]
+    for sources in (str(path), path, [path], points, [points], {"canvas": [256, 256], "trajectories": [points]}):
+        (found,) = make(trajectories=sources).trajectories
+        np.testing.assert_allclose(found, [[0, 0], [1, 0.5]])
+    assert len(make(trajectories=["circle", str(path)]).trajectories) == 2
+    for none in (None, [], ()):
+        wanted = make(trajectories=none)
+        assert wanted.trajectories is None
+        assert wanted.tracks is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stepz": 3}, "did you mean steps"),
+        ({"steps": "many"}, "steps is 'many'"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 0}, "at least 1"),
+        ({"prompt": 3}, "prompt is 3"),
+        ({"prompt": []}, "prompt is"),
+        ({"prompt": ["a", 3]}, "prompt is"),
+        ({"motion_score": "fast"}, "motion_score is 'fast'"),
+        ({"prompt": "a" * 10_001}, "a prompt has 10001 letters"),
+        ({"negative_prompt": "a" * 10**6}, "a prompt has 1000000 letters"),
+        ({"aesthetic_score": float("nan")}, "aesthetic_score is nan"),
+        ({"motion_score": 10**400}, "motion_score is 1000"),
+        ({"fps": 10**400}, "fps is 1000"),
+        ({"camera_motion": 3}, "camera_motion is 3"),
+        ({"seed": -1}, "seed is -1"),
+        ({"height": 32}, "belong together"),
+        ({"trajectories": 3}, "list of points"),
+        ({"trajectories": ["absent"]}, "absent: no such trajectory"),
+        ({"trajectories": [[1, 2], "circle"]}, "point"),
+        ({"conditions": "0=a.png"}, "should be a list"),
+        ({"conditions": [3]}, "write frame="),
+        ({"conditions": ["a.png"]}, "write frame="),
+        ({"conditions": ["first=a.png"]}, "write frame="),
+        ({"conditions": ["0="]}, "write frame="),
+        ({"conditions": ["0=a.png:2"]}, "edit ratio is 2"),
+        ({"conditions": ["5=a.png"]}, "frames 0 to 4"),
+        ({"conditions": ["-6=a.png"]}, "frames 0 to 4"),
+        ({"conditions": ["4=a.png", "-1=b.png"]}, "has a picture already"),
+    ],
+)
+def test_mistakes(given, message):
+    with pytest.raises(UserError, match=message) as error:
+        make(**given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("0=a.png", (0, "a.png", 0.0)),
+        ("-1=a.mp4:0.25", (-1, "a.mp4", 0.25)),
+        ("3=c:/a=b.png:1", (3, "c:/a=b.png", 1.0)),
+        ("3=c:/a.png", (3, "c:/a.png", 0.0)),
+    ],
+)
+def test_conditions_as_text(text, want):
+    assert request.parse_condition(text) == want
+
+
+def test_a_file_with_a_colon_and_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a:1").touch()
+    assert request.parse_condition("0=a:1") == (0, "a:1", 0.0)
+    assert request.parse_condition("0=a:1:0.5") == (0, "a:1", 0.5)
+
+
+class TestFiles:
+    @pytest.fixture(autouse=True)
+    def files(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Image.fromarray(moving(1, 200)[0]).save("still.png")
+        write_video("clip.mp4", moving(6).repeat(4, 1).repeat(4, 2), fps=16)
+
+    def read(self, *conditions, num_frames=5, fps=8.0):
+        return request.read_conditions([request.parse_condition(c) for c in conditions], num_frames, fps)
+
+    def test_stills(self):
+        found = self.read("1=still.png:0.5", "-1=still.png")
+        assert found.keys() == {1, 4}
+        assert found[1].edit == 0.5
+        assert found[4].pixels.shape == (8, 8, 3)
+
+    def test_a_clip_is_taken_at_the_videos_frame_rate(self):
+        """Six frames at 16 a second are three at 8 a second: the first, third and fifth."""
+        (found,) = self.read("0=clip.mp4").values()
+        np.testing.assert_allclose(found.pixels.mean((1, 2, 3)), [0, 20, 40], atol=2)
+        assert self.read("2=clip.mp4").keys() == {2}
+
+    def test_a_clip_before_a_negative_frame(self):
+        assert self.read("-1=clip.mp4").keys() == {2}
+        assert self.read("-3=clip.mp4").keys() == {0}
+
+    @pytest.mark.parametrize("condition", ["3=clip.mp4", "-4=clip.mp4"])
+    def test_a_clip_that_is_too_long(self, condition):
+        with pytest.raises(UserError, match="longer than the 2 frames"):
+            self.read(condition)
+
+    def test_a_clip_that_starts_where_a_picture_is(self):
+        with pytest.raises(UserError, match="frame 2 has a picture already"):
+            self.read("2=still.png", "-1=clip.mp4")
+
+    @pytest.mark.parametrize(("name", "content"), [("a.png", b"<svg>"), ("a.mp4", b"no video"), ("absent", None)])
+    def test_broken_files(self, name, content):
+        if content is not None:
+            Path(name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            self.read(f"0={name}")
+
+    def test_fit(self):
+        found = request.fit(self.read("0=still.png", "1=clip.mp4"), (16, 24))
+        assert [found[i].pixels.shape for i in (0, 1)] == [(16, 24, 3), (3, 16, 24, 3)]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_release):
+    return tora_jax.load(tiny_release)
+
+
+class TestApi:
+    """`from tora_jax import load, generate`."""
+
+    def test_three_lines(self, models):
+        result = tora_jax.generate(models)
+        assert result.video.shape == (5, 32, 48, 3)
+        assert result.motion is None
+
+    def test_everything(self, models, tmp_path):
+        path = tmp_path / "still.png"
+        Image.fromarray(moving(1)[0]).save(path)
+        done = []
+        result = tora_jax.generate(
+            models,
+            ["a star.", "a heart."],
+            "circle",
+            {0: (path, 0.5), -1: moving(2)},
+            num_frames=7,
+            segment=6,
+            overlap=1,
+            steps=1,
+            seed=3,
+            progress=done.append,
+        )
+        assert result.video.shape == result.motion.shape == (7, 32, 48, 3)
+        assert done == [1, 2]
+        assert result.seconds.keys() >= {"text", "motion", "images", "sample", "decode"}
+
+    def test_mistakes(self, models):
+        with pytest.raises(UserError, match="no setting 'frames'"):
+            tora_jax.generate(models, frames=3)
+        with pytest.raises(UserError, match="give uint8"):
+            tora_jax.generate(models, conditions={0: np.zeros((8, 8, 3))})
+
+    def test_without_arguments_it_is_the_small_model(self):
+        models = tora_jax.load()
+        assert Path(models.origin).name == "demo"
+        assert models.sampling["num_frames"] == 17
+        assert len(trajectory.load(request.presets()["circle"])) == 1
+
+    def test_the_import_is_cheap(self):
+        code = "import sys, tora_jax; sys.exit(any(m in sys.modules for m in ('jax', 'numpy', 'flax')))"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,79 @@
+"""docs/finetune.md: every command of it, in small, from a folder of clips to a video."""
+
+import re
+import shlex
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from tora_jax.configs import common
+
+from tests import training_runs
+from tora_jax import command_line
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
+from tora_jax.data import precompute
+from tora_jax.io.video import read_video
+from tora_jax.sampling import __main__ as cli
+
+COMMANDS = [
+    shlex.split(line)[1:]
+    for block in re.findall(r"```sh\n(.*?)```", (training_runs.ROOT / "docs/finetune.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+SMALLER = {"51": "5", "480": "32", "854": "32"}
+
+
+def shrunk(argument: str) -> str:
+    config = re.sub(r"^(configs/\w+\.py)(:?)(.*)", rf"{training_runs.ROOT}/\1:runlocal,\3", argument)
+    return SMALLER.get(argument, config)
+
+
+def run(words: list[str]) -> None:
+    """A command, inside this process."""
+    words = [shrunk(word) for word in words]
+    if words[:2] == ["-m", "tora_jax.data.precompute"]:
+        assert precompute.main(words[2:]) == 0
+    else:
+        script, *rest = words
+        command_line.run(
+            {"train.py": training_runs.train.main, "sample.py": cli._sample}[script], [script, *rest, "--quiet"]
+        )
+
+
+def test_every_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training_runs.write_folder(Path("clips"), train=20, validation=4)
+    config = common.tiny()
+    tokenizer = resources.files("tora_jax").joinpath("assets/tokenizer.model")
+    release.save(
+        "weights/tora", config, assembly.load(config).params, tokenizer, "In the place of converted weights.\n"
+    )
+
+    convert, *rest = COMMANDS
+    assert convert[:3] == ["-m", "convert_weights", "tora"]
+    video_vae = [words for words in rest if any("configs/vae.py" in word for word in words)]
+    assert len(video_vae) == 3
+    for words in video_vae:
+        run(words)
+    Path("weights/tora").rename("weights/random")
+    Path("weights/tora").symlink_to(tmp_path / "runs/vae/release")
+    for words in rest:
+        if words not in video_vae:
+            run(words)
+
+    video, fps = read_video("outputs/boat.mp4")
+    assert video.shape == (5, 32, 32, 3)
+    assert fps == 8
+    # Each part of the last release comes from the run that trained it.
+    parts = {name: release.load(f"runs/{name}/release").params for name in ("vae", "motion_vae", "dense", "sparse")}
+    for part, origin in (("vae", "vae"), ("motion_vae", "motion_vae")):
+        same = assembly.traverse_util.flatten_dict(parts[origin][part])
+        for path, leaf in assembly.traverse_util.flatten_dict(parts["sparse"][part]).items():
+            np.testing.assert_array_equal(leaf, same[path])
+    for name in ("dense", "sparse"):
+        found = training_runs.metrics(Path("runs") / name)
+        assert [line["step"] for line in found] == [1, 2, 3, 4, 4]
+        assert np.isfinite([value for line in found for value in line.values()]).all()
+        assert found[-1]["traj_error"] > 0
+        assert len(list(Path(f"runs/{name}/samples").glob("000004_*.mp4"))) == 4

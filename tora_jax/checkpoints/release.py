@@ -1,0 +1,178 @@
+"""Release folders: weights, their config and tokenizer in one place.
+
+config.json            the config the weights were made with
+tora.safetensors       one file a part; tensor names are parameter paths joined by "/"
+vae.safetensors, motion_vae.safetensors, t5.safetensors
+params/                in place of all of them: an Orbax checkpoint with the parts at the top of its tree
+tokenizer.model        sentencepiece
+README.md              where the weights come from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from tora_jax.errors import UserError
+
+PARTS = ("tora", "vae", "motion_vae", "t5")
+DEMO = Path(__file__).parent.parent / "assets" / "demo"  # the small model's weights, docs/demo.md
+
+SAMPLED = 1 << 16  # bytes at the start, the middle and the end of each file, for `checksum`
+
+
+class Release(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+      config: plain nested dict.
+      params: part name -> parameter tree.
+      tokenizer: path of the sentencepiece model.
+    """
+
+    config: dict[str, Any]
+    params: dict[str, Any]
+    tokenizer: Path
+
+
+def save(folder: str | Path, config: dict, params: dict[str, Any], tokenizer: Path, readme: str) -> None:
+    """Writes a release folder, aside first and then renamed.
+
+    Raises:
+      UserError: when the folder exists already.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; choose another folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        aside.chmod(0o755)
+        for part in PARTS:
+            save_file(traverse_util.flatten_dict(params[part], sep="/"), aside / f"{part}.safetensors")
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (aside / "README.md").write_text(readme)
+        shutil.copyfile(tokenizer, aside / "tokenizer.model")
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def tuples(value: Any) -> Any:
+    """Lists, as JSON gives them, into tuples: fields of Linen modules must be hashable."""
+    if isinstance(value, Mapping):
+        return {k: tuples(v) for k, v in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config of a release folder.
+
+    Raises:
+      UserError: when the folder or its config.json is missing or broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --weights takes a release folder")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json inside, so this is no release folder")
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: should hold an object with the model's fields")
+    return tuples(config)
+
+
+def part_config(folder: str | Path, part: str) -> dict[str, Any]:
+    """The fields of one part, by the config of a folder that may hold nothing else.
+
+    Raises:
+      UserError: as `read_config`, or the folder holds another part.
+    """
+    config = read_config(folder)
+    if not isinstance(config.get(part), Mapping):
+        raise UserError(f"{folder}: holds {', '.join(config)}, but no {part}")
+    return dict(config[part])
+
+
+def load(folder: str | Path, keep: Callable[[Any], Any] = lambda params: params) -> Release:
+    """Reads a release folder.
+
+    Args:
+      keep: is given the parameters of each part before the next is read, and returns what is kept of them.
+
+    Raises:
+      UserError: when something is missing or broken; the message names the file.
+    """
+    folder, config = Path(folder), read_config(folder)
+    params = {part: keep(load_part(folder, part)) for part in PARTS}
+    tokenizer = folder / "tokenizer.model"
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer}: missing; copy the sentencepiece model of the text encoder there")
+    return Release(config, params, tokenizer)
+
+
+def load_part(folder: str | Path, part: str) -> dict[str, Any]:
+    """The parameters of one part, from its safetensors file or from an Orbax checkpoint in `params/`.
+
+    float16 is a format of files: nothing computes in it, and it comes out as float32.
+
+    Raises:
+      UserError: when it is missing or broken.
+    """
+    path = Path(folder) / f"{part}.safetensors"
+    if (Path(folder) / "params").is_dir():
+        from tora_jax.checkpoints import manager as checkpoint
+
+        return checkpoint.restore(Path(folder) / "params", only=part)
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
+    try:
+        flat = load_file(path)
+        wide = {name: leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf for name, leaf in flat.items()}
+        return traverse_util.unflatten_dict(wide, sep="/")
+    except SafetensorError as error:
+        raise UserError(f"{path}: broken or truncated ({error})") from None
+    except (AttributeError, TypeError, KeyError, ValueError) as error:  # names or number formats that JAX has not
+        raise UserError(f"{path}: holds tensors that cannot be read ({error})") from None
+
+
+def checksum(weights: str | Path) -> str:
+    """Tells weights apart, also those that were trained further under the same name; quick for large ones."""
+    files = sorted(path for path in Path(weights).rglob("*") if path.is_file() and path.suffix != ".md")
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(weights)} {size}".encode())
+        with path.open("rb") as file:
+            for start in sorted({0, size // 2, max(size - SAMPLED, 0)}):
+                file.seek(start)
+                digest.update(file.read(SAMPLED))
+    return digest.hexdigest()
+
+
+def halve(source: str | Path, out: str | Path, readme: str) -> None:
+    """Copies a release folder with its numbers in float16: half the size, for models small enough to ship.
+
+    Raises:
+      UserError: when the source is missing or broken, or the other folder exists already.
+    """
+    config, params, tokenizer = load(source)
+    half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
+    save(out, config, half, tokenizer, readme)

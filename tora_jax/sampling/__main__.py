@@ -1,0 +1,190 @@
+"""The command line of sampling: flags, files in and out, and errors in one line. `sample.py` starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from tora_jax import command_line, sharding
+from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
+from tora_jax.conditioning import prompt_rewriting
+from tora_jax.configs import common
+from tora_jax.errors import UserError
+from tora_jax.sampling import batch_file, request
+from tora_jax.sampling import generate as generation
+from tora_jax.sampling import writer as output
+
+USAGE = """Makes a video that moves along drawn trajectories.
+
+Without arguments: the default prompt and trajectory, by the small model with its weights. Writes the video (--out),
+the same with the trajectories drawn over it (*_trajectory), the flow map that the model saw (*_flow), and a report
+(*.json). With --batch: the same for each line of a file.
+"""
+
+
+def sample(argv: list[str] | None = None) -> None:
+    """Runs the command and exits: 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    command_line.run(_sample, sys.argv if argv is None else argv, "what is finished stays, nothing half-written does")
+
+
+def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    args = command_line.parse(argv, _define, USAGE, common.sampling())
+    if args.weights is None and args["config"].using_default_value:
+        args.weights = str(release.DEMO)
+    config = _config(args)
+    section = config.get("sampling", {})
+    given = _given(args)
+    wanted = request.make(section, given)
+    if args.rewrite_url and args.batch:
+        raise UserError(
+            "--rewrite_url rewrites the prompt of one video, and --batch has its own prompts; leave one out"
+        )
+    if args.rewrite_url:
+        wanted = request.make(
+            section, given | {"prompt": prompt_rewriting.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model)}
+        )
+    mesh = sharding.make_mesh(args.mesh or f"data={len(jax.devices()) if args.batch and not args.low_memory else 1}")
+    if args.low_memory and mesh.size > 1:
+        raise UserError(f"--low_memory is for one device, and --mesh={args.mesh} has {mesh.size}; leave one out")
+    if not args.batch and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
+        raise UserError(
+            f"--mesh={args.mesh}: data and fsdp share out the videos of --batch; one video has seq and tensor"
+        )
+    if args.batch:
+        folder = Path(args.out if args["out"].present else "outputs/batch")
+        weights = release.checksum(args.weights) if args.weights else ""
+        jobs = batch_file.read(args.batch, folder, section, given, weights)
+    else:
+        out = output.check(args.out, wanted.files, args.weights)
+        images = wanted.read()
+    command_line.use_compilation_cache()
+
+    rules = tuple(common.training()["rules"].items())
+    seconds: dict[str, dict[str, float]] = {}
+    with generation.timed(seconds, "load"):
+        models = assembly.load(config, args.weights, wanted.settings["seed"], args.low_memory)
+        if mesh.size > 1:
+            models = generation.place(models, mesh, rules)
+    on_mesh = sharding.use(mesh, rules) if mesh.size > 1 else contextlib.nullcontext()
+    mesh = mesh if mesh.size > 1 else None
+    if args.weights is None:
+        print(f"{models.origin}: no --weights given, so the video will be noise", file=sys.stderr)
+    if args.batch:
+        with on_mesh:
+            batch_file.run(models, jobs, folder, args.batch_size, mesh, args.quiet, check_interrupt)
+        return
+
+    def progress(step: int) -> None:
+        bar.update(step - bar.n)
+        check_interrupt()
+
+    report = {"settings": dict(wanted.settings), "weights": models.origin, "seconds": seconds}
+    with (
+        on_mesh,
+        tqdm(total=request.steps(models, wanted), desc="sampling", unit="step", disable=args.quiet) as bar,
+        output.writer(out, wanted.tracks, report) as write,
+    ):
+        for (piece,) in request.generate(models, [wanted], [images], mesh=mesh, progress=progress):
+            write(piece)
+            check_interrupt()
+    if not args.quiet:
+        spent = ", ".join(f"{part} {s['run']:.1f}+{s['compile']:.1f}" for part, s in report["seconds"].items())
+        print(f"wrote {out} (seconds, run+compile: {spent})")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Flags and config
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _define(values: flags.FlagValues, argv: list[str]) -> None:
+    to = {"flag_values": values}
+    small = str(resources.files("tora_jax.configs").joinpath("demo.py"))
+    config_flags.DEFINE_config_file("config", small, "Config of the models and of sampling.", sys_argv=argv, **to)
+    flags.DEFINE_boolean("help", False, "Shows this.", short_name="h", **to)
+    folder = "Release folder, used with its own config unless --config is given. Default: the small model's."
+    flags.DEFINE_string("weights", None, folder, **to)
+    flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **to)
+    flags.DEFINE_boolean("low_memory", False, "Parts of the model are on the device only while they are used.", **to)
+    flags.DEFINE_boolean("quiet", False, "No progress bar.", **to)
+    flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **to)
+    flags.DEFINE_string("image", None, "Picture for the first frame.", **to)
+    flags.DEFINE_string("last_image", None, "Picture for the last frame.", **to)
+    what = "frame=image_or_video[:edit_ratio]: what is to be seen from that frame on; -1 = up to the end. Repeatable."
+    flags.DEFINE_multi_string("condition", None, what, **to)
+    flags.DEFINE_string("batch", None, "JSON lines, a video each (docs/sampling.md); --out is then a folder.", **to)
+    flags.DEFINE_integer("batch_size", 1, "Videos that each device makes at once, with --batch.", lower_bound=1, **to)
+    flags.DEFINE_string("mesh", "", "Axes of devices, such as data=4,fsdp=2. Default: --batch uses all for data.", **to)
+    flags.DEFINE_float("aesthetic_score", None, "Appended to the prompt; 6.5 looks good.", **to)
+    flags.DEFINE_float("motion_score", None, "Appended to the prompt; 5 is calm, 20 fast.", **to)
+    flags.DEFINE_string("camera_motion", None, 'Appended to the prompt: "static", "pan left", "zoom in" ...', **to)
+    server = "OpenAI-compatible server that rewrites the prompt, such as http://localhost:8000/v1. Off by default."
+    flags.DEFINE_string("rewrite_url", None, server, **to)
+    flags.DEFINE_string("rewrite_model", "", "Its model. Default: the first that it names.", **to)
+    # The flags below stand for the config's sampling section, which has their defaults.
+    files = f"Trajectory file (text, JSON or .npy), or one of {', '.join(request.presets())}. Repeatable."
+    flags.DEFINE_multi_string("trajectory", None, files, **to)
+    text = "What the video shows. Repeatable: the segments of a long video are shared out among them."
+    flags.DEFINE_multi_string("prompt", None, text, **to)
+    flags.DEFINE_string("negative_prompt", None, "What it shall not show.", **to)
+    flags.DEFINE_string("resolution", None, 'Named size, such as "480p"; with --aspect_ratio.', **to)
+    flags.DEFINE_string("aspect_ratio", None, 'width:height, such as "16:9".', **to)
+    flags.DEFINE_integer("height", None, "Pixels; with --width.", **to)
+    flags.DEFINE_integer("width", None, "Pixels.", **to)
+    flags.DEFINE_string("num_frames", None, 'Number of frames, or "2s", "4s", ...', **to)
+    flags.DEFINE_integer("segment", None, "Frames that are made at once; a longer video is made in segments.", **to)
+    flags.DEFINE_integer("overlap", None, "Latent frames that a segment takes over; 0 = by the model.", **to)
+    flags.DEFINE_float("fps", None, "Frames per second.", **to)
+    flags.DEFINE_integer("steps", None, "Steps of the sampler.", **to)
+    flags.DEFINE_float("guidance", None, "Weight of the prompt; 1 = none.", **to)
+    flags.DEFINE_float("trajectory_guidance", None, "Extra weight of the trajectory; 1 = none.", **to)
+    flags.DEFINE_string("solver", None, "euler, or ab2: second order, for fewer steps.", **to)
+    flags.DEFINE_float("guidance_from", None, "Part of the steps, 0 to 1, before which there is no guidance.", **to)
+    flags.DEFINE_float("guidance_to", None, "Part of the steps after which there is none.", **to)
+    flags.DEFINE_integer("guidance_every", None, "Steps for which what guidance adds is kept.", **to)
+    flags.DEFINE_integer("cache_every", None, "Steps for which what the blocks add is kept.", **to)
+    flags.DEFINE_integer("seed", None, "Seed of the noise.", **to)
+
+
+def _config(args: flags.FlagValues) -> dict[str, Any]:
+    """--config, else the config of --weights, else the small model's; --config.NAME=VALUE changes each of them."""
+    if args.weights is None or not args["config"].using_default_value:
+        config = args.config
+    else:
+        try:
+            config = ConfigDict(release.read_config(args.weights))
+            config.update_from_flattened_dict(config_flags.get_override_values(args["config"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{args.weights}: --config.NAME does not fit its config ({command_line.last_line(error)})"
+            ) from None
+    return config.to_dict()
+
+
+def _given(args: flags.FlagValues) -> dict[str, Any]:
+    """The flags that were set, as `request.make` takes them."""
+    names = (*common.sampling(), *request.SCORES)
+    given = {name: args[name].value for name in names if args[name].value is not None}
+    if args.prompt is not None and len(args.prompt) == 1:
+        (given["prompt"],) = args.prompt
+    given.pop("trajectory", None)
+    if args.no_trajectory:
+        given["trajectories"] = None
+    elif args.trajectory is not None:
+        given["trajectories"] = args.trajectory
+    pictures = [(0, args.image), (-1, args.last_image)]
+    given["conditions"] = [request.Condition(frame, Path(file)) for frame, file in pictures if file]
+    given["conditions"] += map(request.parse_condition, args.condition or ())
+    return given

@@ -1,0 +1,118 @@
+"""The files of a generated video: the video, the one with its paths, the flow map, the report; all or none."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from tora_jax.errors import UserError
+from tora_jax.io import overlay
+from tora_jax.io.video import video_writer, write_atomic
+from tora_jax.sampling import generate as generation
+
+
+def paths(out: Path) -> dict[str, Path]:
+    """All that is written: the video, the one with the trajectories, the flow map, the report."""
+    named = {part: out.with_stem(f"{out.stem}_{part}") for part in ("trajectory", "flow")}
+    return {"video": out, **named, "report": out.with_suffix(".json")}
+
+
+def check(name: str, inputs: Sequence[str | Path] = (), weights: str | None = None) -> Path:
+    """The path of a video that is to be written, tried before the long work starts.
+
+    Args:
+      inputs: what is read, and may not be overwritten.
+      weights: a folder into which nothing is written.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    out = Path(name)
+    if out.suffix.lower() not in (".mp4", ".gif"):
+        raise UserError(f"--out {name}: a video is written; end the name in .mp4 or .gif")
+    if out.is_dir():
+        raise UserError(f"--out {name}: this is a folder; name a file")
+    check_folder(out.parent, name)
+    taken = {Path(path).resolve() for path in inputs}
+    for path in paths(out).values():
+        if path.resolve() in taken:
+            raise UserError(f"--out {name}: would overwrite {path}, which is read; choose another name")
+    if weights is not None and Path(weights).resolve() in out.resolve().parents:
+        raise UserError(f"--out {name}: lies in the folder of the weights; choose another place")
+    return out
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Can something be written there? What is missing of the folder may be made later.
+
+    Raises:
+      UserError: no.
+    """
+    try:
+        exists = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+        if not exists.is_dir():
+            raise NotADirectoryError(None, f"{exists} is no folder")
+        with tempfile.TemporaryFile(dir=exists):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {name}: cannot write there ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def writer(
+    out: Path, tracks: Float[np.ndarray, "n t 2"] | None, report: dict[str, Any]
+) -> Iterator[Callable[[generation.Result], None]]:
+    """Yields what takes the pieces of one video, in order; at the end all files are there, or none.
+
+    Each is written aside as the pieces come, and all are renamed at the end, the report last: where it stands, the
+    others do. Folders that are missing are made.
+
+    Args:
+      out: of the video.
+      tracks: of the whole video.
+      report: has "settings"; the files and the seconds of the pieces are added to it, and what the caller adds in the
+        meantime is written, too.
+    """
+    fps, files = report["settings"]["fps"], paths(out)
+    report.setdefault("seconds", {})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        aside = stack.enter_context(write_atomic(files["report"]))
+        wanted = ["video"] if tracks is None else ["video", "trajectory", "flow"]
+        writers = {part: stack.enter_context(video_writer(files[part], fps)) for part in wanted}
+        start = 0
+
+        def write(piece: generation.Result) -> None:
+            nonlocal start
+            writers["video"](piece.video)
+            if tracks is not None:
+                writers["trajectory"](overlay.draw_tracks(piece.video, tracks, start))
+                writers["flow"](piece.motion)
+            start += len(piece.video)
+            generation.add_seconds(report["seconds"], piece.seconds)
+
+        yield write
+        report["files"] = [files[part].name for part in wanted]
+        aside.write_text(json.dumps(finish(report), indent=2) + "\n")
+
+
+def finish(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with rounded seconds, versions and the device."""
+    return {
+        **report,
+        "seconds": {part: {k: round(v, 3) for k, v in s.items()} for part, s in report["seconds"].items()},
+        "versions": {name: importlib.metadata.version(name) for name in ("tora_jax", "jax", "flax", "numpy")},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
