@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import difflib
@@ -14,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -115,6 +116,13 @@ _report_thread = functools.partial(_report_unless_told, threading.excepthook)
 def _report_no_more() -> None:
     """Threads and handlers that fail at the exit after an error fail because of it."""
     sys.unraisablehook = threading.excepthook = lambda dropped: None
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a command without a config. A mistake in them raises a `UserError`, which `run` tells in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parse(
