@@ -34,7 +34,8 @@ from tora_jax.checkpoints import release
 from tora_jax.data import pipeline
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout
-from tora_jax.io.video import read_video, write_atomic
+from tora_jax.io.files import tuples, write_atomic
+from tora_jax.io.video import read_video
 from tora_jax.models import video_vae
 from tora_jax.training import lora, optim
 from tora_jax.training import step as training
@@ -63,7 +64,7 @@ def main(argv: list[str], check_interrupt) -> None:
     if args.distributed:
         command_line.join_processes()
     first = jax.process_index() == 0  # writes what is written once
-    config = release.tuples(args.config.to_dict())
+    config = tuples(args.config.to_dict())
     workdir = Path(args.workdir)
     released = workdir / "release"
     if released.exists():

@@ -47,7 +47,7 @@ from tora_jax.conditioning import motion_maps
 from tora_jax.data import precompute, sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, measures
-from tora_jax.io.video import write_atomic
+from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
 from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE, latent_of
 from tora_jax.sampling import generate as generation
 from tora_jax.training import optim
@@ -74,7 +74,7 @@ class Cell(NamedTuple):
     arg: str
 
     def config(self, stage: str = "sparse", runlocal: bool = False) -> dict[str, Any]:
-        return release.tuples(table(self.file).get_config(self.launch(stage, runlocal)).to_dict())
+        return tuples(table(self.file).get_config(self.launch(stage, runlocal)).to_dict())
 
     def launch(self, stage: str, runlocal: bool) -> str:
         return f"{self.arg},stage={stage}" + (",runlocal" if runlocal else "")
@@ -377,15 +377,11 @@ def claim(out: Path, options: Mapping[str, Any]) -> None:
     """
     made = {name: options[name] for name in SHARED}
     path = out / "made.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if differ := [name for name in made if before.get(name) != made[name]]:
-            name = differ[0]
-            raise UserError(f"{out}: was made with another --{name} ({before.get(name)}); choose another --out")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with write_atomic(path) as aside:
-        aside.write_text(json.dumps(made, indent=2) + "\n")
+    if not path.is_file():
+        note_made(path, made)
+    elif differs := made_otherwise(path, made):
+        name, before = differs
+        raise UserError(f"{out}: was made with another --{name} ({before}); choose another --out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,8 +27,8 @@ from tora_jax.configs import common
 from benchmarks import chips, flops, jobs
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
-from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 
 GIB = 2**30
 
@@ -42,7 +42,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 def main(argv: list[str], _) -> None:
     args = command_line.parse(argv, define_flags, __doc__, common.training())
-    config = release.tuples(args.config.to_dict())
+    config = tuples(args.config.to_dict())
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     except Exception as error:

@@ -20,8 +20,8 @@ from tora_jax.configs import common
 from benchmarks import chips, flops, jobs
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
-from tora_jax.checkpoints import release
 from tora_jax.conditioning import text
+from tora_jax.io.files import tuples
 from tora_jax.sampling import generate as generation
 
 
@@ -47,7 +47,7 @@ def random_models(config: dict, dtype) -> assembly.Models:
 
 def main(argv: list[str], _) -> None:
     args = command_line.parse(argv, define_flags, __doc__, common.training())
-    config = release.tuples(args.config.to_dict())
+    config = tuples(args.config.to_dict())
     models = random_models(config, jnp.dtype(config["tora"]["stdit"]["dtype"]))
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
     line = np.linspace((0.2, 0.5), (0.8, 0.5), args.num_frames, dtype=np.float32)

@@ -32,8 +32,8 @@ from tora_jax.configs import common
 from benchmarks import chips, flops, jobs
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
-from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -69,7 +69,7 @@ def passes(config, parts, mesh, rules, size, batch, *, gradients: bool, motion: 
 
 def main(argv: list[str], _) -> None:
     args = command_line.parse(argv, define_flags, __doc__, common.training())
-    config = release.tuples(args.config.to_dict())
+    config = tuples(args.config.to_dict())
     mesh = sharding.make_mesh(config["mesh"] if args.mesh is None else args.mesh)
     rules, parts = tuple(config["rules"].items()), assembly.modules(config)
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}

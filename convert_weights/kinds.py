@@ -17,8 +17,8 @@ from tora_jax.configs import common
 from convert_weights import aesthetic, clip, i3d, mapping, measure, raft, stdit3, t5, vae
 from convert_weights.measure import Fields
 from convert_weights.sources import Source, parse_json
-from tora_jax.checkpoints.release import tuples
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 from tora_jax.models.aesthetic import V2, AestheticHead
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.clip import CLIP, CLIPText, CLIPVision

@@ -12,6 +12,7 @@ from benchmarks import ablations
 from tests import training_runs
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
+from tora_jax.io.files import tuples
 from tora_jax.models.motion_fuser import FORMS
 from tora_jax.models.video_vae import VideoVAE
 
@@ -36,8 +37,8 @@ def test_all_cells_have_one_budget():
         assert sum(config["steps"] for config in configs) == base.STEPS
         default = base.make("sparse", False)
         for config in configs:
-            assert config["optim"] == release.tuples(default.optim.to_dict())
-            assert config["data"]["buckets"] == release.tuples(default.to_dict())["data"]["buckets"]
+            assert config["optim"] == tuples(default.optim.to_dict())
+            assert config["data"]["buckets"] == tuples(default.to_dict())["data"]["buckets"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_pixels_of_a_cell_become_its_channels():
 
 def test_the_vaes_are_those_that_ship():
     """So that the command works on the weights that it takes by default."""
-    config = release.tuples(base.make("sparse", False).to_dict())
+    config = tuples(base.make("sparse", False).to_dict())
     shipped = release.read_config(release.DEMO)
     assert (config["vae"], config["motion_vae"]) == (shipped["vae"], shipped["motion_vae"])
     assert config["tora"]["stdit"]["in_channels"] == shipped["tora"]["stdit"]["in_channels"]

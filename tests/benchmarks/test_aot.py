@@ -11,7 +11,7 @@ from benchmarks import aot, chips, flops, jobs
 from configs import tora
 from tests import training_runs
 from tora_jax import sharding
-from tora_jax.checkpoints import release
+from tora_jax.io.files import tuples
 from tora_jax.training import step as training
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,7 +58,7 @@ def test_collectives():
 @pytest.mark.parametrize("job", tuple(jobs.JOBS))
 def test_jobs(job):
     """The jobs of the smallest model, compiled for this machine's devices."""
-    config = release.tuples(tora.get_config("runlocal").to_dict())
+    config = tuples(tora.get_config("runlocal").to_dict())
     figures = aot.measure(config, sharding.make_mesh("data=2,fsdp=2,seq=2"), job, SIZE)
     assert figures["fits"]
     assert figures["temporary_gib"] < 1

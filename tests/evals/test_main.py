@@ -18,6 +18,7 @@ from tora_jax.errors import UserError
 from tora_jax.evals import __main__ as evals
 from tora_jax.evals import benchmarks, fvd, measures, report
 from tora_jax.io import video as video_io
+from tora_jax.io.files import tuples
 from tora_jax.sampling import generate as generation
 
 CELLS = ((5, 32, True), (9, 48, True), (9, 48, False))
@@ -28,7 +29,7 @@ def config():
     config = eval_config.get_config("suite=demo").to_dict()
     config["cells"] = tuple(eval_config.cell(frames, side, side, 8.0, free) for frames, side, free in CELLS)
     config["benchmark"]["clips"], config["batch"] = 5, 2
-    return release.tuples(config)
+    return tuples(config)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Videos and stills: what is written can be read, and faults are one line."""
 
 import io
-import json
 import os
 import warnings
 import zlib
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tora_jax.errors import UserError
-from tora_jax.io.video import cover, probe, read_image, read_video, resize_crop, write_atomic, write_video
+from tora_jax.io.video import cover, probe, read_image, read_video, resize_crop, write_video
 
 
 def clip(frames=12, height=64, width=96):
@@ -27,35 +26,6 @@ def clip(frames=12, height=64, width=96):
 
 def contents(folder):
     return sorted(p.name for p in folder.iterdir())
-
-
-# ---------------------------------------------------------------- write_atomic
-
-
-def test_write_atomic_leaves_all_or_nothing(tmp_path):
-    path = tmp_path / "report.json"
-    with write_atomic(path) as aside:
-        assert aside.parent == tmp_path
-        aside.write_text(json.dumps({"a": 1}))
-    assert json.loads(path.read_text()) == {"a": 1}
-    for fault in (RuntimeError, KeyboardInterrupt):
-
-        def broken(fault=fault):
-            with write_atomic(path) as aside:
-                aside.write_text("half")
-                raise fault
-
-        with pytest.raises(fault):
-            broken()
-        assert contents(tmp_path) == ["report.json"]
-        assert json.loads(path.read_text()) == {"a": 1}
-
-
-def test_write_atomic_keeps_the_users_file_permissions(tmp_path):
-    (tmp_path / "plain").touch()
-    with write_atomic(tmp_path / "new") as aside:
-        aside.write_text("x")
-    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("target", ["missing/a.mp4", "folder.mp4", "file/a.mp4"])

@@ -18,6 +18,7 @@ from tests import training_runs
 from tests.training_runs import ROOT, source
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
+from tora_jax.io.files import tuples
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ def clips(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """The least model with fusers that do something."""
-    config = release.tuples(tora.get_config("stage=2,runlocal").to_dict())
+    config = tuples(tora.get_config("stage=2,runlocal").to_dict())
     params = jax.tree.map(np.asarray, assembly.load(config).params)
     rng = np.random.default_rng(0)
     params["tora"] = jax.tree.map(

@@ -20,6 +20,7 @@ from tora_jax.checkpoints import release
 from tora_jax.conditioning import text
 from tora_jax.diffusion import rectified_flow
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalVAE
 from tora_jax.models.stdit import STDiT
@@ -163,7 +164,7 @@ def modules(config: Mapping[str, Any]) -> dict[str, nn.Module]:
     Raises:
       UserError: for a missing part, or a field that a part does not have.
     """
-    config = release.tuples(config)
+    config = tuples(config)
     if missing := [part for part in PARTS if part not in config]:
         raise UserError(f"the config has no section {', '.join(missing)}; it needs {', '.join(PARTS)}")
     for section in SECTIONS:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 
 PARTS = ("tora", "vae", "motion_vae", "t5")
 DEMO = Path(__file__).parent.parent / "assets" / "demo"  # the small model's weights, docs/demo.md
@@ -69,13 +70,6 @@ def save(folder: str | Path, config: dict, params: dict[str, Any], tokenizer: Pa
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def tuples(value: Any) -> Any:
-    """Lists, as JSON gives them, into tuples: fields of Linen modules must be hashable."""
-    if isinstance(value, Mapping):
-        return {k: tuples(v) for k, v in value.items()}
-    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import sys
@@ -44,7 +43,7 @@ from tora_jax import sharding
 from tora_jax.backbones import assembly
 from tora_jax.data import motion, pipeline, sources
 from tora_jax.errors import UserError
-from tora_jax.io.video import write_atomic
+from tora_jax.io.files import made_otherwise, note_made
 
 SHARD = 256  # clips in a file
 TEXTS = ("ids", "embedding")
@@ -205,9 +204,7 @@ def precompute(
     paths = [aside / f"clips-{name}.array_record-{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
     features = _features(options)
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        with write_atomic(aside / sources.MADE) as path:
-            path.write_text(json.dumps(made, indent=2) + "\n")
+        note_made(aside / sources.MADE, made)
         done = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths))
         lengths = [ArrayRecordReader(str(path)).num_records() for path in paths[:done]]
         todo = [(i, part) for i in range(done, len(shards)) for part in _parts(shards[i], batch)]
@@ -357,14 +354,13 @@ def _holds(folder: Path, made: Mapping[str, Any]) -> bool:
     if not folder.exists():
         return False
     try:
-        before = json.loads((folder / sources.MADE).read_text())
+        differs = made_otherwise(folder / sources.MADE, made)
     except (OSError, ValueError):
         raise UserError(f"{folder}: is there, and is no precomputed set; choose another folder") from None
-    if differ := [name for name in made if made[name] != before.get(name)]:
-        name = differ[0]
+    if differs:
+        name, before = differs
         raise UserError(
-            f"{folder}: was made with {name} {before.get(name)!r}, not {made.get(name)!r}; choose another folder, or "
-            "remove this one"
+            f"{folder}: was made with {name} {before!r}, not {made[name]!r}; choose another folder, or remove this one"
         )
     return True
 

@@ -32,7 +32,8 @@ from tora_jax.configs import eval as eval_config
 from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, report
 from tora_jax.evals.measures import Measures
-from tora_jax.io.video import read_video, write_atomic, write_video
+from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
+from tora_jax.io.video import read_video, write_video
 from tora_jax.sampling import generate as generation
 
 USAGE = """Measures released weights, or videos that are there.
@@ -58,7 +59,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = command_line.parse(argv, define_flags, USAGE, eval_config.get_config())
     if args.out is None:
         raise UserError("--out is missing; name a folder for the videos and the figures")
-    config, out = release.tuples(args.config.to_dict()), Path(args.out)
+    config, out = tuples(args.config.to_dict()), Path(args.out)
     command_line.use_compilation_cache()
     results, records = evaluate(config, args.weights, out, args.quiet, check_interrupt)
     report.write(out, results, records)
@@ -219,7 +220,7 @@ def _done(folder: Path, task: str, measures: Measures) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     there = "left_out" in record or (folder / f"{task}.mp4").is_file()
-    return there and release.tuples(asked) == measures.asked
+    return there and tuples(asked) == measures.asked
 
 
 def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], weights: str | Path) -> None:
@@ -236,15 +237,11 @@ def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], wei
     if made["benchmark"]["kind"] == "list":
         made["list"] = hashlib.sha256(Path(made["benchmark"]["source"]).read_bytes()).hexdigest()
     path = folder / "made.json"
-    if path.is_file():
-        before = release.tuples(json.loads(path.read_text()))
-        if differ := [name for name in made if before.get(name) != made[name]]:
-            name = differ[0]
-            raise UserError(f"{folder}: was made with another {name} ({before.get(name)}); choose another --out")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_atomic(path) as aside:
-        aside.write_text(json.dumps(made, indent=2) + "\n")
+    if not path.is_file():
+        note_made(path, made)
+    elif differs := made_otherwise(path, made):
+        name, before = differs
+        raise UserError(f"{folder}: was made with another {name} ({before}); choose another --out")
 
 
 def write_page(out: Path, folder: Path, results, records, launch: str) -> None:

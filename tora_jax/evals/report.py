@@ -16,7 +16,8 @@ from PIL import Image
 from tora_jax.errors import UserError
 from tora_jax.evals import fvd
 from tora_jax.io import overlay
-from tora_jax.io.video import read_video, write_atomic
+from tora_jax.io.files import write_atomic
+from tora_jax.io.video import read_video
 
 # metric -> (heading, format); the order of the table
 COLUMNS = {

@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -21,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from tora_jax.errors import UserError
+from tora_jax.io.files import write_atomic
 
 Frames = UInt8[np.ndarray, "t h w 3"]
 Source = str | os.PathLike | bytes
@@ -38,34 +38,6 @@ ENCODER_THREADS = 4
 REPEATABLE = "weightp=0:mbtree=0"
 REORDERED = 32  # frames, between the orders in which they are stored and shown; H.264 allows 16
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
-
-
-@contextlib.contextmanager
-def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and puts it in place of `path` when the block ends well.
-
-    Whatever goes wrong inside, Ctrl-C too, leaves neither a half-written `path` nor the temporary file; an
-    older `path` stays as it was.
-
-    Raises:
-      UserError: the folder is missing or not writable, the disk is full, or `path` is a folder.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(None, f"there is no folder {path.parent}")
-        aside.touch(exist_ok=False)
-        yield aside
-        os.replace(aside, path)
-    except OSError as e:
-        reason = e.strerror or e
-        raise UserError(f"{path}: cannot be written ({reason}); choose another output path") from e
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def write_video(path: str | os.PathLike, frames: Frames, fps: float | int) -> None:

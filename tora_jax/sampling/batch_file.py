@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from tora_jax.backbones.assembly import Models
 from tora_jax.errors import UserError
-from tora_jax.io.video import write_atomic
+from tora_jax.io.files import write_atomic
 from tora_jax.sampling import generate as generation
 from tora_jax.sampling import request
 from tora_jax.sampling import writer as output
 
 NAME = re.compile(r"[\w][\w.-]{0,99}", re.ASCII)
-ASIDE = re.compile(r"\.[0-9a-f]{32}\.(json|mp4)")  # of `video_io.write_atomic`
+ASIDE = re.compile(r"\.[0-9a-f]{32}\.(json|mp4)")  # of `write_atomic`
 MAX_BYTES = 256 * 2**20
 
 

@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tora_jax.backbones.assembly import Models
-from tora_jax.checkpoints import release
 from tora_jax.conditioning import text, trajectory
 from tora_jax.configs import common
 from tora_jax.data import buckets
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 from tora_jax.io.video import probe, read_image, read_video, resize_crop
 from tora_jax.sampling import generate as generation
 
@@ -187,7 +187,7 @@ def settings(section: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in known.items():
         kinds = {"num_frames": (int, str), "prompt": (str, tuple, list)}
         kind = kinds.get(name, (int, float) if isinstance(value, float) else type(value))
-        if not isinstance(release.tuples(found[name]), kind) or isinstance(found[name], bool):
+        if not isinstance(tuples(found[name]), kind) or isinstance(found[name], bool):
             where = "" if name in given else "config: sampling."
             raise UserError(f"{where}{name} is {found[name]!r}; it should be like {value!r}")
     _check_texts(found)

@@ -18,7 +18,8 @@ from jaxtyping import Float
 
 from tora_jax.errors import UserError
 from tora_jax.io import overlay
-from tora_jax.io.video import video_writer, write_atomic
+from tora_jax.io.files import write_atomic
+from tora_jax.io.video import video_writer
 from tora_jax.sampling import generate as generation
 
 

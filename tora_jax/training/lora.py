@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import load_file, save_file
 
 from tora_jax.errors import UserError
-from tora_jax.io.video import write_atomic
+from tora_jax.io.files import write_atomic
 from tora_jax.training import optim
 
 # What Tora trains of Open-Sora, but for biases and norms.

@@ -11,8 +11,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from tora_jax import command_line
-from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 
 USAGE = """Makes training shards of raw videos: cuts, measures, filters and captions them.
 
@@ -42,7 +42,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     logging.getLogger().setLevel(logging.ERROR)  # Beam tells all that it does, from its import on
     from tora_jax.data.curate import stages
 
-    options = release.tuples(args.config.to_dict())
+    options = tuples(args.config.to_dict())
     stats = stages.run(args.input, args.output, options, args.workers, tuple(filter(None, rest.split("\0"))))
     found, clips = stats["files"], stats["clips"]
     print(

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, UInt8
 from tora_jax.checkpoints import release
 from tora_jax.data import motion
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 from tora_jax.models.raft import RAFT, STRIDE
 
 Video = UInt8[np.ndarray, "t h w 3"]
@@ -59,7 +60,7 @@ def make_flow(method: str, weights: str | Path | None = None) -> Flow:
     if not weights:
         raise UserError("flow method 'raft' needs weights; convert torchvision's with `python -m convert_weights raft`")
     fields = release.read_config(weights)["raft"]
-    return raft_flow(release.load_part(weights, "raft"), **release.tuples(fields))
+    return raft_flow(release.load_part(weights, "raft"), **tuples(fields))
 
 
 def raft_flow(params: Mapping[str, Any], **fields: Any) -> Flow:

@@ -1,0 +1,89 @@
+"""Files that appear whole or not at all, and notes of what a folder was made with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tora_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and puts it in place of `path` when the block ends well.
+
+    Whatever goes wrong inside, Ctrl-C too, leaves neither a half-written `path` nor the temporary file; an
+    older `path` stays as it was.
+
+    Raises:
+      UserError: the folder is missing or not writable, the disk is full, or `path` is a folder.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(None, f"there is no folder {path.parent}")
+        aside.touch(exist_ok=False)
+        yield aside
+        os.replace(aside, path)
+    except OSError as e:
+        reason = e.strerror or e
+        raise UserError(f"{path}: cannot be written ({reason}); choose another output path") from e
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file in UTF-8, as `write_atomic` does.
+
+    Raises:
+      UserError: as `write_atomic`.
+    """
+    with write_atomic(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def note_made(path: str | os.PathLike, made: Mapping[str, Any]) -> None:
+    """Notes the settings that the content of a folder is made with, in a file of that folder; makes the folder.
+
+    Args:
+      made: name -> value, as JSON can hold it.
+
+    Raises:
+      UserError: as `write_atomic`.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(made, indent=2) + "\n")
+
+
+def made_otherwise(path: str | os.PathLike, made: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Compares settings with those of a `note_made`.
+
+    Args:
+      made: with tuples in place of lists, as `tuples` gives them.
+
+    Returns:
+      The first setting that differs: its name, and its value in the note (None = not there). None when all are equal;
+      what the note holds beyond `made` does not count.
+
+    Raises:
+      FileNotFoundError: there is no note.
+      ValueError: the note is not valid JSON.
+    """
+    before = tuples(json.loads(Path(path).read_text(encoding="utf-8")))
+    return next(((name, before.get(name)) for name in made if made[name] != before.get(name)), None)
+
+
+def tuples(value: Any) -> Any:
+    """Lists, as JSON gives them, into tuples: fields of Linen modules must be hashable."""
+    if isinstance(value, Mapping):
+        return {k: tuples(v) for k, v in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
