@@ -13,7 +13,6 @@ latents have by the principal components of training maps, so that all cells hav
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -26,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -384,10 +383,10 @@ def claim(out: Path, options: Mapping[str, Any]) -> None:
         raise UserError(f"{out}: was made with another --{name} ({before}); choose another --out")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     """`python -m benchmarks.ablations`"""
     known = {cell.name: cell for cell in cells().values()}
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.Parser("python -m benchmarks.ablations", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="working folder, kept for the next start")
     parser.add_argument("--weights", type=Path, default=release.DEMO, help="release folder that the base starts from")
     parser.add_argument("--seeds", type=int, default=3)
@@ -397,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=Run.clips, help="clips to measure on")
     parser.add_argument("--runlocal", action="store_true", help="the least size, to try the command")
     parser.add_argument("--keep", action="store_true", help="keep the trained weights of each cell")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv[1:])
     names, seeds = args.cells.split(","), range(args.seeds)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no cell {unknown[0]!r}; there are {', '.join(known)}")
@@ -409,19 +408,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in sorted(out.glob("cells/*/*/result.json")):  # of other cells, from an earlier start
         with contextlib.suppress(ValueError):
             results.setdefault(path.parts[-3], {})[int(path.parts[-2])] = json.loads(path.read_text())
-    try:
-        claim(out, vars(args) | {"weights": str(run.weights)})
-        for name, seed in order(names, seeds):
-            results.setdefault(name, {})[seed] = run.run(known[name], seed)
-            report(out, results, seeds)
-            seconds = sum(results[name][seed]["seconds"].values())
-            print(f"{name}, seed {seed}: {seconds:.0f} s, TrajError {results[name][seed]['traj_error']:.2f}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    claim(out, vars(args) | {"weights": str(run.weights)})
+    for name, seed in order(names, seeds):
+        results.setdefault(name, {})[seed] = run.run(known[name], seed)
+        report(out, results, seeds)
+        seconds = sum(results[name][seed]["seconds"].values())
+        print(f"{name}, seed {seed}: {seconds:.0f} s, TrajError {results[name][seed]['traj_error']:.2f}")
     print(markdown(results, seeds))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main, ["ablations", *sys.argv[1:]])

@@ -9,26 +9,28 @@ Prints one JSON line: the share of right clips, and how well the masks of moving
 union, over all frames of a clip).
 """
 
-import argparse
 import json
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tora_jax.configs import curate
 
 from tests import moving
+from tora_jax import command_line
 from tora_jax.data.curate import camera
 from tora_jax.io.video import read_video, write_video
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.camera", __doc__)
     parser.add_argument("--clips", type=int, default=20, help="of each kind")
     parser.add_argument("--method", choices=camera.METHODS, default="dis")
     parser.add_argument("--weights", help="of RAFT")
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
     flow, config = camera.make_flow(args.method, args.weights), curate.get_config()
     overlaps, wrong, start = {}, [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -62,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["camera", *sys.argv[1:]])

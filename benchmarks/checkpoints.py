@@ -1,5 +1,7 @@
 """Checkpoints of the real sizes with seeded numbers, since the real ones need a download.
 
+from tora_jax import command_line
+
   python -m benchmarks.checkpoints stdit3 FILE.safetensors      4.5 GB, the numbers of golden stdit3_xl2_full
   python -m benchmarks.checkpoints vae FILE.safetensors         1.6 GB, the numbers of golden video_vae_full
   python -m benchmarks.checkpoints t5 FOLDER --dtype bfloat16   9.8 GB, two shards and their index, random bits
@@ -9,8 +11,8 @@ Names and shapes are those of the published files; T5's embedding is there under
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -72,14 +74,14 @@ def make(kind: str, path: Path, dtype: str = "float32") -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.checkpoints", __doc__)
     parser.add_argument("kind", choices=("stdit3", "vae", "t5"))
     parser.add_argument("path", type=Path)
     parser.add_argument("--dtype", choices=stream.DTYPES, default="float32")
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
     make(args.kind, args.path, args.dtype)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["checkpoints", *sys.argv[1:]])

@@ -1,5 +1,8 @@
 """Memory, time and exactness of full-size conversions, as JSON on stdout.
 
+from tora_jax import command_line
+from tora_jax.errors import UserError
+
   python -m benchmarks.convert stdit3 --folder DIR
   python -m benchmarks.convert t5 --dtype bfloat16 --folder DIR
   python -m benchmarks.convert tora --folder DIR                   a whole release of 18 GB
@@ -13,7 +16,6 @@ both `cp` and the converter read from the disk and write to a clean cache. RssAn
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +56,7 @@ def timed(command: list[str], source: Path) -> dict[str, float]:
         time.sleep(0.005)
     seconds = time.perf_counter() - start
     if process.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {process.returncode}")
+        raise UserError(f"{' '.join(command)}: exit code {process.returncode}")
     return {"seconds": round(seconds, 2), "rss_anon_gib": round(peak / 2**20, 3)}
 
 
@@ -85,15 +88,15 @@ def make(kind: str, dtype: str, source: Path) -> list[str]:
     return [kind, *arguments, "--tokenizer", str(golden.GOLDEN_DIR / "tokenizer.model")]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.convert", __doc__)
     parser.add_argument("kind", choices=("stdit3", "vae", "t5", "tora"))
     parser.add_argument("--dtype", choices=stream.DTYPES, default="float32", help="of the checkpoint")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--orbax", action="store_true", help="write Orbax checkpoints")
     parser.add_argument("--no_reverse", action="store_true", help="leave the way back out")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint in the folder")
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
     args.folder.mkdir(parents=True, exist_ok=True)
     name = f"{args.kind}_{args.dtype}"
     source = args.folder / (name if args.kind in ("t5", "tora") else f"{name}.safetensors")
@@ -128,4 +131,4 @@ def remove(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["convert", *sys.argv[1:]])

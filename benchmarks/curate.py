@@ -1,5 +1,7 @@
 """How fast curation is: seconds of video per second, without RAFT, CLIP and a caption server.
 
+from tora_jax import command_line
+
   python -m benchmarks.curate --workers 1 2       on videos that it draws: 480p, 24 frames a second, three scenes each
   python -m benchmarks.curate --videos DIR --workers 1 2
   python -m benchmarks.curate --draw DIR --height 144 --codec mpeg4       only draws them, for other measurements
@@ -10,7 +12,6 @@ times_real_time_by_cpu is what that many idle cores would reach, by the processo
 is busy with other things, it says more. `load` is that of the machine before the first run.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -81,8 +83,8 @@ def measure(folder: Path, workers: int) -> tuple[float, float, dict]:
         return spent, used, json.loads((Path(output) / "stats.json").read_text())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.curate", __doc__)
     parser.add_argument("--videos", type=Path, help="folder of videos; unset: they are drawn")
     parser.add_argument("--count", type=int, default=8, help="videos to draw")
     parser.add_argument("--seconds", type=float, default=24.0, help="length of each")
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, help="folder for them; nothing else is done")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
 
     def fill(folder: Path, seeds: range, seconds: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["curate", *sys.argv[1:]])

@@ -19,7 +19,6 @@ path in % of the frame's width; "tracker" has the same of a tracker (`evals/traj
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -288,8 +287,8 @@ def rounded(value: Any) -> Any:
     return value if not isinstance(value, float) else round(value, 4) if np.isfinite(value) else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.demo", __doc__)
     parser.add_argument("--weights", help="release folder; the packaged demo weights if left out")
     parser.add_argument("--parts", default=",".join(PARTS), help="of those above, separated by commas")
     parser.add_argument("--clips", "--limit", type=int, default=64, help="of each set")
@@ -298,15 +297,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--trajectory_guidance", type=float)
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(argv[1:]))
     weights, parts = options.pop("weights"), options.pop("parts").split(",")
     command_line.use_compilation_cache()
-    try:
-        found = run(weights or release.DEMO, parts, **options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    found = run(weights or release.DEMO, parts, **options)
     print(json.dumps(rounded(found), indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["demo", *sys.argv[1:]])

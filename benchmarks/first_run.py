@@ -1,11 +1,12 @@
 """How long the first run takes: `sample.py` without arguments, with an empty and with a warm compilation cache.
 
+from tora_jax import command_line
+
   python -m benchmarks.first_run [--repeats 3]
 
 Prints one JSON line: seconds from start to exit, cold once and warm as the median of the repeats.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +31,10 @@ def run(cache: str, out: str) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.first_run", __doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    repeats = parser.parse_args().repeats
+    repeats = parser.parse_args(argv[1:]).repeats
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as out:
         cold = run(cache, out)
         warm = [run(cache, out) for _ in range(repeats)]
@@ -48,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["first_run", *sys.argv[1:]])

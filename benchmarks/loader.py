@@ -16,9 +16,12 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from importlib import resources
 
+from tora_jax import command_line
 from tora_jax.conditioning import text
 from tora_jax.data import motion, pipeline
 
@@ -39,8 +42,8 @@ def clips_per_second(config: dict, args: argparse.Namespace, tokenizer: text.Tok
         iterator.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.loader", __doc__)
     parser.add_argument("--source", required=True)
     parser.add_argument("--split", default="train")
     parser.add_argument("--num_frames", type=int, default=17)
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batches", type=int, default=20, help="in one repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
     tokenizer = text.Tokenizer(resources.files("tora_jax").joinpath("assets/tokenizer.model").read_bytes(), 48)
     size = {"frames": args.num_frames, "height": args.height, "width": args.width}
     rates, load = {}, os.getloadavg()[0]
@@ -86,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["loader", *sys.argv[1:]])

@@ -14,9 +14,9 @@ Parts:
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.data import sprites
-from tora_jax.errors import UserError
 from tora_jax.evals import sprites as measures
 from tora_jax.io import overlay
 from tora_jax.io.video import write_video
@@ -138,8 +137,8 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list) else round(value, 3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.long", __doc__)
     parser.add_argument("--weights", default=str(release.DEMO), help="release folder; left out: the small model's")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--clips", type=int, default=8)
@@ -147,15 +146,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--overlap", type=int, default=0, help="latent frames that a segment takes over")
     parser.add_argument("--save", type=Path, help="folder for the long videos, with their paths drawn in")
-    options = parser.parse_args()
+    options = parser.parse_args(argv[1:])
     parts = options.parts.split(",")
     if unknown := set(parts) - PARTS.keys():
         parser.error(f"no part {min(unknown)!r}; there are {', '.join(PARTS)}")
     command_line.use_compilation_cache()
-    try:
-        models = assembly.load(weights=options.weights)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    models = assembly.load(weights=options.weights)
     settings = {name: {**common.sampling(), **models.sampling}[name] for name in SETTINGS}
     settings["steps"] = options.steps or settings["steps"]
     bench = {"models": models, "settings": settings, **vars(options)}
@@ -175,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["long", *sys.argv[1:]])

@@ -9,12 +9,12 @@ against the plain sampler's videos. The same prompts, paths and noise for all.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +26,6 @@ from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.data import sprites
-from tora_jax.errors import UserError
 from tora_jax.evals import sprites as measures
 from tora_jax.sampling import generate as generation
 
@@ -76,21 +75,18 @@ def measure(models: assembly.Models, clips: list, settings: dict[str, Any], batc
     return {"seconds": statistics.median(seconds), "error_%": 100 * float(np.mean(errors)), "videos": videos}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.speed", __doc__)
     parser.add_argument("--weights", default=str(release.DEMO), help="release folder; left out: the small model's")
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1, help="videos at once; it divides --clips")
     parser.add_argument("--steps", type=int, help="of the plain sampler")
     parser.add_argument("--only", default="", help="switches whose names have one of these words, separated by commas")
-    options = parser.parse_args()
+    options = parser.parse_args(argv[1:])
     if options.clips % options.batch:
         parser.error("--batch should divide --clips")
     command_line.use_compilation_cache()
-    try:
-        models = assembly.load(weights=options.weights)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    models = assembly.load(weights=options.weights)
     settings = {name: {**common.sampling(), **models.sampling}[name] for name in SETTINGS}
     settings["steps"] = options.steps or settings["steps"]
     side, frames, fps = settings["height"], settings["num_frames"], settings["fps"]
@@ -121,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["speed", *sys.argv[1:]])

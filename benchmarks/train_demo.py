@@ -1,17 +1,20 @@
 """Trains the small model from nothing: python -m benchmarks.train_demo --out DIR.
 
+from tora_jax import command_line
+from tora_jax.errors import UserError
+
 Runs the commands of docs/demo.md one after the other, each in a process of its own. Stopped at any point, it goes on
 from the last checkpoint when it is started again. Prints the seconds of each stage as JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -64,11 +67,11 @@ def stages(out: Path, steps: int | None = None) -> list[tuple[str, Path, list[st
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m benchmarks.train_demo", __doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="working folder, kept for the next start")
     parser.add_argument("--steps", type=int, help="of stage 2, in place of the config's")
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
     out = args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "seconds.json"
@@ -80,7 +83,7 @@ def main() -> None:
         try:
             subprocess.run([sys.executable, *command], check=True, env=launch()[0])
         except subprocess.CalledProcessError as error:
-            sys.exit(f"{name}: stopped with exit code {error.returncode}; start again to go on")
+            raise UserError(f"{name}: stopped with exit code {error.returncode}; start again to go on") from None
         finally:
             seconds[name] = round(seconds.get(name, 0) + time.time() - start)
             log.write_text(json.dumps(seconds))
@@ -88,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["train_demo", *sys.argv[1:]])

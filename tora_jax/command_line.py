@@ -121,6 +121,11 @@ def _report_no_more() -> None:
 class Parser(argparse.ArgumentParser):
     """Flags of a command without a config. A mistake in them raises a `UserError`, which `run` tells in one line."""
 
+    def __init__(self, prog: str, description: str | None = None, **options: Any):
+        """Takes what `argparse.ArgumentParser` takes; the lines of the description stay as they are."""
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, description=description, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 

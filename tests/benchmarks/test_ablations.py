@@ -10,6 +10,7 @@ from tora_jax.configs.ablations import base
 
 from benchmarks import ablations
 from tests import training_runs
+from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.io.files import tuples
@@ -154,12 +155,20 @@ def test_the_command(weights, tmp_path, monkeypatch, capsys):
         assert outcome.code == 0, outcome.stderr
 
     monkeypatch.setattr(ablations, "train", train)
-    argv = [f"--out={tmp_path}", f"--weights={weights}", "--runlocal", "--train=6", "--clips=2", "--seeds=1"]
-    assert ablations.main([*argv, "--cells=default"]) == 0
+    argv = [
+        "ablations",
+        f"--out={tmp_path}",
+        f"--weights={weights}",
+        "--runlocal",
+        "--train=6",
+        "--clips=2",
+        "--seeds=1",
+    ]
+    command_line.run(ablations.main, [*argv, "--cells=default"])
     assert len(trained) == 3  # the base, dense, sparse
     cells = "--cells=default,motion.form=key_frames,trajectory.motion=none"
     monkeypatch.setattr(ablations.base, "STAGES", {**base.STAGES, "both": ("sparse",)})
-    assert ablations.main([*argv, cells]) == 0
+    command_line.run(ablations.main, [*argv, cells])
     assert len(trained) == 5
     results = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert results.keys() == {"default", "motion.form=key_frames", "trajectory.motion=none"}
@@ -174,17 +183,19 @@ def test_the_command(weights, tmp_path, monkeypatch, capsys):
         "motion_vae_sparse",
         "key_frames_sparse",
     }
-    with pytest.raises(SystemExit):
-        ablations.main([*argv, "--cells=all"])
+    with pytest.raises(SystemExit, match="2"):
+        command_line.run(ablations.main, [*argv, "--cells=all"])
     assert "no cell 'all'; there are" in capsys.readouterr().err
 
 
 def test_a_run_that_stops(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)  # where there is no train.py
     monkeypatch.setattr(ablations.Run, "cache", lambda self, motion, stage: tmp_path)
-    argv = [f"--out={tmp_path}", f"--weights={weights}", "--runlocal", "--seeds=1", "--cells=default"]
-    assert ablations.main(argv) == 1
+    argv = ["ablations", f"--out={tmp_path}", f"--weights={weights}", "--runlocal", "--seeds=1", "--cells=default"]
+    with pytest.raises(SystemExit, match="2"):
+        command_line.run(ablations.main, argv)
     assert "train.py stopped with exit code 2; start again to go on" in capsys.readouterr().err
     for other, name in (("--clips=2", "--clips (32)"), ("--steps=3", "--steps (None)")):
-        assert ablations.main([*argv, other]) == 1
+        with pytest.raises(SystemExit, match="2"):
+            command_line.run(ablations.main, [*argv, other])
         assert f"was made with another {name}; choose another --out" in capsys.readouterr().err

@@ -1,13 +1,13 @@
 """The demo's benchmark: its figures for perfect videos, and that it runs on tiny random weights."""
 
 import json
-import sys
 from importlib import resources
 
 import numpy as np
 import pytest
 
 from benchmarks import demo
+from tora_jax import command_line
 from tora_jax.checkpoints import release
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
@@ -116,16 +116,16 @@ def test_mistakes(weights, changes, message):
         demo.run(**{"weights": weights, "parts": ("measure",), "clips": 1, **changes})
 
 
-def test_the_command(weights, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo", f"--weights={weights}", "--parts=measure", "--limit=2", "--steps=7"])
-    demo.main()
+def test_the_command(weights, capsys):
+    options = [f"--weights={weights}", "--parts=measure", "--limit=2", "--steps=7"]
+    command_line.run(demo.main, ["demo", *options])
     found = json.loads(capsys.readouterr().out)
     assert found["clips"] == 2
     assert found["settings"]["steps"] == 7
     assert found["measure"]["benchmark_one"]["found"] > 0
-    monkeypatch.setattr(sys, "argv", ["demo", "--weights=nowhere"])
-    with pytest.raises(SystemExit, match="nowhere"):
-        demo.main()
+    with pytest.raises(SystemExit, match="2"):
+        command_line.run(demo.main, ["demo", "--weights=nowhere"])
+    assert "demo: error: nowhere" in capsys.readouterr().err
 
 
 def test_json_has_no_nan():
