@@ -36,7 +36,6 @@ from tora_jax.errors import UserError
 from tora_jax.evals import heldout
 from tora_jax.io.files import tuples, write_atomic
 from tora_jax.io.video import read_video
-from tora_jax.models import video_vae
 from tora_jax.training import lora, optim
 from tora_jax.training import step as training
 
@@ -89,13 +88,12 @@ def main(argv: list[str], check_interrupt) -> None:
         state = training.init_state(trained, optimizer)
 
     # ----- Data -------------------------------------------------------------------------------------------------
-    vae = models.vae
     open_split = functools.partial(
         pipeline.batches,
         seed=config["seed"],
         shard=pipeline.shard_of(mesh),
         tokenizer=models.tokenizer if config["job"] == "tora" else None,
-        latent_frames=lambda frames: video_vae.latent_frames(frames, vae.micro_frame_size, vae.time_factor),
+        latent_frames=models.vae.latent_frames,
     )
     data = config["data"]
     opened = open_split(data, data["split"])

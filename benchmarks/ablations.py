@@ -47,7 +47,7 @@ from tora_jax.data import precompute, sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, measures
 from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
-from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE, latent_of
+from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE
 from tora_jax.sampling import generate as generation
 from tora_jax.training import optim
 
@@ -117,7 +117,7 @@ class Compression(VideoVAE):
 
     def moments(self, video: Float[Array, "b t h w 3"], rng: Array | None = None) -> Moments:
         frames = video.shape[1]
-        place = [latent_of(j, frames, self.micro_frame_size, self.time_factor) for j in range(frames)]
+        place = [self.latent_of(j, frames) for j in range(frames)]
         groups = [[j for j, _ in group] for _, group in itertools.groupby(enumerate(place), key=lambda item: item[1])]
         if self.form == "key_frames":
             groups = [group[len(group) // 2 :][:1] for group in groups]
@@ -156,7 +156,7 @@ def with_motion(models: assembly.Models, motion: str, side: int, frames: int) ->
     """Models whose motion is compressed in another way."""
     if motion not in ("key_frames", "mean_pooling"):
         return models
-    channels = models.tora.stdit["in_channels"]
+    channels = models.tora.in_channels
     compression, params = fit(motion, models.motion_vae, channels, side, frames)
     params = {**models.params, "motion_vae": params}
     return dataclasses.replace(models, motion_vae=compression, params=params, origin=f"{models.origin}, {motion}")

@@ -65,7 +65,7 @@ def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int
     kind = mesh.devices.flat[0].device_kind
     chip = chips.find(kind)
     latents = jobs.latent_shape(parts, **size)
-    forward = flops.forward(config["tora"], *latents[:3], parts["tora"].stdit["caption_length"])
+    forward = flops.forward(config["tora"], *latents[:3], parts["tora"].caption_length)
     function, arguments = jobs.JOBS[job](config, parts, mesh, rules, size, batch)
     with sharding.use(mesh, rules):
         start = time.perf_counter()

@@ -45,7 +45,6 @@ from tora_jax.evals import quality, traj_error
 from tora_jax.evals import sprites as measures
 from tora_jax.io import overlay
 from tora_jax.io.video import write_video
-from tora_jax.models.video_vae import latent_frames, latent_of
 from tora_jax.sampling import generate as generation
 
 ONE, TWO, HELD_OUT = "benchmark_one", "benchmark_two", "test"
@@ -224,10 +223,10 @@ def reconstruct(bench: Bench, part: str, videos: Sequence[np.ndarray]) -> list[n
 def pooled(video: np.ndarray, like: Any) -> np.ndarray:
     """Means over the frames and cells that share a latent of a VAE, made large again with linear interpolation."""
     t, h, w, _ = video.shape
-    size, factor, cell = like.micro_frame_size, like.time_factor, like.space_factor
-    place = np.array([latent_of(j, t, size, factor) for j in range(t)])
+    cell = like.space_factor
+    place = np.array([like.latent_of(j, t) for j in range(t)])
     small = video.reshape(t, h // cell, cell, w // cell, cell, 3).mean((2, 4))
-    count = latent_frames(t, size, factor)
+    count = like.latent_frames(t)
     means = np.stack([small[place == i].mean(0) for i in range(count)])
     times = np.array([np.flatnonzero(place == i).mean() for i in range(count)])
 

@@ -12,7 +12,6 @@ from ml_collections import config_flags
 
 from tora_jax import sharding
 from tora_jax.backbones import assembly
-from tora_jax.models.video_vae import latent_frames
 from tora_jax.training import lora, optim
 from tora_jax.training import step as training
 
@@ -50,8 +49,8 @@ def filled(shapes: Any) -> Any:
 def latent_shape(parts, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Frames, height, width and channels of the latents of a clip."""
     vae = parts["vae"]
-    frames = latent_frames(num_frames, vae.micro_frame_size, vae.time_factor)
-    return frames, height // vae.space_factor, width // vae.space_factor, parts["tora"].stdit.get("in_channels", 4)
+    cells = height // vae.space_factor, width // vae.space_factor
+    return vae.latent_frames(num_frames), *cells, parts["tora"].in_channels
 
 
 def params_of(parts, mesh: Mesh, rules: sharding.Rules, part: str, dtype=None):
@@ -84,10 +83,10 @@ def train(config, parts, mesh, rules, size, batch):
     state = jax.eval_shape(lambda trained: training.init_state(trained, optimizer), trained)
     state = placed(state, sharding.param_shardings(state, mesh, rules))
     frames, height, width, channels = latent_shape(parts, **size)
-    stdit = parts["tora"].stdit
+    tora = parts["tora"]
     half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float16)
     latents = half((batch, frames, height, width, channels))
-    text = (batch, stdit["caption_length"], stdit["caption_channels"])
+    text = (batch, tora.caption_length, tora.caption_channels)
     clips = {name: latents for name in ("latent_mean", "latent_std", "motion_mean", "motion_std")}
     clips |= {"text": half(text), "text_mask": jax.ShapeDtypeStruct(text[:2], bool)}
     clips |= {"frame_mask": jax.ShapeDtypeStruct((batch, frames), bool)}
@@ -100,7 +99,7 @@ def train(config, parts, mesh, rules, size, batch):
 def text(config, parts, mesh, rules, size, batch):
     """The encoding of captions, and shapes of its arguments."""
     params = params_of(parts, mesh, rules, "t5", parts["t5"].dtype)["t5"]
-    shape = batch, parts["tora"].stdit["caption_length"]
+    shape = batch, parts["tora"].caption_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)
     return _models(parts).encode_text, (params, *placed(tokens, NamedSharding(mesh, PartitionSpec())))
 
@@ -116,14 +115,14 @@ def sample(config, parts, mesh, rules, size, batch):
     """One step of sample.py with guidance, and shapes of its arguments."""
     params = params_of(parts, mesh, rules, "tora", jnp.bfloat16)["tora"]
     frames, height, width, channels = latent_shape(parts, **size)
-    stdit, dtype = parts["tora"].stdit, parts["tora"].stdit["dtype"]
+    tora, dtype = parts["tora"], parts["tora"].stdit["dtype"]
     whole = NamedSharding(mesh, PartitionSpec())
     x = jax.ShapeDtypeStruct((batch, frames, height, width, channels), jnp.float32)
     motion = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     rows = 2 * batch
     conditions = {
-        "text": jax.ShapeDtypeStruct((rows, stdit["caption_length"], stdit["caption_channels"]), dtype),
-        "text_mask": jax.ShapeDtypeStruct((rows, stdit["caption_length"]), bool),
+        "text": jax.ShapeDtypeStruct((rows, tora.caption_length, tora.caption_channels), dtype),
+        "text_mask": jax.ShapeDtypeStruct((rows, tora.caption_length), bool),
         "drop_text": jax.ShapeDtypeStruct((rows,), bool),
         "has_motion": jax.ShapeDtypeStruct((rows,), bool),
         **{name: jax.ShapeDtypeStruct((rows,), jnp.float32) for name in ("fps", "height", "width")},

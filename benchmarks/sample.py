@@ -41,7 +41,7 @@ def random_models(config: dict, dtype) -> assembly.Models:
     shapes = jax.eval_shape(functools.partial(assembly.init_params, parts), jax.random.key(0))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
     params = jobs.filled(jobs.placed(shapes, sharding.param_shardings(shapes, mesh, ())))
-    tokenizer = text.Tokenizer(assembly.tokenizer_path(None).read_bytes(), parts["tora"].stdit["caption_length"])
+    tokenizer = text.Tokenizer(assembly.tokenizer_path(None).read_bytes(), parts["tora"].caption_length)
     return assembly.Models(**parts, params=params, tokenizer=tokenizer, origin="random weights")
 
 
@@ -60,7 +60,7 @@ def main(argv: list[str], _) -> None:
     seconds = {part: [each[part]["run"] for each in found[1:]] for part in found[0]}
     whole = [sum(each) for each in zip(*seconds.values(), strict=True)]
     latents = jobs.latent_shape(vars(models), **size)
-    work = flops.forward(config["tora"], *latents[:3], models.tora.stdit["caption_length"])
+    work = flops.forward(config["tora"], *latents[:3], models.tora.caption_length)
     work = (
         args.steps
         * (1 if args.guidance == 1 else 2)

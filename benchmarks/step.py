@@ -49,8 +49,8 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
 def passes(config, parts, mesh, rules, size, batch, *, gradients: bool, motion: bool):
     """The denoiser alone, and shapes of its arguments."""
     params = jobs.params_of(parts, mesh, rules, "tora")["tora"]
-    stdit, latents = parts["tora"].stdit, jobs.latent_shape(parts, **size)
-    shapes = {"x": (batch, *latents), "text": (batch, stdit["caption_length"], stdit["caption_channels"])}
+    tora, latents = parts["tora"], jobs.latent_shape(parts, **size)
+    shapes = {"x": (batch, *latents), "text": (batch, tora.caption_length, tora.caption_channels)}
     shapes |= {"motion": shapes["x"]} if motion else {}
     shapes |= dict.fromkeys(("timestep", "fps", "height", "width"), (batch,))
     inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
@@ -103,7 +103,7 @@ def main(argv: list[str], _) -> None:
             for name, run in runs.items():
                 seconds[name].append(run())
     latents = jobs.latent_shape(parts, **size)
-    work = flops.forward(config["tora"], *latents[:3], parts["tora"].stdit["caption_length"])
+    work = flops.forward(config["tora"], *latents[:3], parts["tora"].caption_length)
     if alone and not args.motion:
         del work["fuser"], work["extractor"]
     if args.job == "train":

@@ -100,9 +100,8 @@ def _config(parts: Mapping[str, Part], motion: Part) -> dict[str, Any]:
 
 def _fresh(model: Tora, have: Mapping[str, tuple[int, ...]], dtype: np.dtype | None) -> list[Leaf]:
     """Initial values (seed 0) of the parameters that no checkpoint gives: extractor and fusers."""
-    channels, captions = model.stdit.get("in_channels", 4), model.stdit["caption_channels"]
-    latents, one = jnp.zeros((1, 1, 2, 2, channels)), jnp.ones(1)
-    caption = jnp.zeros((1, 1, captions))
+    latents, one = jnp.zeros((1, 1, 2, 2, model.in_channels)), jnp.ones(1)
+    caption = jnp.zeros((1, 1, model.caption_channels))
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         params = model.init(key, latents, one, caption, latents, fps=one, height=one, width=one)["params"]

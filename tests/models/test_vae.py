@@ -12,7 +12,7 @@ from tora_jax.errors import UserError
 from tora_jax.models import causal_vae
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalConv, CausalVAE
-from tora_jax.models.video_vae import VideoVAE, latent_frames, latent_of
+from tora_jax.models.video_vae import VideoVAE
 
 SPATIAL = {"channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_groups": 4}
 TEMPORAL = {"filters": 8, "channel_multipliers": (1, 1, 2, 2), "num_res_blocks": 1, "norm_groups": 4}
@@ -65,21 +65,39 @@ def first_change(a, b) -> int:
 
 
 def test_latent_frames_counts_what_the_vae_makes():
-    assert [latent_frames(n) for n in (1, 17, 20, 34, 51, 204)] == [1, 5, 6, 10, 15, 60]
-    assert [latent_frames(n, micro_frame_size=0) for n in (1, 16, 17, 51)] == [1, 4, 5, 13]
-    assert latent_frames(20, micro_frame_size=8, time_factor=2) == 10
+    assert [motion_form().latent_frames(n) for n in (1, 17, 20, 34, 51, 204)] == [1, 5, 6, 10, 15, 60]
+    assert [motion_form(micro_frame_size=0).latent_frames(n) for n in (1, 16, 17, 51)] == [1, 4, 5, 13]
+    half = {**MOTION, "temporal_downsample": (True, False, False)}
+    assert VideoVAE(None, half, micro_frame_size=8).latent_frames(20) == 10
 
 
 def test_latent_of_is_the_ceiling_within_a_micro_frame():
-    assert [latent_of(j, 34) for j in range(17)] == [math.ceil(j / 4) for j in range(17)]
-    assert [latent_of(17 + j, 34) for j in range(17)] == [5 + math.ceil(j / 4) for j in range(17)]
+    vae = motion_form()
+    assert [vae.latent_of(j, 34) for j in range(17)] == [math.ceil(j / 4) for j in range(17)]
+    assert [vae.latent_of(17 + j, 34) for j in range(17)] == [5 + math.ceil(j / 4) for j in range(17)]
     # The rest of 6 frames has two zero frames in front.
-    assert [latent_of(j, 23) for j in range(17, 23)] == [5, 5, 6, 6, 6, 6]
+    assert [vae.latent_of(j, 23) for j in range(17, 23)] == [5, 5, 6, 6, 6, 6]
+
+
+def test_parts_and_their_first_frames():
+    vae = motion_form()
+    assert vae.parts(20) == [range(17), range(17, 20)]
+    assert [vae.encoded_alone(part) for part in vae.parts(20)] == [True, False]
+    assert motion_form(micro_frame_size=0).parts(20) == [range(20)]
+
+
+def test_what_a_video_takes_over_from_the_one_before():
+    """Whole micro-frames stand alone in both; anything else must be encoded again."""
+    assert motion_form().reusable(51) == (5, 17, True)
+    assert motion_form().reusable(51, latents=7) == (7, 22, False)
+    assert motion_form().reusable(17) == (2, 5, False)
+    assert motion_form().reusable(4) == (1, 4, False)
+    assert motion_form(micro_frame_size=0).reusable(17) == (2, 5, False)
 
 
 @pytest.mark.parametrize("frames", [1, 17, 34, 51])
 def test_both_forms_give_the_same_grid(frames):
-    grid = (2, latent_frames(frames), 9, 16, 4)
+    grid = (2, motion_form().latent_frames(frames), 9, 16, 4)
     assert encoded_shape(open_sora_form(frame_batch=4), 2, frames, 72, 128, 3) == grid
     assert encoded_shape(motion_form(), 2, frames, 72, 128, 3) == grid
 
@@ -167,10 +185,10 @@ def test_motion_form_is_strictly_causal():
     for j in range(frames):
         other = x.copy()
         other[:, j] += 1
-        assert first_change(z, encode(variables, other)) == latent_of(j, frames)
+        assert first_change(z, encode(variables, other)) == model.latent_of(j, frames)
     video = decode(variables, z)
     for i in range(z.shape[1]):
-        first_frame = [latent_of(j, frames) for j in range(frames)].index(i)
+        first_frame = [model.latent_of(j, frames) for j in range(frames)].index(i)
         assert first_change(video, decode(variables, z.at[:, i].add(1))) == first_frame
 
 

@@ -21,7 +21,6 @@ from tora_jax.checkpoints import release
 from tora_jax.diffusion import rectified_flow
 from tora_jax.models.stdit import STDiT
 from tora_jax.models.t5 import T5Encoder
-from tora_jax.models.video_vae import latent_frames
 
 
 def converted(name: str, folder):
@@ -104,7 +103,7 @@ def test_open_sora_end_to_end(tmp_path):
     golden.assert_close(test_vae.channels_first(recon), data[f"out/recon_{near}"], 1e-5)
     # The two files need not be of one chain: as many frames, and as many channels, as this VAE makes of the latents.
     counts = range(1, 20 * x.shape[1])
-    frames = next(n for n in counts if latent_frames(n, model.micro_frame_size, model.time_factor) == x.shape[1])
+    frames = next(n for n in counts if model.latent_frames(n) == x.shape[1])
     channels = len(model.latent_shift)
     ours, theirs = (jnp.concatenate([z] * channels, -1)[..., :channels] for z in (x, last))
     golden.assert_close(decode(ours, num_frames=frames), decode(theirs, num_frames=frames), 1e-4)

@@ -10,7 +10,7 @@ import pytest
 from tests.parity import golden
 from tests.parity.test_stdit import arguments, channels_last, load_params, model_of
 from tora_jax.diffusion import rectified_flow
-from tora_jax.models.video_vae import latent_frames
+from tora_jax.models.video_vae import VideoVAE
 
 FILES = ["rflow_t2v", "rflow_frame_mask"]
 
@@ -24,7 +24,7 @@ class Setup:
         self.text = jnp.asarray(self.data["in/y"])
         mask = self.data.get("in/y_mask")
         self.text_mask = None if mask is None else jnp.asarray(mask, bool)
-        self.frames = latent_frames(self.config["num_frames"])
+        self.frames = VideoVAE(None, {}).latent_frames(self.config["num_frames"])
 
     def apply(self, x, timestep, frame_mask=None, drop_text=None):
         """The model on a batch that holds the captions once or more."""
@@ -70,7 +70,7 @@ def test_timestep_transform(setup):
     assert names
     for name in names:
         height, width, frames = map(int, re.findall(r"\d+", name))
-        got = rectified_flow.transform_timesteps(t, height, width, latent_frames(frames))
+        got = rectified_flow.transform_timesteps(t, height, width, VideoVAE(None, {}).latent_frames(frames))
         golden.assert_close(got, tables[name], 1e-5)
 
 

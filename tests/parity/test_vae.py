@@ -18,7 +18,7 @@ from convert_weights.vae import (
 from tests.parity import golden
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalVAE
-from tora_jax.models.video_vae import VideoVAE, latent_frames
+from tora_jax.models.video_vae import VideoVAE
 
 V1_2_SHIFT, V1_2_SCALE = (-0.10, 0.34, 0.27, 0.98), (3.85, 2.32, 2.33, 3.06)
 
@@ -124,7 +124,7 @@ def test_vae_temporal(frames):
 def test_video_vae(frames):
     data, model, params = load("video_vae_pipeline")
     z = run(model, params, "encode", channels_last(data[f"in/x_{frames}"]))
-    assert z.shape[1] == latent_frames(frames, model.micro_frame_size, model.time_factor)
+    assert z.shape[1] == model.latent_frames(frames)
     golden.assert_close(channels_first(z), data[f"out/z_{frames}"], 1e-5)
     recon = run(model, params, "decode", channels_last(data[f"out/z_{frames}"]), num_frames=frames)
     golden.assert_close(channels_first(recon), data[f"out/recon_{frames}"], 1e-5)

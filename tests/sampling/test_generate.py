@@ -13,7 +13,6 @@ from tora_jax.conditioning import text, trajectory
 from tora_jax.diffusion import rectified_flow
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
-from tora_jax.models.video_vae import latent_of
 from tora_jax.sampling import generate as generation
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "steps": 2}
@@ -110,7 +109,7 @@ def test_prompts_reach_the_video(tiny_models):
 def test_given_images_fill_their_latents(tiny_models, num_frames):
     """With an image for every latent nothing is left to chance: the video is their reconstruction."""
     vae, params = tiny_models.vae, {"params": tiny_models.params["vae"]}
-    frames = {latent_of(j, num_frames): j for j in range(num_frames)}  # the last frame of each latent
+    frames = {vae.latent_of(j, num_frames): j for j in range(num_frames)}  # the last frame of each latent
     images = {frame: picture(frame) for frame in frames.values()}
     videos = [run(tiny_models, images=images, num_frames=num_frames, seed=s).video for s in (0, 1)]
     np.testing.assert_array_equal(*videos)
@@ -120,10 +119,10 @@ def test_given_images_fill_their_latents(tiny_models, num_frames):
         start = frame - frame % 17
         length = min(17, num_frames - start)
         # A frame that has a latent for itself is encoded alone, any other in a still clip.
-        alone = latent_of(start, num_frames) == latent and length % 4 == 1
+        alone = vae.latent_of(start, num_frames) == latent and length % 4 == 1
         clip = np.stack([images[frame]] * (1 if alone else length))[None]
         encoded = vae.apply(params, jnp.asarray(clip, jnp.float32) / 127.5 - 1, method="encode")
-        latents.append(encoded[:, latent - latent_of(start, num_frames)])
+        latents.append(encoded[:, latent - vae.latent_of(start, num_frames)])
     want = vae.apply(params, jnp.stack(latents, 1), num_frames, method="decode")
     want = np.asarray(jnp.clip(want[0], -1, 1) * 127.5 + 127.5)
     assert np.abs(videos[0] - want).max() <= 1

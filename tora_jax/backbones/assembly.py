@@ -196,8 +196,8 @@ def init_params(parts: Mapping[str, nn.Module], key: jax.Array) -> dict[str, Any
     """Fresh parameters for all parts; the motion VAE starts as the video VAE where they are of one shape."""
     tora, vae, t5 = parts["tora"], parts["vae"], parts["t5"]
     keys = jax.random.split(key, 4)
-    latents = jnp.zeros((1, 1, 2, 2, tora.stdit.get("in_channels", STDiT.in_channels)))
-    caption = jnp.zeros((1, 1, tora.stdit.get("caption_channels", STDiT.caption_channels)))
+    latents = jnp.zeros((1, 1, 2, 2, tora.in_channels))
+    caption = jnp.zeros((1, 1, tora.caption_channels))
     one = jnp.ones(1)
     video = jnp.zeros((1, 1, vae.space_factor, vae.space_factor, 3))
     params = {
@@ -241,7 +241,7 @@ def load(
         raise UserError(f"config: these values make no model: {str(error).strip().splitlines()[0]}") from None
     keep = jax.device_get if low_memory else (lambda params: params)
     released = None if weights is None else release.load(weights, keep)
-    length = parts["tora"].stdit.get("caption_length", STDiT.caption_length)
+    length = parts["tora"].caption_length
     tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), length)
     _check_fit(**parts, tokenizer=tokenizer)
     if released is None:
@@ -279,12 +279,12 @@ def _check_fit(tora: Tora, vae: VideoVAE, motion_vae: VideoVAE, t5: T5Encoder, t
         here, there = getattr(vae, name), getattr(motion_vae, name)
         if here != there:
             raise UserError(f"config: {name} is {here} in vae and {there} in motion_vae; make them equal")
-    channels = tora.stdit.get("in_channels", STDiT.in_channels)
+    channels = tora.in_channels
     for part, module in (("vae", vae), ("motion_vae", motion_vae)):
         latent = module.temporal.get("latent_channels", CausalVAE.latent_channels)
         if latent != channels:
             raise UserError(f"config: {part} has {latent} latent channels, tora.stdit.in_channels is {channels}")
-    caption = tora.stdit.get("caption_channels", STDiT.caption_channels)
+    caption = tora.caption_channels
     if caption != t5.width:
         raise UserError(f"config: tora.stdit.caption_channels is {caption}, t5.width {t5.width}; make them equal")
     if tokenizer.vocab_size > t5.vocab_size:

@@ -36,13 +36,15 @@ from tora_jax.conditioning import text
 from tora_jax.data import buckets, masks, motion, sources
 from tora_jax.errors import UserError
 from tora_jax.io.video import VideoInfo, cover, read_video, resize_crop
-from tora_jax.models import video_vae
+from tora_jax.models.video_vae import VideoVAE
 
 BATCH_AXES = ("data", "fsdp")
 TRIES = 16  # records in place of a damaged one
 DAMAGED = "damaged"  # the entry of a batch that the iterator takes out
 
 Batch = dict[str, Any]
+
+DEFAULT_VAE = VideoVAE(None, {})  # 17 frames are 5 latents, as in every config
 
 
 def batches(
@@ -52,7 +54,7 @@ def batches(
     seed: int,
     tokenizer: text.Tokenizer | None = None,
     training: bool = True,
-    latent_frames: Callable[[int], int] = video_vae.latent_frames,
+    latent_frames: Callable[[int], int] = DEFAULT_VAE.latent_frames,
     shard: tuple[int, int] | None = None,
 ) -> Batches:
     """Batches of a split, without end in training, else once in order (what fills no batch is left out).

@@ -25,7 +25,7 @@ def transform_timesteps(t, height, width, latent_frames, scale: float = 1.0):
     r = scale * sqrt(height * width / 512^2) * sqrt(latent frames).
 
     The reference counts latent frames as frames // 17 * 5, which is 0 under 17 frames; here it is the VAE's true
-    count (`video_vae.latent_frames`), equal at 1 and at multiples of 17.
+    count (`VideoVAE.latent_frames`), equal at 1 and at multiples of 17.
 
     Args:
       t: timesteps, 0..1000; NumPy or JAX arrays, as the result.

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tora_jax.diffusion.rectified_flow import NUM_TIMESTEPS
-from tora_jax.models.layers import Dtype
 from tora_jax.models.motion_fuser import FORMS, PLACEMENTS
 from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.trajectory_extractor import TrajectoryExtractor
@@ -47,6 +46,35 @@ class Tora(nn.Module):
     data_std: float | None = None
     time_scale: float = 1.0
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents."""
+        return self._stdit.in_channels
+
+    @property
+    def caption_channels(self) -> int:
+        """Width of the text encoder's output."""
+        return self._stdit.caption_channels
+
+    @property
+    def caption_length(self) -> int:
+        """Tokens of a caption."""
+        return self._stdit.caption_length
+
+    @property
+    def patch(self) -> int:
+        """Latent cells for each token, along one side."""
+        return parse_variant(self._stdit.variant).patch
+
+    @property
+    def depth(self) -> int:
+        """Pairs of blocks; the extractor makes a feature map for each."""
+        return parse_variant(self._stdit.variant).depth
+
+    @property
+    def _stdit(self) -> STDiT:
+        return STDiT(**self.stdit, parent=None)
+
     def setup(self):
         if self.fuser not in FORMS:
             raise ValueError(f"unknown fuser {self.fuser!r}; choose one of {', '.join(FORMS)}")
@@ -56,11 +84,9 @@ class Tora(nn.Module):
             raise ValueError(f"data_std={self.data_std}: it must be over 0, or None")
         if self.time_scale <= 0:
             raise ValueError(f"time_scale={self.time_scale}: it must be over 0")
-        size = parse_variant(self.stdit.get("variant", STDiT.variant))
-        dtype: Dtype = self.stdit.get("dtype", STDiT.dtype)
-        remat = self.stdit.get("remat", STDiT.remat)
+        remat, dtype = self._stdit.remat, self._stdit.dtype
         self.extractor = TrajectoryExtractor(
-            size.depth, size.patch, self.motion_features, remat, dtype, name="extractor"
+            self.depth, self.patch, self.motion_features, remat, dtype, name="extractor"
         )
         self.denoiser = STDiT(**self.stdit, fuser=self.fuser, placement=self.placement, name="stdit")
 

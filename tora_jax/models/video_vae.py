@@ -23,31 +23,6 @@ from tora_jax.models.causal_vae import CausalVAE
 from tora_jax.models.layers import Dtype
 
 
-def latent_frames(num_frames: int, micro_frame_size: int = 17, time_factor: int = 4) -> int:
-    """How many latent frames a video of `num_frames` (1 or more) has.
-
-    The VAE's true count, unlike the reference's frames // 17 * 5: 1 -> 1, 17 -> 5, 20 -> 6, 51 -> 15.
-
-    Args:
-      micro_frame_size: frames that are encoded together; 0 = the whole video.
-      time_factor: frames for each latent frame.
-    """
-    size = micro_frame_size or num_frames
-    full, rest = divmod(num_frames, size)
-    return full * math.ceil(size / time_factor) + math.ceil(rest / time_factor)
-
-
-def latent_of(frame: int, num_frames: int, micro_frame_size: int = 17, time_factor: int = 4) -> int:
-    """The latent frame in which `frame` (0 .. num_frames - 1) of a video of `num_frames` lives.
-
-    Micro-frames are padded in front, so in one of 17 frames it is ceil(frame / 4), and frame 0 has its own.
-    """
-    size = micro_frame_size or num_frames
-    micro, place = divmod(frame, size)
-    front = -min(size, num_frames - micro * size) % time_factor
-    return micro * math.ceil(size / time_factor) + (place + front) // time_factor
-
-
 class Gaussian(NamedTuple):
     """A posterior with a diagonal covariance."""
 
@@ -73,6 +48,21 @@ class Moments(NamedTuple):
     spatial: Gaussian | None
     clip: Float[Array, "b t h w c"]
     latent: Gaussian
+
+
+class Reusable(NamedTuple):
+    """What a video can begin with, of the end of the one before.
+
+    Attributes:
+      latents: latent frames.
+      frames: the frames in them.
+      whole: they stand alone in both videos, so the latents themselves can be taken over; otherwise the frames are
+        encoded again.
+    """
+
+    latents: int
+    frames: int
+    whole: bool
 
 
 class VideoVAE(nn.Module):
@@ -109,6 +99,50 @@ class VideoVAE(nn.Module):
     def time_factor(self) -> int:
         """Frames for each latent frame."""
         return CausalVAE(**self.temporal, parent=None).time_factor
+
+    @nn.nowrap
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a video of `num_frames` (1 or more).
+
+        The true count, unlike the reference's frames // 17 * 5: 1 -> 1, 17 -> 5, 20 -> 6, 51 -> 15.
+        """
+        return sum(math.ceil(len(part) / self.time_factor) for part in self.parts(num_frames))
+
+    @nn.nowrap
+    def latent_of(self, frame: int, num_frames: int) -> int:
+        """The latent frame that holds `frame` (0 .. num_frames - 1) of a video of `num_frames`.
+
+        Micro-frames are padded in front, so frame j of one of 17 lives in latent ceil(j / 4), and frame 0 has its own.
+        """
+        size, factor = self.micro_frame_size or num_frames, self.time_factor
+        micro, place = divmod(frame, size)
+        front = -min(size, num_frames - micro * size) % factor
+        return micro * math.ceil(size / factor) + (place + front) // factor
+
+    @nn.nowrap
+    def parts(self, num_frames: int) -> list[range]:
+        """The frames of each part that is encoded for itself: the micro-frames, of which the last may be shorter."""
+        size = self.micro_frame_size or num_frames
+        return [range(start, min(start + size, num_frames)) for start in range(0, num_frames, size)]
+
+    @nn.nowrap
+    def encoded_alone(self, part: range) -> bool:
+        """Whether the first frame of one of `parts` has a latent for itself: a still there is encoded as one frame."""
+        return len(part) % self.time_factor == 1
+
+    @nn.nowrap
+    def reusable(self, num_frames: int, latents: int = 0) -> Reusable:
+        """What a video of `num_frames` can take over from the end of another one of that length.
+
+        Args:
+          latents: the latent frames that are wanted; 0 = a micro-frame's where the video has several, else 2 (fewer
+            where it has no more).
+        """
+        size = self.micro_frame_size
+        usual = self.latent_frames(size) if 0 < size < num_frames else 2
+        latents = latents or max(min(usual, self.latent_frames(num_frames) - 1), 1)
+        frames = sum(self.latent_of(frame, num_frames) < latents for frame in range(num_frames))
+        return Reusable(latents, frames, size > 0 and num_frames % size == 0 and frames % size == 0)
 
     @property
     def space_factor(self) -> int:
@@ -156,10 +190,10 @@ class VideoVAE(nn.Module):
 
     def decode_clip(self, z: Float[Array, "b t4 h8 w8 _"], num_frames: int) -> Float[Array, "b t h w c"]:
         """A sample of `moments(...).latent`, not normalised -> the clip, as `moments(...).clip`."""
-        want = latent_frames(num_frames, self.micro_frame_size, self.time_factor)
+        want = self.latent_frames(num_frames)
         if z.shape[1] != want:
             raise ValueError(f"{num_frames} frames have {want} latent frames, got {z.shape[1]}")
-        size = latent_frames(self.micro_frame_size or num_frames, 0, self.time_factor)
+        size = math.ceil((self.micro_frame_size or num_frames) / self.time_factor)
         return self._each_micro_frame(CausalVAE.decode, z, num_frames, size)
 
     def decode_frames(self, clip: Float[Array, "b t h8 w8 _"]) -> Float[Array, "b t h w 3"]:

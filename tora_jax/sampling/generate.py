@@ -25,8 +25,6 @@ from tora_jax.conditioning import motion_maps, text
 from tora_jax.diffusion import rectified_flow, sampler
 from tora_jax.diffusion.sampler import Savings
 from tora_jax.errors import UserError
-from tora_jax.models.stdit import STDiT, parse_variant
-from tora_jax.models.video_vae import latent_frames, latent_of
 
 Tracks = Float[np.ndarray, "_ t 2"]  # each video may have another number of them
 Pixels = UInt8[np.ndarray, "... h w 3"]
@@ -151,9 +149,8 @@ def generate_batch(
     part = functools.partial(timed, seconds)
     keys = [jax.random.split(jax.random.key(seed)) for seed in seeds]
     params, vae = models.params, models.vae
-    frames = latent_frames(num_frames, vae.micro_frame_size, vae.time_factor)
-    channels = models.tora.stdit.get("in_channels", STDiT.in_channels)
-    shape = (1, frames, *(side // vae.space_factor for side in size), channels)
+    frames = vae.latent_frames(num_frames)
+    shape = (1, frames, *(side // vae.space_factor for side in size), models.tora.in_channels)
     spread = (lambda tree: tree) if mesh is None else functools.partial(_spread, mesh)
 
     with part("text"):
@@ -239,20 +236,16 @@ def segments(models: Models, num_frames: int, segment: int, overlap: int = 0) ->
     Raises:
       UserError: a segment would bring nothing new.
     """
-    size, factor = models.vae.micro_frame_size, models.vae.time_factor
     if num_frames <= segment:
         return Segments(range(1), num_frames, 0, 0, True)
     if segment < 1 or overlap < 0:
         raise UserError(f"segment is {segment} and overlap {overlap}; they must be at least 1 and 0")
-    usual = latent_frames(size, size, factor) if 0 < size < segment else 2
-    latents = overlap or max(min(usual, latent_frames(segment, size, factor) - 1), 1)
-    shared = sum(latent_of(frame, segment, size, factor) < latents for frame in range(segment))
+    latents, shared, whole = models.vae.reusable(segment, overlap)
     if shared >= segment:
         raise UserError(f"an overlap of {latents} latent frames leaves nothing of a segment of {segment} frames")
     step = segment - shared
     starts = range(0, step * math.ceil((num_frames - shared) / step), step)
-    aligned = size > 0 and segment % size == 0 and shared % size == 0
-    return Segments(starts, segment, latents, shared, aligned)
+    return Segments(starts, segment, latents, shared, whole)
 
 
 def generate_pieces(
@@ -373,7 +366,7 @@ def video_size(models: Models, height: int, width: int) -> tuple[int, int]:
       UserError: for a size under one patch of the denoiser.
     """
     cell = models.vae.space_factor
-    smallest = cell * parse_variant(models.tora.stdit.get("variant", STDiT.variant)).patch
+    smallest = cell * models.tora.patch
     if min(height, width) < smallest:
         raise UserError(f"the size {width}x{height} is too small; each side needs at least {smallest} pixels")
     return height // cell * cell, width // cell * cell
@@ -475,11 +468,9 @@ def _encode_images(
     A clip sets the latents whose frames it gives, or, where it fills none, the one of which it gives most. Around it,
     its first and last frame are repeated up to whole micro-frames.
     """
-    vae = models.vae
-    size, factor = vae.micro_frame_size or num_frames, vae.time_factor
 
     def latent(frame: int) -> int:
-        return latent_of(frame, num_frames, size, factor)
+        return models.vae.latent_of(frame, num_frames)
 
     def encode(pixels: np.ndarray) -> Array:
         return models.encode_video(models.params["vae"], jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1)
@@ -493,11 +484,12 @@ def _encode_images(
             whole = [latent(j) for j in range(num_frames)]
             full = {i for i in given if given.count(i) == whole.count(i)}
             wanted = full or {max(given, key=given.count)}
-        for start in range(frame - frame % size, frame + len(clip), size):
-            length = min(size, num_frames - start)
-            first = latent(start)
-            alone = wanted == {first} and length % factor == 1 and start >= frame
-            index = np.arange(start, start + (1 if alone else length)) - frame
+        for part in models.vae.parts(num_frames):
+            if part.stop <= frame or part.start >= frame + len(clip):
+                continue
+            first = latent(part.start)
+            alone = wanted == {first} and models.vae.encoded_alone(part) and part.start >= frame
+            index = np.asarray(part[:1] if alone else part) - frame
             encoded = encode(clip[np.clip(index, 0, len(clip) - 1)])
             placed |= {i: (encoded[:, i - first], edit) for i in wanted if 0 <= i - first < encoded.shape[1]}
     return placed

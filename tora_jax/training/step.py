@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tora_jax.diffusion import rectified_flow
 from tora_jax.errors import UserError
-from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.video_vae import Gaussian
 from tora_jax.training import optim
 
@@ -140,7 +139,7 @@ def count_tokens(batch: Mapping[str, Array], job: str, parts: Mapping[str, nn.Mo
     else:
         pixels = batch["maps" if job == "motion_vae" else "video"]
         height, width = (side // parts["vae"].space_factor for side in pixels.shape[2:4])
-    patch = parse_variant(parts["tora"].stdit.get("variant", STDiT.variant)).patch if job == "tora" else 1
+    patch = parts["tora"].patch if job == "tora" else 1
     return samples * frames * -(-height // patch) * -(-width // patch)
 
 
