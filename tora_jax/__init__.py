@@ -72,13 +72,14 @@ def generate(
     Raises:
       tora_jax.errors.UserError: for a value that cannot be.
     """
+    from tora_jax.conditioning import images
     from tora_jax.sampling import generate as generation
     from tora_jax.sampling import request
 
     progress = settings.pop("progress", None)
     given = settings | ({} if prompt is None else {"prompt": prompt})
     placed = [
-        request.Condition(frame, *(item if isinstance(item, tuple) else (item,)))
+        images.Condition(frame, *(item if isinstance(item, tuple) else (item,)))
         for frame, item in (conditions or {}).items()
     ]
     wanted = request.make(models.sampling, given | {"trajectories": trajectories, "conditions": placed})

@@ -14,11 +14,10 @@ import pytest
 from PIL import Image
 
 from tora_jax.app import studio as app
-from tora_jax.conditioning import trajectory
+from tora_jax.conditioning import images, trajectory
 from tora_jax.errors import UserError
 from tora_jax.io import video as video_io
 from tora_jax.sampling import generate as generation
-from tora_jax.sampling import request
 
 DRAWN = {"trajectories": [[[0.1, 0.2, 0.0], [0.5, 0.5, 0.5], [0.9, 0.2, 1.0]], [[0.2, 0.8, 0], [0.8, 0.8, 1]]]}
 FORM = {"prompt": "a red star.", "size": "48x32", "num_frames": 5, "steps": 1, "seed": 3, "guidance": 1.0}
@@ -162,10 +161,10 @@ def test_uploads_that_are_refused(studio, quick, tmp_path, name):
 def test_clips_that_are_too_large(studio, quick, tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
     video_io.write_video(path, np.zeros((5, 32, 48, 3), np.uint8), 8)
-    monkeypatch.setattr(request, "MAX_CLIP_PIXELS", 4 * 32 * 48)
+    monkeypatch.setattr(images, "MAX_CLIP_PIXELS", 4 * 32 * 48)
     with pytest.raises(UserError, match=r"^clip\.mp4: 5 frames of 48x32 are too much"):
         generate(studio, files={0: str(path)})
-    monkeypatch.setattr(request, "MAX_CLIP_PIXELS", 5 * 32 * 48)
+    monkeypatch.setattr(images, "MAX_CLIP_PIXELS", 5 * 32 * 48)
     generate(studio, files={0: str(path)})
     monkeypatch.setattr(video_io, "MAX_PIXELS", 32 * 48 - 1)
     with pytest.raises(UserError, match=r"^clip\.mp4: has frames of over"):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tora_jax.conditioning import resolutions
 from tora_jax.data import buckets
 from tora_jax.errors import UserError
 
@@ -30,7 +31,7 @@ def test_all_buckets():
     found = list(buckets.Buckets(TABLE))
     assert len(found) == len(set(found)) == 17 * sum(map(len, TABLE.values()))
     for bucket in found:
-        sizes = buckets._table()["sizes"][bucket.resolution]
+        sizes = resolutions.table()["sizes"][bucket.resolution]
         assert [bucket.height, bucket.width] == sizes["hw"][bucket.ratio]
         # The ratios are rounded to two digits, and the sides to pixels.
         assert bucket.height / bucket.width == pytest.approx(float(bucket.ratio), abs=0.02)
@@ -43,7 +44,7 @@ def test_a_clip_fits_its_bucket(frames, height, width, seed, interval):
     found = buckets.Buckets(TABLE)(frames, height, width, seed, interval)
     if found is None:
         return
-    area = buckets._table()["sizes"][found.resolution]["area"]
+    area = resolutions.table()["sizes"][found.resolution]["area"]
     assert height * width >= 0.8 * area
     if frames == 1:
         assert found.frames == 1
@@ -79,10 +80,3 @@ def test_shares():
 def test_mistakes(table, message):
     with pytest.raises(UserError, match=message):
         buckets.Buckets(table)
-
-
-def test_names_of_sizes():
-    assert buckets.image_size("480p", "16:9") == (480, 854)
-    assert buckets.image_size("480p", "9:16") == (854, 480)
-    assert buckets.frame_count("4s") == 102
-    assert buckets.frame_count("17") == 17

@@ -12,7 +12,7 @@ import pytest
 from tora_jax.configs import common
 
 from tests import records
-from tora_jax.conditioning import motion_maps, text
+from tora_jax.conditioning import motion_maps, resolutions, text
 from tora_jax.data import buckets, pipeline, sprites
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video, resize_crop, write_video
@@ -271,7 +271,7 @@ def test_open_soras_buckets():
     found = {}
     for entry in common.opensora_buckets(1, part=1):
         found.setdefault(entry["resolution"], {})[entry["frames"]] = (entry["share"], entry["batch"])
-        assert (entry["height"], entry["width"]) == buckets.image_size(entry["resolution"], "16:9")
+        assert (entry["height"], entry["width"]) == resolutions.image_size(entry["resolution"], "16:9")
     want = {}
     for name, levels in table.items():
         for frames, (share, batch) in levels.items():

@@ -11,7 +11,6 @@ from PIL import Image
 import tora_jax
 from tora_jax.conditioning import trajectory
 from tora_jax.errors import UserError
-from tora_jax.io.video import write_video
 from tora_jax.sampling import request
 
 SECTION = {"height": 32, "width": 32, "num_frames": 5, "fps": 8.0, "steps": 1, "guidance": 1.0}
@@ -95,73 +94,6 @@ def test_mistakes(given, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        ("0=a.png", (0, "a.png", 0.0)),
-        ("-1=a.mp4:0.25", (-1, "a.mp4", 0.25)),
-        ("3=c:/a=b.png:1", (3, "c:/a=b.png", 1.0)),
-        ("3=c:/a.png", (3, "c:/a.png", 0.0)),
-    ],
-)
-def test_conditions_as_text(text, want):
-    assert request.parse_condition(text) == want
-
-
-def test_a_file_with_a_colon_and_a_number(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("a:1").touch()
-    assert request.parse_condition("0=a:1") == (0, "a:1", 0.0)
-    assert request.parse_condition("0=a:1:0.5") == (0, "a:1", 0.5)
-
-
-class TestFiles:
-    @pytest.fixture(autouse=True)
-    def files(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        Image.fromarray(moving(1, 200)[0]).save("still.png")
-        write_video("clip.mp4", moving(6).repeat(4, 1).repeat(4, 2), fps=16)
-
-    def read(self, *conditions, num_frames=5, fps=8.0):
-        return request.read_conditions([request.parse_condition(c) for c in conditions], num_frames, fps)
-
-    def test_stills(self):
-        found = self.read("1=still.png:0.5", "-1=still.png")
-        assert found.keys() == {1, 4}
-        assert found[1].edit == 0.5
-        assert found[4].pixels.shape == (8, 8, 3)
-
-    def test_a_clip_is_taken_at_the_videos_frame_rate(self):
-        """Six frames at 16 a second are three at 8 a second: the first, third and fifth."""
-        (found,) = self.read("0=clip.mp4").values()
-        np.testing.assert_allclose(found.pixels.mean((1, 2, 3)), [0, 20, 40], atol=2)
-        assert self.read("2=clip.mp4").keys() == {2}
-
-    def test_a_clip_before_a_negative_frame(self):
-        assert self.read("-1=clip.mp4").keys() == {2}
-        assert self.read("-3=clip.mp4").keys() == {0}
-
-    @pytest.mark.parametrize("condition", ["3=clip.mp4", "-4=clip.mp4"])
-    def test_a_clip_that_is_too_long(self, condition):
-        with pytest.raises(UserError, match="longer than the 2 frames"):
-            self.read(condition)
-
-    def test_a_clip_that_starts_where_a_picture_is(self):
-        with pytest.raises(UserError, match="frame 2 has a picture already"):
-            self.read("2=still.png", "-1=clip.mp4")
-
-    @pytest.mark.parametrize(("name", "content"), [("a.png", b"<svg>"), ("a.mp4", b"no video"), ("absent", None)])
-    def test_broken_files(self, name, content):
-        if content is not None:
-            Path(name).write_bytes(content)
-        with pytest.raises(UserError, match=name):
-            self.read(f"0={name}")
-
-    def test_fit(self):
-        found = request.fit(self.read("0=still.png", "1=clip.mp4"), (16, 24))
-        assert [found[i].pixels.shape for i in (0, 1)] == [(16, 24, 3), (3, 16, 24, 3)]
-
-
 @pytest.fixture(scope="module")
 def models(tiny_release):
     return tora_jax.load(tiny_release)
@@ -205,7 +137,7 @@ class TestApi:
         models = tora_jax.load()
         assert Path(models.origin).name == "demo"
         assert models.sampling["num_frames"] == 17
-        assert len(trajectory.load(request.presets()["circle"])) == 1
+        assert len(trajectory.load(trajectory.presets()["circle"])) == 1
 
     def test_the_import_is_cheap(self):
         code = "import sys, tora_jax; sys.exit(any(m in sys.modules for m in ('jax', 'numpy', 'flax')))"

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tora_jax.conditioning.images import Given
 from tora_jax.diffusion import rectified_flow
 from tora_jax.errors import UserError
 from tora_jax.sampling import generate as generation
@@ -61,7 +62,7 @@ def test_nothing_left_out_is_the_plain_sampler(tiny_models, calls):
 
 
 def test_nothing_is_kept_over_the_start_of_a_frame(tiny_models, calls):
-    given = {4: generation.Given(np.zeros((32, 32, 3), np.uint8), 0.5)}
+    given = {4: Given(np.zeros((32, 32, 3), np.uint8), 0.5)}
     run(tiny_models, Savings(guidance_every=100, cache_every=100), images=given)
     start = next(i for i, t in enumerate(rectified_flow.sampling_times(6, 32, 32, 2)[1:]) if t <= 500)
     want = [(2, True), (1, True), *[(1, False)] * 3, (1, True)]

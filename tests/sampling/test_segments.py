@@ -9,6 +9,7 @@ import pytest
 
 from tora_jax import sharding
 from tora_jax.conditioning import motion_maps, trajectory
+from tora_jax.conditioning.images import Given
 from tora_jax.errors import UserError
 from tora_jax.sampling import generate as generation
 
@@ -123,7 +124,7 @@ def test_an_edit_ratio_lets_a_picture_change(tiny_models):
     picture = clip(0, 1)[0]
     made = {}
     for edit in (0.0, 0.5, 1.0):
-        images = {0: generation.Given(picture, edit)}
+        images = {0: Given(picture, edit)}
         made[edit] = generation.generate(tiny_models, "a.", images=images, num_frames=5, **{**SIZE, "steps": 4})
     plain = generation.generate(tiny_models, "a.", num_frames=5, **{**SIZE, "steps": 4})
     kept, half, free = (made[edit].latents[0] for edit in (0.0, 0.5, 1.0))

@@ -14,7 +14,6 @@ import numpy as np
 from tora_jax.app.studio import LONGEST, MOST_STEPS, MOST_TEXT, CancelledError, Made, Studio
 from tora_jax.conditioning import trajectory
 from tora_jax.errors import UserError
-from tora_jax.sampling import request
 
 HERE = Path(__file__).parent
 CSS = """
@@ -201,7 +200,7 @@ def build(studio: Studio) -> gr.Blocks:
 def _presets() -> dict[str, list[Any]]:
     return {
         name: [np.round(points, 5).tolist() for points in trajectory.load(path)]
-        for name, path in request.presets().items()
+        for name, path in trajectory.presets().items()
     }
 
 

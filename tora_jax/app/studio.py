@@ -20,8 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from tora_jax.backbones.assembly import Models
-from tora_jax.conditioning import motion_maps as flow
-from tora_jax.conditioning import trajectory
+from tora_jax.conditioning import images, motion_maps, trajectory
 from tora_jax.errors import UserError
 from tora_jax.evals import traj_error
 from tora_jax.io.video import read_image, resize_crop
@@ -156,8 +155,10 @@ class Studio:
         length = self._frames(num_frames)
         frames = min(length, PREVIEW_FRAMES)
         tracks = trajectory.tracks(points or [], frames)
-        maps = flow.displacement_maps(tracks, round(height * scale), round(width * scale))
-        return _address(flow.flow_to_rgb(maps)[min(1, frames - 1) :], 1000 * length / self.defaults["fps"] / frames)
+        maps = motion_maps.displacement_maps(tracks, round(height * scale), round(width * scale))
+        return _address(
+            motion_maps.flow_to_rgb(maps)[min(1, frames - 1) :], 1000 * length / self.defaults["fps"] / frames
+        )
 
     def picture(self, path: str, size: str) -> str:
         """An uploaded picture as the model will see it, as an address."""
@@ -191,7 +192,7 @@ class Studio:
         visit, cancelled = self.visit(name), threading.Event()
         with _named(*filter(None, files.values())):
             wanted = self._request(drawn, form, files)
-            images = wanted.read()
+            given = wanted.read()
         total = request.steps(self.models, wanted)
 
         def step(done: int) -> None:
@@ -204,7 +205,7 @@ class Studio:
         try:
             with self._device:
                 step(0)
-                made = self._make(folder, wanted, images, step)
+                made = self._make(folder, wanted, given, step)
             with self._guard:
                 if self._visits.get(name) is not visit:  # the tab was closed in the meantime
                     raise CancelledError
@@ -230,7 +231,7 @@ class Studio:
             form[key] = _whole(form.get(key), key)
         if form["steps"] > MOST_STEPS:
             raise UserError(f"steps is {form['steps']}; it may be {MOST_STEPS} here")
-        conditions = [request.Condition(frame, path) for frame, path in files.items() if path]
+        conditions = [images.Condition(frame, path) for frame, path in files.items() if path]
         # What sampling is asked for beside the form stands in the config: sizes there would be in the way.
         section = {k: v for k, v in self.models.sampling.items() if k not in ("resolution", "height", "width")}
         section |= {"segment": self.defaults["segment"]}
@@ -238,13 +239,13 @@ class Studio:
         wanted = request.make(section, {**form, "trajectories": None, "conditions": conditions})
         return dataclasses.replace(wanted, trajectories=points)
 
-    def _make(self, folder: Path, wanted: request.Request, images: Mapping, step: Callable[[int], None]) -> Made:
+    def _make(self, folder: Path, wanted: request.Request, given: Mapping, step: Callable[[int], None]) -> Made:
         tracks = wanted.tracks
         settings = {k: v for k, v in wanted.settings.items() if k != "trajectory"}
         report: dict[str, Any] = {"settings": settings, "weights": Path(self.models.origin).name}
         pieces = []
         with output.writer(folder / "tora.mp4", tracks, report) as write:
-            for (piece,) in request.generate(self.models, [wanted], [images], progress=step):
+            for (piece,) in request.generate(self.models, [wanted], [given], progress=step):
                 write(piece)
                 pieces.append(piece.video)
             video, error = np.concatenate(pieces), None

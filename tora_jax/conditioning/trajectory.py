@@ -17,6 +17,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,37 @@ Canvas = tuple[float | int, float | int]
 SEQUENCE = (list, tuple, np.ndarray)
 
 Trajectory = Float[np.ndarray, "_ _"]
+
+
+def presets() -> dict[str, Path]:
+    """The trajectories that ship, by name."""
+    folder = Path(str(resources.files("tora_jax").joinpath("assets/trajectories")))
+    return {path.stem: path for path in sorted(folder.iterdir())}
+
+
+def find(source: str | os.PathLike) -> Path:
+    """The file that a name means: a file of that name, else the preset."""
+    return Path(source) if os.path.lexists(source) else presets().get(str(source), Path(source))
+
+
+def names(sources: Any) -> tuple[str, ...]:
+    """The files and presets among sources of trajectories; empty where they are points."""
+    sources = [sources] if isinstance(sources, str | os.PathLike) else sources
+    named = isinstance(sources, Sequence) and all(isinstance(each, str | os.PathLike) for each in sources)
+    return tuple(map(str, sources)) if named else ()
+
+
+def read(sources: Any) -> list[Trajectory] | None:
+    """Files, presets or points (as in `parse`) -> trajectories; None where there are none.
+
+    Raises:
+      UserError: for what cannot be read.
+    """
+    if sources is None or (isinstance(sources, Sequence) and not sources):
+        return None
+    if named := names(sources):
+        return [points for name in named for points in load(find(name))]
+    return parse(sources)
 
 
 def load(path: str | os.PathLike) -> list[Trajectory]:

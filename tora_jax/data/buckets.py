@@ -1,74 +1,16 @@
-"""Sizes of videos: Open-Sora's table of resolutions and aspect ratios, and its buckets for training."""
+"""Open-Sora's buckets for training: which clip is cut to which size."""
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tora_jax.conditioning import resolutions
 from tora_jax.errors import UserError
 
 APPROXIMATE = 0.8  # a clip fits a resolution from this share of its area on
-
-
-@functools.cache
-def _table() -> dict:
-    return json.loads(resources.files("tora_jax").joinpath("assets/aspect_ratios.json").read_text())
-
-
-def image_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
-    """Pixels (height, width) of a named resolution ("240p") at an aspect ratio.
-
-    Args:
-      resolution: "144p" to "4k".
-      aspect_ratio: width:height, so that "16:9" is landscape. The reference's names are height:width; they are
-        turned around here and nowhere else.
-
-    Raises:
-      UserError: for a name that is not in the table; the message lists those that are.
-    """
-    sizes, ratios = _table()["sizes"], _table()["ratio_names"]
-    if resolution not in sizes:
-        raise UserError(f"unknown resolution {resolution!r}; choose one of {', '.join(sizes)}")
-    known = {":".join(reversed(name.split(":"))): key for name, key in ratios.items()}
-    by_size = sizes[resolution]["hw"]
-    names = [name for name, key in known.items() if _key(key, by_size)]
-    if aspect_ratio not in names:
-        raise UserError(
-            f"aspect ratio {aspect_ratio!r} (width:height) is not in the table for {resolution}; "
-            f"choose one of {', '.join(names)}"
-        )
-    height, width = by_size[_key(known[aspect_ratio], by_size)]
-    return height, width
-
-
-def _key(ratio: str, by_size: dict) -> str | None:
-    """The table writes the same ratio as "1.00" or "1.0"."""
-    return next((key for key in by_size if float(key) == float(ratio)), None)
-
-
-def frame_count(name: str) -> int:
-    """Frames of a named length ("2s" is 51), or of a plain number.
-
-    Raises:
-      UserError: when it is neither.
-    """
-    names = _table()["num_frames"]
-    if name in names:
-        return names[name]
-    try:
-        return int(name)
-    except ValueError:
-        raise UserError(f"--num_frames {name!r} is neither a whole number nor one of {', '.join(names)}") from None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Buckets
-# ----------------------------------------------------------------------------------------------------------
 
 
 class Bucket(NamedTuple):
@@ -99,7 +41,7 @@ class Buckets:
     """
 
     def __init__(self, table: Mapping[str, Mapping[int | str, Any]]):
-        sizes = _table()["sizes"]
+        sizes = resolutions.table()["sizes"]
         if unknown := [name for name in table if name not in sizes]:
             raise UserError(f"buckets: unknown resolution {unknown[0]!r}; choose from {', '.join(sizes)}")
         self._sizes = {name: sizes[name] for name in table}

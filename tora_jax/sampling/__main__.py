@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
-from tora_jax.conditioning import prompt_rewriting
+from tora_jax.conditioning import images, prompt_rewriting, trajectory
 from tora_jax.configs import common
 from tora_jax.errors import UserError
 from tora_jax.sampling import batch_file, request
@@ -66,7 +66,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         jobs = batch_file.read(args.batch, folder, section, given, weights)
     else:
         out = output.check(args.out, wanted.files, args.weights)
-        images = wanted.read()
+        pictures = wanted.read()
     command_line.use_compilation_cache()
 
     rules = tuple(common.training()["rules"].items())
@@ -94,7 +94,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         tqdm(total=request.steps(models, wanted), desc="sampling", unit="step", disable=args.quiet) as bar,
         output.writer(out, wanted.tracks, report) as write,
     ):
-        for (piece,) in request.generate(models, [wanted], [images], mesh=mesh, progress=progress):
+        for (piece,) in request.generate(models, [wanted], [pictures], mesh=mesh, progress=progress):
             write(piece)
             check_interrupt()
     if not args.quiet:
@@ -132,7 +132,7 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("rewrite_url", None, server, **to)
     flags.DEFINE_string("rewrite_model", "", "Its model. Default: the first that it names.", **to)
     # The flags below stand for the config's sampling section, which has their defaults.
-    files = f"Trajectory file (text, JSON or .npy), or one of {', '.join(request.presets())}. Repeatable."
+    files = f"Trajectory file (text, JSON or .npy), or one of {', '.join(trajectory.presets())}. Repeatable."
     flags.DEFINE_multi_string("trajectory", None, files, **to)
     text = "What the video shows. Repeatable: the segments of a long video are shared out among them."
     flags.DEFINE_multi_string("prompt", None, text, **to)
@@ -185,6 +185,6 @@ def _given(args: flags.FlagValues) -> dict[str, Any]:
     elif args.trajectory is not None:
         given["trajectories"] = args.trajectory
     pictures = [(0, args.image), (-1, args.last_image)]
-    given["conditions"] = [request.Condition(frame, Path(file)) for frame, file in pictures if file]
-    given["conditions"] += map(request.parse_condition, args.condition or ())
+    given["conditions"] = [images.Condition(frame, Path(file)) for frame, file in pictures if file]
+    given["conditions"] += map(images.parse, args.condition or ())
     return given

@@ -22,28 +22,13 @@ from jaxtyping import Array, Float, UInt8
 from tora_jax import sharding
 from tora_jax.backbones.assembly import Models
 from tora_jax.conditioning import motion_maps, text
+from tora_jax.conditioning.images import Given, Images
 from tora_jax.diffusion import rectified_flow, sampler
 from tora_jax.diffusion.sampler import Savings
 from tora_jax.errors import UserError
 
 Tracks = Float[np.ndarray, "_ t 2"]  # each video may have another number of them
-Pixels = UInt8[np.ndarray, "... h w 3"]
 
-
-class Given(NamedTuple):
-    """A visual condition.
-
-    Attributes:
-      pixels: a picture [h, w, 3], or a clip [n, h, w, 3] whose first frame stands at the condition's frame.
-      edit: 0 = keep it; up to 1 = the share of the way from noise that it goes along, and so may change
-        (Open-Sora's edit ratio).
-    """
-
-    pixels: Pixels
-    edit: float = 0.0
-
-
-Images = Mapping[int, Pixels | Given]  # by frame number
 
 STEPS = 30
 SEED_STEP = 0x9E3779B9  # between the seeds of a video's segments; any odd number would do
