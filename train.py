@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
-from tora_jax.checkpoints import manager as checkpoint
 from tora_jax.checkpoints import release
+from tora_jax.checkpoints.manager import Manager
 from tora_jax.data import pipeline
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout
@@ -117,7 +117,7 @@ def main(argv: list[str], check_interrupt) -> None:
     judge = heldout.make(config, models, open_validation, mesh, samples)
 
     # ----- Resume -----------------------------------------------------------------------------------------------
-    manager = checkpoint.Manager(workdir / "checkpoints", config["keep"], best="objective")
+    manager = Manager(workdir / "checkpoints", config["keep"], best="objective")
     if manager.steps() and not config["resume"]:
         raise UserError(f"{workdir}: holds a run already; go on with it by --config.resume, or choose another folder")
     if config["resume"] and (found := manager.restore(state)):

@@ -15,7 +15,7 @@ from absl import logging
 from convert_weights import safetensors_io, stream
 from convert_weights.stream import Leaf
 from tora_jax import sharding
-from tora_jax.checkpoints import manager as checkpoint
+from tora_jax.checkpoints import weights
 from tora_jax.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -86,6 +86,6 @@ def write_orbax(folder: Path, parts: Mapping[str, Sequence[Leaf]], mesh: str | N
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each thread that meets a full disk
     try:
-        checkpoint.save(folder, arrays, None if mesh is None else sharding.make_mesh(mesh))
+        weights.save(folder, arrays, None if mesh is None else sharding.make_mesh(mesh))
     finally:
         logging.set_verbosity(verbosity)

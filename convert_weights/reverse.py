@@ -20,8 +20,7 @@ from convert_weights.kinds import Kind
 from convert_weights.mapping import Layout, Move, Rule, Shape
 from convert_weights.measure import Fields
 from convert_weights.safetensors_io import Spec, Tensor
-from tora_jax.checkpoints import manager as checkpoint
-from tora_jax.checkpoints import release
+from tora_jax.checkpoints import release, weights
 from tora_jax.errors import UserError
 
 RECORD = "source.json"
@@ -82,12 +81,12 @@ def open_ours(name: str, kind: Kind, scratch: Path) -> Iterator[Ours]:
 
 def _from_orbax(folder: Path, part: str, file: Path) -> None:
     """Copies a part leaf by leaf into a safetensors file, from which layers can be read one at a time."""
-    tree = checkpoint.shapes(folder)
+    tree = weights.shapes(folder)
     if part not in tree:
         raise UserError(f"{folder}: holds {', '.join(tree)}, but no {part}")
     flat = traverse_util.flatten_dict(tree[part], sep="/")
     specs = {path: Spec(np.dtype(leaf.dtype), leaf.shape) for path, leaf in flat.items()}
-    leaves = (np.asarray(checkpoint.restore(folder, only=f"{part}/{path}")) for path in specs)
+    leaves = (np.asarray(weights.restore(folder, only=f"{part}/{path}")) for path in specs)
     safetensors_io.write(file, specs, leaves)
 
 

@@ -214,7 +214,7 @@ def test_a_folder_that_holds_a_run(clips, spatial, tmp_path):
 
 def test_no_workdir(capsys):
     with pytest.raises(SystemExit) as stop:
-        training_runs.command.run(train.main, ["train.py", f"--config={ROOT}/configs/vae.py:runlocal"])
+        training_runs.command_line.run(train.main, ["train.py", f"--config={ROOT}/configs/vae.py:runlocal"])
     assert stop.value.code == 2
     assert "--workdir is missing" in capsys.readouterr().err
 
@@ -371,7 +371,7 @@ def test_failures_that_follow_from_one_are_not_told_again():
     """In threads, at the exit and in callbacks; what has nothing to do with it is."""
     script = """
 import atexit, errno, sys, threading
-from tora_jax import command
+from tora_jax import command_line
 from tora_jax.errors import UserError
 
 def fail(error):
@@ -388,7 +388,7 @@ def body(argv, check_interrupt):
     atexit.register(fail, OSError("handle is closed"))
     raise UserError("the disk is full")
 
-command.run(body, ["x.py"])
+command_line.run(body, ["x.py"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert done.returncode == 2

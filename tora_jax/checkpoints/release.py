@@ -132,9 +132,9 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
     """
     path = Path(folder) / f"{part}.safetensors"
     if (Path(folder) / "params").is_dir():
-        from tora_jax.checkpoints import manager as checkpoint
+        from tora_jax.checkpoints import weights
 
-        return checkpoint.restore(Path(folder) / "params", only=part)
+        return weights.restore(Path(folder) / "params", only=part)
     if not path.is_file():
         raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
     try:
