@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+import tora_jax
+from tora_jax import command_line
+from tora_jax.errors import UserError
 
 MAX_UPLOAD = "50mb"
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tora_jax.app", description="A page to draw on.")
+def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    parser = command_line.Parser("python -m tora_jax.app", "A page to draw on.")
     parser.add_argument("--weights", help="release folder; left out: the small model's")
     parser.add_argument("--low_memory", action="store_true", help="parts are on the device only while they are used")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 = on all interfaces")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--user", default="tora", help="with --password")
     parser.add_argument("--password", help="asked for in the browser; also TORA_PASSWORD")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(argv[1:])
     # Results and uploads lie in a folder of their own, which goes when the page ends; nothing else is served.
     with tempfile.TemporaryDirectory(prefix="tora_app_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-        try:
-            import gradio  # noqa: F401 (only to see whether it is there; page.py uses it)
-        except ImportError:
-            sys.exit("error: the page needs Gradio: pip install 'tora_jax[app]'")
-        from tora_jax.errors import UserError
-
-        try:
-            serve(Path(folder), options)
-        except (UserError, OSError) as error:
-            sys.exit(f"error: {error}")
+        if importlib.util.find_spec("gradio") is None:
+            raise UserError("the page needs Gradio: pip install 'tora_jax[app]'")
+        serve(Path(folder), options)
 
 
 def serve(folder: Path, options: argparse.Namespace, block: bool = True):
     """Loads the models and starts the server; with `block=False`, returns the page and its address."""
-    import tora_jax
-    from tora_jax import command_line
-    from tora_jax.app import page, studio
+    from tora_jax.app import page, studio  # Gradio reads its environment when it is imported
 
     command_line.use_compilation_cache()
     blocks = page.build(
@@ -65,4 +62,4 @@ def serve(folder: Path, options: argparse.Namespace, block: bool = True):
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main, ["app", *sys.argv[1:]], "the page is closed")

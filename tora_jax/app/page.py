@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
@@ -36,165 +36,231 @@ def shown() -> Iterator[None]:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
 
+class Drawing(NamedTuple):
+    """What stands on the left: where paths are drawn, and files for it."""
+
+    canvas: gr.HTML
+    first: gr.File
+    paths: gr.File
+    preview: gr.HTML
+
+
+class Form(NamedTuple):
+    """What stands on the right: the settings by name, files for the other frames, and the buttons."""
+
+    settings: Mapping[str, gr.components.Component]
+    last: gr.File
+    start: gr.File
+    end: gr.File
+    run: gr.Button
+    stop: gr.Button
+    status: gr.Textbox
+
+
+class Results(NamedTuple):
+    """What stands below: the last video, its files, and what was made in this visit."""
+
+    video: gr.Video
+    overlay: gr.Video
+    motion_map: gr.Video
+    files: gr.File
+    gallery: gr.Gallery
+
+
 def build(studio: Studio) -> gr.Blocks:
     """The page of a studio."""
-    own, (size, *_) = studio.defaults, studio.sizes
     gr.set_static_paths(studio.folder)  # `delete_cache` is for uploads; results go with their visit
     with gr.Blocks(title="Tora", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# Tora\nDraw where things shall go, say what they are, and get a video.")
         with gr.Row():
-            with gr.Column(min_width=300):
-                canvas = gr.HTML(
-                    {"trajectories": []},
-                    html_template=(HERE / "canvas.html").read_text(),
-                    css_template=(HERE / "canvas.css").read_text(),
-                    js_on_load=(HERE / "canvas.js").read_text(),
-                    elem_id="canvas",
-                    presets=_presets(),
-                    size=list(reversed(studio.sizes[size])),
-                )
-                with gr.Row():
-                    first = gr.File(label="First frame", file_types=PICTURES, elem_id="first", **SMALL)
-                    paths = gr.File(label="Import paths", elem_id="import", **SMALL)
-                preview = gr.HTML(_picture(""), elem_id="preview")
-            with gr.Column(min_width=300):
-                prompt = gr.Textbox(own["prompt"], label="Prompt", lines=2, max_length=MOST_TEXT, elem_id="prompt")
-                with gr.Row():
-                    frames = gr.Slider(
-                        min(5, own["segment"]),
-                        LONGEST * own["segment"],
-                        own["num_frames"],
-                        step=1,
-                        label="Frames",
-                        info=f"over {own['segment']}: in segments",
-                        min_width=130,
-                    )
-                    sizes = gr.Dropdown(list(studio.sizes), value=size, label="Size", min_width=130)
-                with gr.Row():
-                    guidance = gr.Slider(1, 15, own["guidance"], step=0.5, label="Guidance", min_width=130)
-                    weight = gr.Slider(
-                        1, 8, own["trajectory_guidance"], step=0.5, label="Trajectory weight", min_width=130
-                    )
-                with gr.Row():
-                    seed = gr.Number(own["seed"], label="Seed", precision=0, minimum=0, min_width=130)
-                    steps = gr.Slider(1, MOST_STEPS, own["steps"], step=1, label="Steps", min_width=130)
-                with gr.Accordion("More", open=False):
-                    negative = gr.Textbox(label="Negative prompt", max_length=MOST_TEXT)
-                    with gr.Row():
-                        look = gr.Number(None, label="Aesthetic score", min_width=100)
-                        motion = gr.Number(None, label="Motion score", min_width=100)
-                        camera = gr.Textbox(label="Camera motion", placeholder="static, pan left ...", min_width=130)
-                    with gr.Row():
-                        last = gr.File(label="Last frame", file_types=PICTURES, **SMALL)
-                        start = gr.File(label="Clip to go on from", file_types=CLIPS, **SMALL)
-                        end = gr.File(label="Clip to lead up to", file_types=CLIPS, **SMALL)
-                with gr.Row():
-                    run = gr.Button("Generate", variant="primary", elem_id="run", min_width=130)
-                    stop = gr.Button("Cancel", elem_id="stop", min_width=100)
-                status = gr.Textbox("", label="", show_label=False, interactive=False, elem_id="status", lines=2)
-        with gr.Row():
-            options = {"autoplay": True, "loop": True, "interactive": False, "min_width": 220, "height": 280}
-            video = gr.Video(label="Video", elem_id="video", **options)
-            overlay = gr.Video(label="With its paths", elem_id="overlay", **options)
-            map_ = gr.Video(label="Flow map", elem_id="flow", **options)
-        with gr.Row():
-            files = gr.File(label="Download", file_count="multiple", interactive=False, min_width=220, height=160)
-            gallery = gr.Gallery(
-                label="This visit",
-                columns=4,
-                interactive=False,
-                min_width=220,
-                height=240,
-                object_fit="contain",
-                elem_id="gallery",
-            )
-
-        form = {
-            "prompt": prompt,
-            "num_frames": frames,
-            "size": sizes,
-            "guidance": guidance,
-            "trajectory_guidance": weight,
-            "seed": seed,
-            "steps": steps,
-            "negative_prompt": negative,
-            "aesthetic_score": look,
-            "motion_score": motion,
-            "camera_motion": camera,
-        }
-        given = [first, last, start, end]
-
-        def generate(values: dict, session: gr.Request, progress=gr.Progress()):  # noqa: B008 (Gradio's way)
-            asked = {name: values[field] for name, field in form.items()}
-            head, tail, before, after = (values[field] for field in given)
-            with shown():
-                if (head and before) or (tail and after):
-                    raise UserError("give a frame or a clip for each end, not both")
-                uploads = {0: head or before, -1: tail or after}
-
-                def tell(done: int, total: int) -> None:
-                    progress((done, total), desc="sampling", unit="steps")
-
-                try:
-                    made = studio.generate(session.session_hash or "", values[canvas], asked, uploads, tell)
-                except CancelledError:
-                    raise gr.Error("cancelled", duration=3, print_exception=False) from None
-            results = studio.visit(session.session_hash or "").made
-            return (
-                *(str(path) if path else None for path in (made.video, made.overlay, made.flow)),
-                [str(path) for path in made.files],
-                [str(each.poster) for each in results],
-                _status(made),
-            )
-
-        def chosen(event: gr.SelectData, session: gr.Request):
-            made = studio.visit(session.session_hash or "").made[event.index]
-            shown_files = (str(path) if path else None for path in (made.video, made.overlay, made.flow))
-            return (*shown_files, [str(path) for path in made.files], _status(made))
-
-        def background(path, name):
-            with shown():
-                told = studio.picture(path, name) if path else None
-                return {"background": told, "size": list(reversed(studio.sizes[name]))}
-
-        def imported(path):
-            with shown():
-                return {"add": studio.read_trajectories(path)}, None
-
-        def previewed(drawn, name, count):
-            with shown():
-                return _picture(studio.preview(drawn, name, count))
-
-        def cancel(session: gr.Request) -> str:
-            studio.visit(session.session_hash or "").cancel()
-            return "cancelled"
-
-        def left(session: gr.Request) -> None:
-            studio.leave(session.session_hash or "")
-
-        results = [video, overlay, map_, files]
-        event = run.click(
-            generate,
-            {canvas, *form.values(), *given},
-            [*results, gallery, status],
-            concurrency_limit=1,
-            concurrency_id="device",
-            show_progress_on=[status],
-            api_name="generate",
-        )
-        stop.click(cancel, None, status, queue=False, cancels=[event], api_name=False)
-        gallery.select(chosen, None, [*results, status], queue=False, api_name=False)
-        # Through the queue, beside the device: Gradio shows no errors of what goes past it.
-        quick = {"show_progress": "hidden", "api_name": False}
-        first.change(background, [first, sizes], canvas, **quick)
-        sizes.change(background, [first, sizes], canvas, **quick)
-        paths.upload(imported, paths, [canvas, paths], **quick)
-        drawn = [canvas, sizes, frames]
-        canvas.input(previewed, drawn, preview, trigger_mode="always_last", **quick)
-        frames.release(previewed, drawn, preview, trigger_mode="always_last", **quick)
-        page.load(previewed, drawn, preview, **quick)
-        page.unload(left)
+            drawing = _drawing(studio)
+            form = _form(studio)
+        results = _results()
+        _connect_drawing(page, studio, drawing, form)
+        _connect_generation(page, studio, drawing, form, results)
     return page.queue(max_size=50, default_concurrency_limit=4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What stands where
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _drawing(studio: Studio) -> Drawing:
+    with gr.Column(min_width=300):
+        canvas = gr.HTML(
+            {"trajectories": []},
+            html_template=(HERE / "canvas.html").read_text(),
+            css_template=(HERE / "canvas.css").read_text(),
+            js_on_load=(HERE / "canvas.js").read_text(),
+            elem_id="canvas",
+            presets=_presets(),
+            size=list(reversed(next(iter(studio.sizes.values())))),
+        )
+        with gr.Row():
+            first = gr.File(label="First frame", file_types=PICTURES, elem_id="first", **SMALL)
+            paths = gr.File(label="Import paths", elem_id="import", **SMALL)
+        preview = gr.HTML(_picture(""), elem_id="preview")
+    return Drawing(canvas, first, paths, preview)
+
+
+def _form(studio: Studio) -> Form:
+    own = studio.defaults
+    with gr.Column(min_width=300):
+        prompt = gr.Textbox(own["prompt"], label="Prompt", lines=2, max_length=MOST_TEXT, elem_id="prompt")
+        with gr.Row():
+            frames = gr.Slider(
+                min(5, own["segment"]),
+                LONGEST * own["segment"],
+                own["num_frames"],
+                step=1,
+                label="Frames",
+                info=f"over {own['segment']}: in segments",
+                min_width=130,
+            )
+            sizes = gr.Dropdown(list(studio.sizes), value=next(iter(studio.sizes)), label="Size", min_width=130)
+        with gr.Row():
+            guidance = gr.Slider(1, 15, own["guidance"], step=0.5, label="Guidance", min_width=130)
+            weight = gr.Slider(1, 8, own["trajectory_guidance"], step=0.5, label="Trajectory weight", min_width=130)
+        with gr.Row():
+            seed = gr.Number(own["seed"], label="Seed", precision=0, minimum=0, min_width=130)
+            steps = gr.Slider(1, MOST_STEPS, own["steps"], step=1, label="Steps", min_width=130)
+        with gr.Accordion("More", open=False):
+            negative = gr.Textbox(label="Negative prompt", max_length=MOST_TEXT)
+            with gr.Row():
+                look = gr.Number(None, label="Aesthetic score", min_width=100)
+                motion = gr.Number(None, label="Motion score", min_width=100)
+                camera = gr.Textbox(label="Camera motion", placeholder="static, pan left ...", min_width=130)
+            with gr.Row():
+                last = gr.File(label="Last frame", file_types=PICTURES, **SMALL)
+                start = gr.File(label="Clip to go on from", file_types=CLIPS, **SMALL)
+                end = gr.File(label="Clip to lead up to", file_types=CLIPS, **SMALL)
+        with gr.Row():
+            run = gr.Button("Generate", variant="primary", elem_id="run", min_width=130)
+            stop = gr.Button("Cancel", elem_id="stop", min_width=100)
+        status = gr.Textbox("", label="", show_label=False, interactive=False, elem_id="status", lines=2)
+    settings = {
+        "prompt": prompt,
+        "num_frames": frames,
+        "size": sizes,
+        "guidance": guidance,
+        "trajectory_guidance": weight,
+        "seed": seed,
+        "steps": steps,
+        "negative_prompt": negative,
+        "aesthetic_score": look,
+        "motion_score": motion,
+        "camera_motion": camera,
+    }
+    return Form(settings, last, start, end, run, stop, status)
+
+
+def _results() -> Results:
+    with gr.Row():
+        options = {"autoplay": True, "loop": True, "interactive": False, "min_width": 220, "height": 280}
+        video = gr.Video(label="Video", elem_id="video", **options)
+        overlay = gr.Video(label="With its paths", elem_id="overlay", **options)
+        motion_map = gr.Video(label="Flow map", elem_id="flow", **options)
+    with gr.Row():
+        files = gr.File(label="Download", file_count="multiple", interactive=False, min_width=220, height=160)
+        gallery = gr.Gallery(
+            label="This visit",
+            columns=4,
+            interactive=False,
+            min_width=220,
+            height=240,
+            object_fit="contain",
+            elem_id="gallery",
+        )
+    return Results(video, overlay, motion_map, files, gallery)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What answers
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _connect_drawing(page: gr.Blocks, studio: Studio, drawing: Drawing, form: Form) -> None:
+    """The canvas answers at once: its background, imported paths, the preview of the flow map."""
+
+    def background(path, name):
+        with shown():
+            told = studio.picture(path, name) if path else None
+            return {"background": told, "size": list(reversed(studio.sizes[name]))}
+
+    def imported(path):
+        with shown():
+            return {"add": studio.read_trajectories(path)}, None
+
+    def previewed(drawn, name, count):
+        with shown():
+            return _picture(studio.preview(drawn, name, count))
+
+    canvas, first, paths, preview = drawing
+    sizes, frames = form.settings["size"], form.settings["num_frames"]
+    # Through the queue, beside the device: Gradio shows no errors of what goes past it.
+    quick = {"show_progress": "hidden", "api_name": False}
+    first.change(background, [first, sizes], canvas, **quick)
+    sizes.change(background, [first, sizes], canvas, **quick)
+    paths.upload(imported, paths, [canvas, paths], **quick)
+    drawn = [canvas, sizes, frames]
+    canvas.input(previewed, drawn, preview, trigger_mode="always_last", **quick)
+    frames.release(previewed, drawn, preview, trigger_mode="always_last", **quick)
+    page.load(previewed, drawn, preview, **quick)
+
+
+def _connect_generation(page: gr.Blocks, studio: Studio, drawing: Drawing, form: Form, results: Results) -> None:
+    """The buttons, the gallery, and the end of a visit."""
+    ends = [drawing.first, form.last, form.start, form.end]
+
+    def generate(values: dict, session: gr.Request, progress=gr.Progress()):  # noqa: B008 (Gradio's way)
+        asked = {name: values[field] for name, field in form.settings.items()}
+        head, tail, before, after = (values[field] for field in ends)
+        with shown():
+            if (head and before) or (tail and after):
+                raise UserError("give a frame or a clip for each end, not both")
+            uploads = {0: head or before, -1: tail or after}
+
+            def tell(done: int, total: int) -> None:
+                progress((done, total), desc="sampling", unit="steps")
+
+            try:
+                made = studio.generate(session.session_hash or "", values[drawing.canvas], asked, uploads, tell)
+            except CancelledError:
+                raise gr.Error("cancelled", duration=3, print_exception=False) from None
+        posters = [str(each.poster) for each in studio.visit(session.session_hash or "").made]
+        *files, status = _told(made)
+        return (*files, posters, status)
+
+    def chosen(event: gr.SelectData, session: gr.Request):
+        return _told(studio.visit(session.session_hash or "").made[event.index])
+
+    def cancel(session: gr.Request) -> str:
+        studio.visit(session.session_hash or "").cancel()
+        return "cancelled"
+
+    def left(session: gr.Request) -> None:
+        studio.leave(session.session_hash or "")
+
+    *files, gallery = results
+    event = form.run.click(
+        generate,
+        {drawing.canvas, *form.settings.values(), *ends},
+        [*files, gallery, form.status],
+        concurrency_limit=1,
+        concurrency_id="device",
+        show_progress_on=[form.status],
+        api_name="generate",
+    )
+    form.stop.click(cancel, None, form.status, queue=False, cancels=[event], api_name=False)
+    gallery.select(chosen, None, [*files, form.status], queue=False, api_name=False)
+    page.unload(left)
+
+
+def _told(made: Made) -> tuple:
+    """A video's files for `Results`, and its line of status."""
+    videos = (str(path) if path else None for path in (made.video, made.overlay, made.flow))
+    return (*videos, [str(path) for path in made.files], _status(made))
 
 
 def _presets() -> dict[str, list[Any]]:
