@@ -1,7 +1,5 @@
 """Checkpoints of the real sizes with seeded numbers, since the real ones need a download.
 
-from tora_jax import command_line
-
   python -m benchmarks.checkpoints stdit3 FILE.safetensors      4.5 GB, the numbers of golden stdit3_xl2_full
   python -m benchmarks.checkpoints vae FILE.safetensors         1.6 GB, the numbers of golden video_vae_full
   python -m benchmarks.checkpoints t5 FOLDER --dtype bfloat16   9.8 GB, two shards and their index, random bits
@@ -18,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from convert_weights import safetensors_io, stream, t5
+from convert_weights import safetensors_io, stream
 from convert_weights.safetensors_io import Spec
+from convert_weights.tables import t5
 from tests.parity import golden
+from tora_jax import command_line
 
 VAE_CONSTANTS = {"shift": (-0.10, 0.34, 0.27, 0.98), "scale": (3.85, 2.32, 2.33, 3.06)}
 

@@ -1,8 +1,5 @@
 """Memory, time and exactness of full-size conversions, as JSON on stdout.
 
-from tora_jax import command_line
-from tora_jax.errors import UserError
-
   python -m benchmarks.convert stdit3 --folder DIR
   python -m benchmarks.convert t5 --dtype bfloat16 --folder DIR
   python -m benchmarks.convert tora --folder DIR                   a whole release of 18 GB
@@ -32,6 +29,8 @@ import numpy as np
 from benchmarks import checkpoints
 from convert_weights import sources, stream
 from tests.parity import golden
+from tora_jax import command_line
+from tora_jax.errors import UserError
 
 
 def drop_cache(path: Path) -> None:

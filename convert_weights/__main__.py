@@ -18,46 +18,39 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
-from convert_weights import destinations, kinds, parts, release_folder, reverse, sources, stream
+from convert_weights import export, plan, sources, stream, writers
+from convert_weights.checkpoint_types import CHECKPOINT_TYPES
 from convert_weights.mapping import ConversionError
-from tora_jax import sharding
+from convert_weights.plan import Part
+from convert_weights.write_release import ReleaseWriter
+from tora_jax import command_line, sharding
 from tora_jax.errors import UserError
 
-PARTS = {"stdit": "stdit3", "vae": "vae", "motion_vae": "vae", "t5": "t5"}
+PARTS = {"stdit": "stdit3", "vae": "vae", "motion_vae": "vae", "t5": "t5"}  # of a whole release: part -> its type
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns 0, 2 after a user's mistake (told on stderr), or 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = _parser().parse_args(argv)
-        args.command = f"python -m convert_weights {shlex.join([*argv, '--allow_pickle'])}"
-        start = time.perf_counter()
-        report = _run(args)
-        _tell(args, report, time.perf_counter() - start)
-    except (UserError, ConversionError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename or 'cannot read or write'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print("\nconvert_weights: stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; exits with 2 after a user's mistake (told on stderr), with 130 after Ctrl-C.
+
+    Args:
+      argv: what follows the command's name; None = of this process.
+    """
+    command_line.run(_convert, ["convert_weights", *(sys.argv[1:] if argv is None else argv)])
 
 
-def _fail(message: str) -> int:
-    print(f"convert_weights: error: {message}", file=sys.stderr)
-    return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m convert_weights --help")
+def _convert(argv: list[str], check_interrupt: Callable[[], None]) -> None:
+    args = _parser().parse_args(argv[1:])
+    args.command = f"python -m convert_weights {shlex.join([*argv[1:], '--allow_pickle'])}"
+    start = time.perf_counter()
+    report = _run(args)
+    check_interrupt()
+    _tell(args, report, time.perf_counter() - start)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,9 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--allow_nonfinite", action="store_true", help="convert NaN and Inf too")
     add("--allow_pickle", action="store_true", help="read pickles, with torch.load(weights_only=True)")
 
-    parser = _Parser(prog="convert_weights", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="kind", required=True, metavar="{" + ",".join([*kinds.KINDS, "tora"]) + "}")
-    for kind in kinds.KINDS.values():
+    parser = command_line.Parser("python -m convert_weights", __doc__)
+    names = ",".join([*CHECKPOINT_TYPES, "tora"])
+    commands = parser.add_subparsers(dest="kind", required=True, metavar=f"{{{names}}}")
+    for kind in CHECKPOINT_TYPES.values():
         one = commands.add_parser(kind.name, parents=[common], help=f"released: {', '.join(kind.released)}")
         one.add_argument("src", metavar="SRC", help="a file, a folder with shards and their index, or a cached hub id")
         one.add_argument("dst", metavar="DST", help="a folder that is not there yet; with --reverse a file")
@@ -93,23 +87,16 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     args.orbax = args.orbax or args.mesh is not None
     if args.mesh is not None:
         _ask_for_devices(math.prod(sharding.parse_mesh(args.mesh).values()))
-    rules = stream.Rules(stream.DTYPES.get(args.dtype), args.allow_nonfinite)
+    cast = stream.Cast(stream.DTYPES.get(args.dtype), args.allow_nonfinite)
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UserError(f"--tokenizer {args.tokenizer}: no such file")
     if args.kind == "tora":
-        report = _tora(args, rules)
+        report = _convert_tora(args, cast)
     elif args.reverse:
-        report = _reverse(args, rules)
+        report = _export(args, cast)
     else:
-        part = _plan(args, args.kind, args.src, args.variant, rules)
-        beside = {"t5": part.source.tokenizer, "clip": sources.beside(part.source, "tokenizer.json")}
-        tokenizer = (args.tokenizer or beside[args.kind]) if args.kind in beside else None
-        report = (
-            _dry_run([part])
-            if args.dry_run
-            else release_folder.write_part(args.dst, part, rules, tokenizer, args.orbax, args.mesh)
-        )
-    return {**report, "nonfinite": sorted(rules.nonfinite)}
+        report = _convert_part(args, cast)
+    return {**report, "nonfinite": sorted(cast.nonfinite)}
 
 
 def _ask_for_devices(count: int) -> None:
@@ -118,19 +105,28 @@ def _ask_for_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def _plan(args: argparse.Namespace, kind: str, src: str, variant: str | None, rules: stream.Rules) -> parts.Part:
+def _plan_part(args: argparse.Namespace, kind: str, src: str, variant: str | None, cast: stream.Cast) -> Part:
     source = sources.open_source(src, args.allow_pickle, args.command)
-    part = parts.make(kinds.KINDS[kind], source, variant, rules.dtype)
+    part = plan.plan_part(CHECKPOINT_TYPES[kind], source, variant, cast.dtype)
     if part.variant == "own sizes":
         released = ", ".join(part.kind.released)
         print(f"convert_weights: note: {src}: none of the released sizes of {kind} ({released})", file=sys.stderr)
     return part
 
 
-def _tora(args: argparse.Namespace, rules: stream.Rules) -> dict[str, Any]:
+def _convert_part(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
+    part = _plan_part(args, args.kind, args.src, args.variant, cast)
+    if args.dry_run:
+        return _dry_run([part])
+    find = part.kind.tokenizer
+    tokenizer = None if find is None else args.tokenizer or find(part.source)
+    return ReleaseWriter(args.dst, cast, tokenizer, args.orbax, args.mesh).write_part(part)
+
+
+def _convert_tora(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
     variants = _variants(args.variant)
     planned = {
-        part: _plan(args, kind, getattr(args, part), variants.get(part), rules)
+        part: _plan_part(args, kind, getattr(args, part), variants.get(part), cast)
         for part, kind in PARTS.items()
         if getattr(args, part) is not None
     }
@@ -140,7 +136,7 @@ def _tora(args: argparse.Namespace, rules: stream.Rules) -> dict[str, Any]:
     if tokenizer is None:
         names = " or ".join(sources.TOKENIZERS)
         raise UserError(f"{args.t5}: no {names} in the folder of the text encoder; name it with --tokenizer FILE")
-    return release_folder.write_tora(args.dst, planned, rules, tokenizer, args.orbax, args.mesh)
+    return ReleaseWriter(args.dst, cast, tokenizer, args.orbax, args.mesh).write_tora(planned)
 
 
 def _variants(variant: str | None) -> dict[str, str]:
@@ -153,21 +149,21 @@ def _variants(variant: str | None) -> dict[str, str]:
     return {part: value if isinstance(value, str) else json.dumps(value) for part, value in fields.items()}
 
 
-def _reverse(args: argparse.Namespace, rules: stream.Rules) -> dict[str, Any]:
+def _export(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
     unused = [f"--{flag}" for flag in ("variant", "mesh", "tokenizer") if getattr(args, flag) is not None]
     if unused:
         raise UserError(f"{unused[0]} means nothing with --reverse")
-    kind = kinds.KINDS[args.kind]
-    with reverse.open_ours(args.src, kind, Path(args.dst).absolute().parent) as ours:
+    kind = CHECKPOINT_TYPES[args.kind]
+    with export.open_ours(args.src, kind, Path(args.dst).absolute().parent) as ours:
         if args.dry_run:
-            for move in reverse.plan(kind, ours):
+            for move in export.plan(kind, ours):
                 for key in move.sources:
                     print(f"{move.target} -> {key}")
             return {"dry_run": True}
-        return reverse.write(args.dst, kind, ours, rules)
+        return export.write(args.dst, kind, ours, cast)
 
 
-def _dry_run(planned: list[parts.Part]) -> dict[str, Any]:
+def _dry_run(planned: list[Part]) -> dict[str, Any]:
     for part in planned:
         for move in part.moves:
             for layer, key in enumerate(move.sources):
@@ -176,8 +172,9 @@ def _dry_run(planned: list[parts.Part]) -> dict[str, Any]:
                 print(f"{key} {shape} {dtype} -> {place} {list(move.target_shape[move.stacked :])}")
         for key in part.ignored:
             print(f"{key}: ignored, our model computes it or does without")
-    if wrong := [part for part in planned if part.problems]:
-        raise ConversionError("\n".join(part.complaint() for part in wrong))
+    if complaints := [line for part in planned if part.problems for line in part.complaint()]:
+        message, *details = complaints
+        raise ConversionError(message, details)
     return {"dry_run": True, "parts": [part.report() for part in planned]}
 
 
@@ -190,14 +187,14 @@ def _tell(args: argparse.Namespace, report: dict[str, Any], seconds: float) -> N
         text = (json.dumps(report, indent=2) + "\n").encode()
         if args.report.is_file():
             args.report.unlink()  # of an earlier run
-        with destinations.aside(args.report, len(text)) as path:
+        with writers.aside(args.report, len(text)) as path:
             path.write_bytes(text)
     if args.dry_run:
         print("dry run: everything fits; nothing was written")
         return
     new = f", {len(report['new'])} tensors new (untrained)" if report.get("new") else ""
     odd = f", NaN or Inf in {', '.join(report['nonfinite'])}" if report["nonfinite"] else ""
-    print(f"wrote {args.dst}: {destinations.readable(report['bytes'])} in {seconds:.1f} s{new}{odd}")
+    print(f"wrote {args.dst}: {writers.readable(report['bytes'])} in {seconds:.1f} s{new}{odd}")
 
 
 def _stop(*_) -> NoReturn:
@@ -207,4 +204,4 @@ def _stop(*_) -> NoReturn:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)  # so that what lies aside is removed
     jax.config.update("jax_platforms", "cpu")  # the work is the host's
-    sys.exit(main())
+    main()

@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from tora_jax.errors import UserError
+
 Shape = tuple[int, ...]
 
 
-class ConversionError(ValueError):
-    """A checkpoint that does not fit its table. The message lists every problem, one a line."""
+class ConversionError(UserError):
+    """A checkpoint that does not fit its table; `details` lists every problem."""
 
 
 class Layout(enum.Enum):
@@ -141,7 +143,7 @@ def plan(
     """
     moves, problems = match(table, source, target, ignored)
     if problems:
-        raise ConversionError(f"{len(problems)} mismatches:\n" + "\n".join(problems))
+        raise ConversionError(f"{len(problems)} mismatches:", problems)
     return moves
 
 

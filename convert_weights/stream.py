@@ -21,10 +21,10 @@ FLOATS = (*DTYPES.values(), np.dtype(np.float64))
 
 # Bits of an infinity, the sign shifted out: every NaN is larger.
 _INFINITY = {"float64": 0xFFE << 52, "float32": 0xFF << 24, "float16": 0xF8 << 8, "bfloat16": 0xFF << 8}
-_STRIP = 16  # rows that are turned together, few enough for the cache
-ALIGNMENT = 64
-AHEAD = 2  # tensors
-_CHUNK = 1 << 19  # elements that are looked at together
+_ROWS_TURNED_TOGETHER = 16  # few enough for the cache
+_ALIGNMENT = 64  # bytes
+_TENSORS_AHEAD = 2
+_ELEMENTS_CHECKED_TOGETHER = 1 << 19
 
 
 class Leaf(NamedTuple):
@@ -41,8 +41,8 @@ class Leaf(NamedTuple):
 
 
 @dataclasses.dataclass
-class Rules:
-    """What to do with the numbers on the way.
+class Cast:
+    """What happens to the numbers on the way.
 
     Attributes:
       dtype: to cast to; None = every byte stays.
@@ -55,7 +55,10 @@ class Rules:
     nonfinite: list[str] = dataclasses.field(default_factory=list)
 
     def apply(self, where: str, key: str, array: np.ndarray) -> np.ndarray:
-        """Checks and casts.
+        """Checks and casts a tensor.
+
+        Args:
+          where, key: the checkpoint and the tensor, for messages.
 
         Raises:
           UserError: for NaN or Inf, before the cast or from it.
@@ -68,20 +71,20 @@ class Rules:
         if self.dtype is None or self.dtype == array.dtype:
             return array
         with np.errstate(over="ignore"):
-            cast = array.astype(self.dtype)
-        if finite and not self.allow_nonfinite and not _is_finite(cast):
+            narrow = array.astype(self.dtype)
+        if finite and not self.allow_nonfinite and not _is_finite(narrow):
             raise UserError(
                 f"{where}: {key} overflows in {self.dtype.name}; choose another --dtype, or --allow_nonfinite"
             )
-        return cast
+        return narrow
 
 
 def _is_finite(array: np.ndarray) -> bool:
     limit = _INFINITY[array.dtype.name]
     bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
-    scratch = np.empty(min(len(bits), _CHUNK), bits.dtype)
-    for start in range(0, len(bits), _CHUNK):
-        chunk = bits[start : start + _CHUNK]
+    scratch = np.empty(min(len(bits), _ELEMENTS_CHECKED_TOGETHER), bits.dtype)
+    for start in range(0, len(bits), _ELEMENTS_CHECKED_TOGETHER):
+        chunk = bits[start : start + _ELEMENTS_CHECKED_TOGETHER]
         if np.left_shift(chunk, 1, out=scratch[: len(chunk)]).max() >= limit:
             return False
     return True
@@ -91,8 +94,8 @@ def turn(array: np.ndarray) -> np.ndarray:
     """The transpose of a matrix, contiguous. NumPy's own copy is ten times slower on wide 16-bit matrices."""
     bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
-    for start in range(0, len(bits), _STRIP):
-        out[:, start : start + _STRIP] = bits[start : start + _STRIP].T
+    for start in range(0, len(bits), _ROWS_TURNED_TOGETHER):
+        out[:, start : start + _ROWS_TURNED_TOGETHER] = bits[start : start + _ROWS_TURNED_TOGETHER].T
     return out.view(array.dtype)
 
 
@@ -128,14 +131,14 @@ def dtype_problems(source: Source, moves: Sequence[Move], dtype: np.dtype | None
     return problems
 
 
-def leaves(source: Source, moves: Sequence[Move], rules: Rules, prefix: str = "") -> list[Leaf]:
+def leaves(source: Source, moves: Sequence[Move], cast: Cast, prefix: str = "") -> list[Leaf]:
     """The parameters that a plan fills, unread."""
 
     def leaf(move: Move) -> Leaf:
         def part(key: str) -> np.ndarray:
-            return forward(move.layout, rules.apply(source.name, key, source.read(key)))
+            return forward(move.layout, cast.apply(source.name, key, source.read(key)))
 
-        dtype = rules.dtype or source.dtypes[move.sources[0]]
+        dtype = cast.dtype or source.dtypes[move.sources[0]]
         return Leaf(
             prefix + move.target, dtype, move.target_shape, tuple(functools.partial(part, key) for key in move.sources)
         )
@@ -145,8 +148,8 @@ def leaves(source: Source, moves: Sequence[Move], rules: Rules, prefix: str = ""
 
 def whole(leaf: Leaf) -> np.ndarray:
     """The leaf as one array, aligned so that JAX on the CPU takes it without a copy."""
-    memory = np.empty(leaf.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
+    memory = np.empty(leaf.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
     out = memory[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
     at = 0
     for part in leaf.parts:
@@ -157,13 +160,13 @@ def whole(leaf: Leaf) -> np.ndarray:
 
 
 def ahead(calls: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
-    """The calls' results in order, AHEAD of them made while one is used: reading, turning and writing overlap."""
-    with ThreadPoolExecutor(AHEAD) as pool:
+    """The calls' results in order. Some are made while one is used: reading, turning and writing overlap."""
+    with ThreadPoolExecutor(_TENSORS_AHEAD) as pool:
         pending: collections.deque = collections.deque()
         try:
             for call in calls:
                 pending.append(pool.submit(call))
-                if len(pending) > AHEAD:
+                if len(pending) > _TENSORS_AHEAD:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

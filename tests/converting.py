@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from convert_weights.__main__ import main
+from convert_weights import __main__ as command
 from tests.parity import golden
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,15 @@ CASES = {
         lambda c: json.dumps({t: {"num_heads": c[t]["num_attention_heads"]} for t in ("text", "vision")}),
     ),
 }
+
+
+def main(argv: list[str]) -> int:
+    """The exit code of the command."""
+    try:
+        command.main(argv)
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def write_source(path: Path, name: str, **changes: np.ndarray | None) -> list[str]:

@@ -28,13 +28,13 @@ from tora_jax.errors import UserError
 def run(
     body: Callable[[list[str], Callable[[], None]], None], argv: list[str], left: str = "nothing was written"
 ) -> None:
-    """Runs a command; exits with 2 after a user's mistake (one line on stderr), with 130 after Ctrl-C.
+    """Runs a command; exits with 2 after a user's mistake (one line on stderr, and its details), with 130 after Ctrl-C.
 
     Args:
       body: takes argv, and a function to call now and then, which raises KeyboardInterrupt once Ctrl-C was pressed.
       left: what it is told after Ctrl-C.
     """
-    name = Path(argv[0]).name
+    name, details = Path(argv[0]).name, ()
     # To the end of the process: threads may outlive the body. Orbax leaves coroutines behind when a write fails.
     sys.unraisablehook, threading.excepthook = _report_unraisable, _report_thread
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -53,7 +53,7 @@ def run(
             with _remembered_interrupts() as check_interrupt:
                 body(argv, check_interrupt)
         except UserError as error:
-            message = str(error)
+            message, details = error.message, error.details
         except OSError as error:
             message = f"{error.filename or 'a file'}: {error.strerror or error}"
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -68,10 +68,13 @@ def run(
             os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
         else:
             return
-    message = "".join(c if c.isprintable() else " " for c in message)
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name}: error: {_one_line(message)}", *map(_one_line, details), sep="\n", file=sys.stderr)
     atexit.register(_report_no_more)
     sys.exit(2)
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 @contextlib.contextmanager

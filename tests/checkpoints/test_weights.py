@@ -8,9 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert_weights.__main__ import main
 from tests.checkpoints.test_manager import free_port
-from tests.converting import ROOT, write_source
+from tests.converting import ROOT, main, write_source
 from tora_jax import sharding
 from tora_jax.checkpoints import release, weights
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert_weights.__main__ import main
-from tests.converting import ROOT, contents, refused, shard, write_source
+from tests.converting import ROOT, contents, main, refused, shard, write_source
 from tests.parity import golden
 
 

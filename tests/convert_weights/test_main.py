@@ -11,9 +11,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert_weights import measure, sources
-from convert_weights.__main__ import main
-from tests.converting import CASES, contents, refused, shard, write_source
+from convert_weights import sources
+from convert_weights.tables import vae
+from tests.converting import CASES, contents, main, refused, shard, write_source
 from tests.parity import golden
 from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
@@ -238,5 +238,5 @@ def test_tora(released, tmp_path):
 
 
 def test_any_number_of_latent_channels_is_read_off_the_file():
-    assert len(measure.video_vae({"shift": (1, 8, 1, 1, 1)})["latent_shift"]) == 8
-    assert "latent_shift" not in measure.video_vae({"shift": (1, 4, 1, 1, 1)})
+    assert len(vae.infer({"shift": (1, 8, 1, 1, 1)})["latent_shift"]) == 8
+    assert "latent_shift" not in vae.infer({"shift": (1, 4, 1, 1, 1)})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert_weights.__main__ import main
+from tests.converting import main
 from tora_jax.checkpoints import release
 from tora_jax.models.aesthetic import V2, AestheticHead
 

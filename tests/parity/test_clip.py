@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert_weights import clip as table
 from convert_weights import mapping
+from convert_weights.tables import clip as table
 from tests.parity import golden
 from tora_jax.models.clip import CLIP, CLIPText, CLIPVision, clip
 

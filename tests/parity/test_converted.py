@@ -14,8 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks import checkpoints
-from convert_weights.__main__ import main
-from tests.converting import CASES, stdit_variant, write_source
+from tests.converting import CASES, main, stdit_variant, write_source
 from tests.parity import golden, test_clip, test_rectified_flow, test_stdit, test_vae
 from tora_jax.checkpoints import release
 from tora_jax.diffusion import rectified_flow

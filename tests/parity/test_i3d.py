@@ -10,9 +10,9 @@ import pytest
 from flax import serialization, traverse_util
 from safetensors.numpy import save_file
 
-from convert_weights import __main__ as converter
-from convert_weights import i3d as table
 from convert_weights import mapping
+from convert_weights.tables import i3d as table
+from tests.converting import main
 from tests.parity import golden
 from tora_jax.checkpoints import release
 from tora_jax.models.i3d import I3D
@@ -104,7 +104,7 @@ def test_both_files_become_the_same_weights(state, tmp_path):
     (tmp_path / "i3d_k400.flax").write_bytes(serialization.msgpack_serialize(tree))
     save_file(torch, tmp_path / "rgb_imagenet.safetensors")
     for i, file in enumerate(("i3d_k400.flax", "rgb_imagenet.safetensors")):
-        assert converter.main(["i3d", str(tmp_path / file), str(tmp_path / f"{i}")]) == 0
+        assert main(["i3d", str(tmp_path / file), str(tmp_path / f"{i}")]) == 0
         assert release.part_config(tmp_path / f"{i}", "i3d") == {"num_classes": 400}
         got = read(tmp_path / f"{i}")
         assert got.keys() == want.keys()
@@ -116,12 +116,12 @@ def test_scales_that_are_not_one(state, tmp_path, capsys):
     _, torch = as_torch(state)
     torch["Mixed_4f.b2b.bn.weight"][3] = 1.5
     save_file(torch, tmp_path / "other.safetensors")
-    assert converter.main(["i3d", str(tmp_path / "other.safetensors"), str(tmp_path / "out")]) == 2
+    assert main(["i3d", str(tmp_path / "other.safetensors"), str(tmp_path / "out")]) == 2
     assert "Mixed_4f.b2b.bn.weight: is not 1 everywhere (1 such)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_broken_flax_file(tmp_path, capsys):
     (tmp_path / "i3d.flax").write_bytes(b"no tree")
-    assert converter.main(["i3d", str(tmp_path / "i3d.flax"), str(tmp_path / "out")]) == 2
+    assert main(["i3d", str(tmp_path / "i3d.flax"), str(tmp_path / "out")]) == 2
     assert "is no file of Flax's serialization" in capsys.readouterr().err

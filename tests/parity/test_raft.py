@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert_weights import mapping
-from convert_weights import raft as table
+from convert_weights.tables import raft as table
 from tests.parity import golden
 from tora_jax.models.raft import RAFT
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert_weights import mapping, t5
+from convert_weights import mapping
+from convert_weights.tables import t5
 from tests.parity import golden
 from tora_jax.models.t5 import T5Encoder
 

@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 
 from convert_weights.mapping import convert, flatten, from_state_dict, plan, revert
-from convert_weights.vae import (
-    AUTOENCODER_KL,
-    CAUSAL_VAE,
-    VIDEO_VAE,
-)
+from convert_weights.tables import autoencoder_kl, vae
 from tests.parity import golden
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalVAE
@@ -65,12 +61,12 @@ def run(model, params, method: str, x, **static):
 
 def spatial_case(data):
     model = AutoencoderKL(**spatial_fields(data.config, data.config["latent_channels"]))
-    return model, data["in/x"], AUTOENCODER_KL
+    return model, data["in/x"], autoencoder_kl.TABLE
 
 
 def temporal_case(data):
     model = CausalVAE(**temporal_fields(data.config))
-    return model, data[f"in/x_{data.config['frames'][0]}"], CAUSAL_VAE
+    return model, data[f"in/x_{data.config['frames'][0]}"], vae.CAUSAL_VAE
 
 
 def pipeline_case(data):
@@ -84,7 +80,7 @@ def pipeline_case(data):
         latent_scale=tuple(data["params/scale"].ravel().tolist()),
         frame_batch=4,
     )
-    return model, data[f"in/x_{config['frames'][0]}"], VIDEO_VAE
+    return model, data[f"in/x_{config['frames'][0]}"], vae.TABLE
 
 
 CASES = {"autoencoder_kl": spatial_case, "vae_temporal": temporal_case, "video_vae_pipeline": pipeline_case}
@@ -153,7 +149,7 @@ def test_real_checkpoint_fits():
     _, target = full_size()
     keys = golden.checkpoint_keys("opensora_vae_v1_2")
     sizes = {path: leaf.shape for path, leaf in flatten(target).items()}
-    moves = plan(VIDEO_VAE, keys, sizes)
+    moves = plan(vae.TABLE, keys, sizes)
     assert {key for move in moves for key in move.sources} == set(keys)
     assert sum(math.prod(s) for s in sizes.values()) == sum(math.prod(s) for s in keys.values())
 
@@ -168,7 +164,7 @@ def test_video_vae_full():
         for key, shape in keys.items()
     }
     model, target = full_size()
-    params = from_state_dict(VIDEO_VAE, state, target)
+    params = from_state_dict(vae.TABLE, state, target)
     x = golden.procedural_input("in/x", data.config["x"], seed) * np.float32(data.config["x_factor"])
     z = run(model, params, "encode", channels_last(x))
     golden.assert_close(channels_first(z), data["out/z"], 1e-4)

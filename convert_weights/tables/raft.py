@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import Layout, Rule, affine, norm
+from convert_weights.typing import CheckpointType, Fields, Shapes
+from tora_jax.io.files import tuples
+from tora_jax.models.raft import RAFT
 
 CONV2D = Layout.CONV2D
 
@@ -52,3 +62,50 @@ TABLE = [
 
 # Batch norm's step counter, which only training reads.
 IGNORED = (r".*\.num_batches_tracked",)
+
+
+def infer(shapes: Shapes) -> Fields:
+    def encoder(name: str) -> list[int] | None:
+        levels = count(shapes, rf"{name}_encoder\.layer([0-9]+)\.") or 1
+        inner = (rf"layer{i}\.[0-9]+\.convnormrelu[0-9]+\.0" for i in range(1, levels))
+        sizes = [size(shapes, rf"{name}_encoder\.{part}\.bias") for part in (r"convnormrelu\.0", *inner, "conv")]
+        return None if None in sizes else sizes
+
+    def motion(kind: str) -> list[int] | None:
+        convolution = r"update_block\.motion_encoder\.conv" + kind
+        layers = count(shapes, convolution + "([0-9]+)") or 1
+        sizes = [size(shapes, rf"{convolution}{i}\.0\.bias") for i in range(1, layers)]
+        return sizes if sizes and None not in sizes else None
+
+    gate = size(shapes, r"update_block\.recurrent_block\.convgru[0-9]+\.conv[zrq]\.bias")
+    out = size(shapes, r"update_block\.motion_encoder\.conv\.0\.bias")
+    return known(
+        feature_layers=encoder("feature"),
+        context_layers=encoder("context"),
+        motion_corr_layers=motion("corr"),
+        motion_flow_layers=motion("flow"),
+        motion_features=None if out is None else out + 2,  # the flow itself is appended
+        hidden=gate,
+        flow_hidden=size(shapes, r"update_block\.flow_head\.conv1\.bias"),
+        mask_hidden=size(shapes, r"mask_predictor\.convrelu\.0\.bias"),
+    )
+
+
+def init(key: jax.Array, fields: Fields) -> Any:
+    module = RAFT(**tuples(fields))
+    frame = jnp.zeros((1, *(8 * 2**module.corr_levels,) * 2, 3))
+    return module.init(key, frame, frame)["params"]
+
+
+_HOW_TO_COMPUTE = ("dtype", "parent", "name")  # fields that say nothing about sizes
+
+CHECKPOINT_TYPE = CheckpointType(
+    name="raft",
+    part="raft",
+    table=TABLE,
+    ignored=IGNORED,
+    infer=infer,
+    init=init,
+    released={"large": {f.name: f.default for f in dataclasses.fields(RAFT) if f.name not in _HOW_TO_COMPUTE}},
+    needs=("corr_levels", "corr_radius"),
+)

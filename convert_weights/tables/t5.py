@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from tora_jax.configs import common
 
+from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import ConversionError, Layout, Rule
+from convert_weights.typing import CheckpointType, Fields, Shapes
+from tora_jax.models.t5 import T5Encoder
 
 # One tensor, two names: a file carries either or both.
 TIED = ("shared.weight", "encoder.embed_tokens.weight")
@@ -63,3 +70,38 @@ def _same(a, b) -> bool:
         return False
     # By bytes: NaN equals itself, and dtypes that NumPy cannot compare (bfloat16) work.
     return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
+
+
+def infer(shapes: Shapes) -> Fields:
+    attention = r"encoder\.block\.[0-9]+\.layer\.0\.SelfAttention\."
+    heads = size(shapes, attention + r"relative_attention_bias\.weight", 1)
+    inner = size(shapes, attention + r"[qkv]\.weight")
+    return known(
+        vocab_size=size(shapes, r"shared\.weight|encoder\.embed_tokens\.weight"),
+        width=size(shapes, r"encoder\.block\.[0-9]+\.layer\.[01]\.layer_norm\.weight"),
+        num_heads=heads,
+        head_dim=inner // heads if inner and heads else None,
+        mlp_dim=size(shapes, r"encoder\.block\.[0-9]+\.layer\.1\.DenseReluDense\.wi_[01]\.weight"),
+        depth=count(shapes, r"encoder\.block\.([0-9]+)\."),
+        relative_buckets=size(shapes, attention + r"relative_attention_bias\.weight"),
+    )
+
+
+def init(key: jax.Array, fields: Fields) -> Any:
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return T5Encoder(**fields).init(key, ids, ids > 0)["params"]
+
+
+CHECKPOINT_TYPE = CheckpointType(
+    name="t5",
+    part="t5",
+    table=TABLE,
+    ignored=IGNORED,
+    infer=infer,
+    init=init,
+    released={"XXL": common.t5_xxl()},
+    config_names={"relative_max_distance": "relative_attention_max_distance"},
+    tied=TIED,
+    untie=untie,
+    tokenizer=lambda source: source.tokenizer,
+)

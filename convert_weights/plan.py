@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights import i3d, kinds, mapping, safetensors_io, stream, t5
-from convert_weights.kinds import Kind
+from convert_weights import mapping, safetensors_io, stream, variants
 from convert_weights.mapping import ConversionError, Move
-from convert_weights.measure import Fields
 from convert_weights.sources import Source
+from convert_weights.typing import CheckpointType, Fields
 
-CARRIED = 1 << 16  # bytes up to which a tensor that our model computes itself is kept for the way back
-SHOWN = 30  # problems in one message; --dry_run shows all
+MOST_BYTES_CARRIED = 1 << 16  # of a tensor that our model computes itself, kept for the way back
+MOST_PROBLEMS_SHOWN = 30  # in one message; --dry_run shows all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +24,15 @@ class Part:
     """A checkpoint and its plan.
 
     Attributes:
+      kind: of checkpoint.
       variant: the released name of its sizes, or "own sizes".
       fields: of its model.
       moves: what fits; all of it where `problems` is empty.
       ignored: source keys that no parameter needs.
-      tied: the names under which T5's embedding is in the file.
+      tied: those of the type's two tied names that are in the file.
     """
 
-    kind: Kind
+    kind: CheckpointType
     source: Source
     variant: str
     fields: Fields
@@ -43,32 +43,33 @@ class Part:
 
     def section(self) -> Fields:
         """The fields as config.json has them."""
-        return kinds.stdit_fields(self.fields) if self.kind.name == "stdit3" else self.fields
+        return self.kind.section(self.fields)
 
     def check(self) -> None:
-        """Raises what is wrong, as one list.
+        """Reads what the plan rests on beside shapes.
 
         Raises:
-          ConversionError: when there is a problem, T5's two names hold two tensors, or I3D's norms have scales.
+          ConversionError: when there is a problem, tied names hold two tensors, or the type's own check fails.
         """
         if self.problems:
-            raise ConversionError(self.complaint(SHOWN))
+            message, *details = self.complaint(MOST_PROBLEMS_SHOWN)
+            raise ConversionError(message, details)
         try:
             if len(self.tied) == 2:
-                t5.untie({key: self.source.read(key) for key in self.tied})
-            if self.kind.name == "i3d":
-                i3d.check([key for key in self.ignored if re.fullmatch(i3d.SCALES, key)], self.source.read)
+                self.kind.untie({key: self.source.read(key) for key in self.tied})
+            if self.kind.check is not None:
+                self.kind.check(self.ignored, self.source.read)
         except ConversionError as error:
             raise ConversionError(f"{self.source.name}: {error}") from None
 
-    def complaint(self, shown: int | None = None) -> str:
-        """The problems as one text; `shown` cuts the list."""
+    def complaint(self, shown: int | None = None) -> list[str]:
+        """The problems, a line each under one that sums them up; `shown` cuts the list."""
         count = len(self.problems)
         lines = list(self.problems[:shown])
         if len(lines) < count:
             lines.append(f"... and {count - len(lines)} more; --dry_run shows all")
         noun = "mismatch" if count == 1 else "mismatches"
-        return "\n".join([f"{self.source.name}: does not fit {self.kind.name}: {count} {noun}:", *lines])
+        return [f"{self.source.name}: does not fit {self.kind.name}: {count} {noun}:", *lines]
 
     def record(self) -> dict[str, Any]:
         """What the way back needs: the names and shapes of the source, and the tensors that only it has."""
@@ -88,9 +89,10 @@ class Part:
 
     def _is_small(self, key: str) -> bool:
         size = np.prod(self.source.shapes[key], dtype=np.int64) * self.source.dtypes[key].itemsize
-        return size <= CARRIED
+        return size <= MOST_BYTES_CARRIED
 
     def report(self) -> dict[str, Any]:
+        """What --report says of it."""
         sizes = [int(np.prod(move.target_shape, dtype=np.int64)) for move in self.moves]
         used = {key for move in self.moves for key in move.sources}
         return {
@@ -103,25 +105,28 @@ class Part:
             "parameters": sum(sizes),
             "converted": [move.target for move in self.moves],
             "ignored": list(self.ignored),
-            **({"tied_names": list(self.tied)} if self.kind.name == "t5" else {}),
+            **({"tied_names": list(self.tied)} if self.kind.tied else {}),
         }
 
 
-def make(kind: Kind, source: Source, variant: str | None, dtype: np.dtype | None) -> Part:
+def plan_part(kind: CheckpointType, source: Source, variant: str | None, dtype: np.dtype | None) -> Part:
     """Plans a conversion from the headers alone.
+
+    Args:
+      variant: as the user gives it; None = by the shapes.
+      dtype: that all will be cast to; None = every byte stays.
 
     Raises:
       UserError: when it is no such checkpoint, or of another variant.
     """
-    name, fields = kinds.sizes(kind, source, variant)
-    shapes, problems, tied = dict(source.shapes), [], []
-    if kind.name == "t5":
-        tied = [key for key in t5.TIED if key in shapes]
-        try:
-            shapes = t5.untie(shapes)
-        except ConversionError as error:
-            problems.append(f"! {error}")
-            del shapes[t5.TIED[1]]
+    name, fields = variants.infer(kind, source, variant)
+    shapes, problems = dict(source.shapes), []
+    tied = [key for key in kind.tied if key in shapes]
+    try:
+        shapes = kind.untie(shapes)
+    except ConversionError as error:
+        problems.append(f"! {error}")
+        del shapes[kind.tied[1]]
     moves, mismatches = mapping.match(kind.table, shapes, kind.shapes(fields), kind.ignored)
     problems += mismatches + stream.dtype_problems(source, moves, dtype)
     ignored = [key for key in shapes if any(re.fullmatch(p, key) for p in kind.ignored)]

@@ -1,4 +1,4 @@
-"""What is written: a file of a release folder, or an Orbax checkpoint, aside first and then renamed."""
+"""Writes the parameters of a release folder as safetensors or as an Orbax checkpoint; aside first, then renamed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def readable(nbytes: int) -> str:
     return f"{nbytes / unit:.1f} {name}"
 
 
-def write_release(path: Path, leaves: Sequence[Leaf]) -> None:
+def write_safetensors(path: Path, leaves: Sequence[Leaf]) -> None:
     """One safetensors file of a release folder, streamed."""
     by_path = {leaf.path: leaf for leaf in leaves}
     specs = {path: safetensors_io.Spec(leaf.dtype, leaf.shape) for path, leaf in by_path.items()}
