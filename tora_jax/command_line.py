@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import difflib
 import errno
 import functools
 import os
@@ -22,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from tora_jax.backbones import assembly
-from tora_jax.errors import UserError
+from tora_jax.errors import UserError, closest
 
 
 def run(
@@ -160,8 +159,8 @@ def parse(
         file = next((arg for arg in argv if arg.startswith(("--config=", "-config="))), "--config")
         message = "no such file" if isinstance(error, OSError) else last_line(error)
         if (field := message.strip("'\"")).isidentifier():  # what config_flags says of a field that is not there
-            close = difflib.get_close_matches(field, assembly.field_names() | set(names), 1)
-            message = f"no field {field!r}" + (f'. Did you mean "{close[0]}"?' if close else "")
+            close = closest(field, assembly.field_names() | set(names))
+            message = f"no field {field!r}" + (f'. Did you mean "{close}"?' if close else "")
         raise UserError(f"{file}: {message}") from None
     if values.help:
         print(usage + values.get_help(include_special_flags=False))

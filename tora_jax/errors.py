@@ -1,6 +1,7 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and what its messages suggest."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -17,3 +18,8 @@ class UserError(ValueError):
     def __init__(self, message: str, details: Sequence[str] = ()):
         super().__init__("\n".join([message, *details]))
         self.message, self.details = message, tuple(details)
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one is most like, for "did you mean"; None where none is near."""
+    return next(iter(difflib.get_close_matches(name, known, 1)), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -19,7 +18,7 @@ from jaxtyping import Array
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import text
 from tora_jax.diffusion import rectified_flow
-from tora_jax.errors import UserError
+from tora_jax.errors import UserError, closest
 from tora_jax.io.files import tuples
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalVAE
@@ -175,8 +174,8 @@ def modules(config: Mapping[str, Any]) -> dict[str, nn.Module]:
             raise UserError(f"config: {section} should hold the fields of a model")
         known = _fields(section)
         for name in sorted(fields.keys() - known):
-            close = difflib.get_close_matches(name, known, 1) or sorted(known)
-            raise UserError(f"config: {section} has no field {name!r}; did you mean {', '.join(close)}?")
+            close = closest(name, known) or ", ".join(sorted(known))
+            raise UserError(f"config: {section} has no field {name!r}; did you mean {close}?")
     try:
         return {part: kind(**config[part]) for part, kind in PARTS.items()}
     except TypeError as error:

@@ -6,7 +6,6 @@ The command line, batches, the web page and `tora_jax.generate` all ask through 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from tora_jax.backbones.assembly import Models
 from tora_jax.conditioning import images, resolutions, text, trajectory
 from tora_jax.configs import common
-from tora_jax.errors import UserError
+from tora_jax.errors import UserError, closest
 from tora_jax.io.files import tuples
 from tora_jax.sampling import generate as generation
 
@@ -97,8 +96,8 @@ def make(section: Any, given: Mapping[str, Any]) -> Request:
     """
     known = {*common.sampling(), *SCORES, *INPUTS} - {"trajectory"}
     for name in given.keys() - known:
-        close = difflib.get_close_matches(name, known, 1) or sorted(known)
-        raise UserError(f"there is no setting {name!r}; did you mean {', '.join(close)}?")
+        close = closest(name, known) or ", ".join(sorted(known))
+        raise UserError(f"there is no setting {name!r}; did you mean {close}?")
     options = {name: value for name, value in given.items() if name not in INPUTS}
     resolved = settings(section, options)
     sources = given.get("trajectories", resolved["trajectory"])
