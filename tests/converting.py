@@ -1,6 +1,7 @@
 """What the converter's tests share: golden weights as the files that a user has, and what an error must look like."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,30 @@ def write_source(path: Path, name: str, **changes: np.ndarray | None) -> list[st
     save_file(state, path, metadata={"format": "pt"})
     given = variant(data.config)
     return [kind, str(path), *(["--variant", given] if given else [])]
+
+
+def write_tora_sources(folder: Path) -> None:
+    """Writes three narrow checkpoints and a tokenizer, of which `convert_weights tora` makes a release.
+
+    The denoiser's caption layers are made as wide as T5's features.
+    """
+    stdit, t5 = golden.load("stdit3_text_mask"), golden.load("t5_encoder")
+    rng = np.random.default_rng(0)
+    changes = {
+        "y_embedder.y_embedding": (stdit.config["model_max_length"], t5.config["d_model"]),
+        "y_embedder.y_proj.fc1.weight": (stdit.config["hidden_size"], t5.config["d_model"]),
+    }
+    normal = {key: rng.standard_normal(shape, np.float32) for key, shape in changes.items()}
+    shard(folder / "t5", t5.params)
+    write_source(folder / "stdit3.safetensors", "stdit3_text_mask", **normal)
+    write_source(folder / "vae.safetensors", "video_vae_pipeline")
+    shutil.copyfile(golden.GOLDEN_DIR / "tokenizer.model", folder / "tokenizer.model")
+
+
+def tora_variant() -> str:
+    """The --variant for these checkpoints."""
+    name = "video_vae_pipeline"
+    return json.dumps({"vae": json.loads(CASES[name][2](golden.load(name).config))})
 
 
 def contents(folder: Path) -> set[str]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert_weights import sources
 from convert_weights.tables import vae
-from tests.converting import CASES, contents, main, refused, shard, write_source
+from tests.converting import CASES, contents, main, refused, tora_variant, write_source, write_tora_sources
 from tests.parity import golden
 from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
@@ -186,25 +185,15 @@ def test_open_source_reads_headers_only(tmp_path):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A release folder from three golden checkpoints, the denoiser's caption layers made as wide as T5's features."""
+    """Three golden checkpoints and the arguments that make a release folder of them, but for the tokenizer."""
     folder = tmp_path_factory.mktemp("tora")
-    stdit, width = golden.load("stdit3_text_mask"), golden.load("t5_encoder").config["d_model"]
-    rng = np.random.default_rng(0)
-    changes = {
-        "y_embedder.y_embedding": (stdit.config["model_max_length"], width),
-        "y_embedder.y_proj.fc1.weight": (stdit.config["hidden_size"], width),
-    }
-    normal = {key: rng.standard_normal(shape, np.float32) for key, shape in changes.items()}
-    write_source(folder / "stdit3.safetensors", "stdit3_text_mask", **normal)
-    *_, vae_variant = write_source(folder / "vae.safetensors", "video_vae_pipeline")
-    shard(folder / "t5", golden.load("t5_encoder").params)
+    write_tora_sources(folder)
     argv = ["tora", *(arg for part in ("stdit3", "vae") for arg in (f"--{part}", str(folder / f"{part}.safetensors")))]
-    argv += ["--t5", str(folder / "t5"), "--variant", json.dumps({"vae": json.loads(vae_variant)})]
-    return folder, argv, rng
+    return folder, [*argv, "--t5", str(folder / "t5"), "--variant", tora_variant()]
 
 
 def test_tora_needs_a_tokenizer(released, tmp_path, capsys):
-    _, argv, _ = released
+    _, argv = released
     assert main([*argv, str(tmp_path / "ours")]) == 2
     assert "--tokenizer FILE" in capsys.readouterr().err
     assert contents(tmp_path) == set()
@@ -212,9 +201,8 @@ def test_tora_needs_a_tokenizer(released, tmp_path, capsys):
 
 def test_tora(released, tmp_path):
     """Base weights converted, fusers and extractor new, motion VAE from the video VAE; sample.py takes the folder."""
-    folder, argv, _ = released
-    shutil.copyfile(golden.GOLDEN_DIR / "tokenizer.model", tmp_path / "spiece.model")
-    argv = [*argv, "--tokenizer", str(tmp_path / "spiece.model"), "--report", str(tmp_path / "report.json")]
+    folder, argv = released
+    argv = [*argv, "--tokenizer", str(folder / "tokenizer.model"), "--report", str(tmp_path / "report.json")]
     assert main([*argv, str(tmp_path / "ours")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     params = release.load(tmp_path / "ours").params
