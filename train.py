@@ -31,7 +31,7 @@ from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.checkpoints.manager import Manager
-from tora_jax.data import pipeline
+from tora_jax.data import pipeline, placement
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout
 from tora_jax.io.files import tuples, write_atomic
@@ -91,13 +91,13 @@ def main(argv: list[str], check_interrupt) -> None:
     open_split = functools.partial(
         pipeline.batches,
         seed=config["seed"],
-        shard=pipeline.shard_of(mesh),
+        shard=placement.shard_of(mesh),
         tokenizer=models.tokenizer if config["job"] == "tora" else None,
         latent_frames=models.vae.latent_frames,
     )
     data = config["data"]
     opened = open_split(data, data["split"])
-    batches = pipeline.Placed(opened, mesh)
+    batches = placement.Placed(opened, mesh)
 
     # ----- On the mesh ------------------------------------------------------------------------------------------
     state = jax.device_put(state, sharding.param_shardings(state, mesh, rules))

@@ -14,6 +14,7 @@ is made ahead. Nothing else uses the machine meanwhile: a trainer leaves less to
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -27,7 +28,8 @@ from tora_jax.data import motion, pipeline
 
 
 def clips_per_second(config: dict, args: argparse.Namespace, tokenizer: text.Tokenizer) -> list[float]:
-    iterator = pipeline.batches(config, args.split, seed=0, tokenizer=tokenizer, shard=(0, 1))
+    options = {"latent_frames": lambda frames: math.ceil(frames / 4), "tokenizer": tokenizer, "shard": (0, 1)}
+    iterator = pipeline.batches(config, args.split, seed=0, **options)
     try:
         for _ in range(config["prefetch"] * max(config["workers"], 1) + 2):
             next(iterator)

@@ -1,11 +1,11 @@
 """The input pipeline: what batches hold, and that they depend on the seed and their number alone."""
 
+import functools
 import json
 import warnings
 from pathlib import Path
 
 import grain
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -14,9 +14,9 @@ from tora_jax.configs import common
 from tests import records
 from tora_jax.conditioning import motion_maps, resolutions, text
 from tora_jax.data import buckets, pipeline, sprites
+from tora_jax.data.clips import Clips
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video, resize_crop, write_video
-from tora_jax.sharding import make_mesh
 
 SIDE, FRAMES = records.SCALE.side, records.SCALE.frames
 
@@ -41,6 +41,7 @@ def config(*folders, **changes):
     }
 
 
+batches = functools.partial(pipeline.batches, latent_frames=records.latent_frames)
 RICH = {"motion": "mixed", "tracks": "flow", "crop": 32, "frame_masks": {"random": 0.5, "image_head": 0.3}}
 MIXED = (bucket(5, 32, 48, batch=2, weight=2.0, fps=8.0), bucket(batch=4))
 
@@ -91,7 +92,7 @@ def which(written, videos):
 
 
 def test_entries(folder, tokenizer):
-    batch, *_ = take(pipeline.batches(config(folder, **RICH), "train", seed=0, tokenizer=tokenizer), 1)
+    batch, *_ = take(batches(config(folder, **RICH), "train", seed=0, tokenizer=tokenizer), 1)
     shapes = {name: (array.dtype.name, array.shape) for name, array in batch.items()}
     assert shapes == {
         "video": ("uint8", (4, FRAMES, 32, 32, 3)),
@@ -103,13 +104,13 @@ def test_entries(folder, tokenizer):
         "width": ("float32", (4,)),
         "frame_mask": ("bool", (4, 3)),
     }
-    plain, *_ = take(pipeline.batches(config(folder), "train", seed=0), 1)
+    plain, *_ = take(batches(config(folder), "train", seed=0), 1)
     assert plain.keys() == {"video", "fps", "height", "width", "frame_mask"}
     assert plain["frame_mask"].all()
 
 
 def test_evaluation_goes_once_through_the_split_in_order(folder, tokenizer):
-    iterator = pipeline.batches(
+    iterator = batches(
         config(folder, buckets=(bucket(batch=3),)), "validation", seed=0, tokenizer=tokenizer, training=False
     )
     found = list(iterator)
@@ -126,14 +127,14 @@ def test_evaluation_goes_once_through_the_split_in_order(folder, tokenizer):
 
 
 def test_training_sees_each_clip_once_in_an_epoch(folder, written):
-    seen = [which(written, batch["video"]) for batch in take(pipeline.batches(config(folder), "train", seed=0), 9)]
+    seen = [which(written, batch["video"]) for batch in take(batches(config(folder), "train", seed=0), 9)]
     epochs = [[i for batch in seen[start : start + 3] for i in batch] for start in (0, 3, 6)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_the_seed_decides(folder):
-    one, same, other = (take(pipeline.batches(config(folder, **RICH), "train", seed=s), 4) for s in (1, 1, 2))
+    one, same, other = (take(batches(config(folder, **RICH), "train", seed=s), 4) for s in (1, 1, 2))
     equal(one, same)
     assert any((a["video"] != b["video"]).any() for a, b in zip(one, other, strict=True))
 
@@ -142,7 +143,7 @@ def test_clips_are_thinned_out_to_the_rate_of_the_bucket(folder, written):
     """9 frames at 8 per second: 4 at about 3 per second are every third; 6 fit at every frame alone."""
     for frames, fps, step in ((3, 3.0, 3), (5, 4.0, 2), (6, 4.0, 1), (4, 100.0, 1), (1, 1.0, 1)):
         data = config(folder, buckets=(bucket(frames, fps=fps, batch=12),))
-        batch, *_ = take(pipeline.batches(data, "train", seed=0), 1)
+        batch, *_ = take(batches(data, "train", seed=0), 1)
         assert (batch["fps"] == np.float32(8 / step)).all()
         starts = set()
         for video in batch["video"]:
@@ -163,7 +164,7 @@ def test_clips_are_thinned_out_to_the_rate_of_the_bucket(folder, written):
 def test_motion_and_video_are_cut_alike(folder, written):
     """The dense flow of a scaled, cropped clip is that of its own labels: it moves the pixels on to the next frame."""
     data = config(folder, motion="dense", crop=32, buckets=(bucket(height=40, width=48, batch=12),))
-    batch, *_ = take(pipeline.batches(data, "train", seed=3), 1)
+    batch, *_ = take(batches(data, "train", seed=3), 1)
     places = set()
     for video, maps in zip(batch["video"], batch["maps"], strict=True):
         found = []
@@ -186,7 +187,7 @@ def test_motion_and_video_are_cut_alike(folder, written):
 def test_scaled_tracks(folder, written):
     """Half the size: tracks keep their place, sigma is halved with the frame."""
     data = config(folder, motion="sparse", max_tracks=1, buckets=(bucket(height=24, width=24, batch=12),))
-    iterator = pipeline.batches(data, "train", seed=0, training=False)
+    iterator = batches(data, "train", seed=0, training=False)
     batch, *_ = take(iterator, 1)
     for record, video, maps in zip(written, batch["video"], batch["maps"], strict=True):
         np.testing.assert_array_equal(video, resize_crop(frames_of(record), 24, 24))
@@ -202,7 +203,7 @@ def test_scaled_tracks(folder, written):
 
 
 def test_buckets_by_weight(folder):
-    found = take(pipeline.batches(config(folder, buckets=MIXED), "train", seed=0), 9)
+    found = take(batches(config(folder, buckets=MIXED), "train", seed=0), 9)
     sizes = [batch["video"].shape[:4] for batch in found]
     assert sizes.count((2, 5, 32, 48)) == 6
     assert sizes.count((4, FRAMES, SIDE, SIDE)) == 3
@@ -213,11 +214,11 @@ def test_a_clip_goes_to_buckets_that_it_fits(tmp_path):
     both = records.clips(3) + records.clips(3, scale=small)
     folder = records.write(tmp_path / "tiny", {"train": both})
     data = config(folder, buckets=(bucket(5, 32, 32, batch=6), bucket(batch=3)))
-    iterator = pipeline.batches(data, "train", seed=0, training=False)
-    batches = {batch["video"].shape[2]: batch["video"] for batch in iterator}
+    iterator = batches(data, "train", seed=0, training=False)
+    videos = {batch["video"].shape[2]: batch["video"] for batch in iterator}
     iterator.close()
-    assert len(batches[32]) == 6
-    np.testing.assert_array_equal(batches[48], [frames_of(record) for record in both[:3]])
+    assert len(videos[32]) == 6
+    np.testing.assert_array_equal(videos[48], [frames_of(record) for record in both[:3]])
 
 
 def of_table(frames, resolution, share, batch):
@@ -235,12 +236,12 @@ def test_buckets_of_a_table(tmp_path):
             (tmp_path / f"{name}{i}.txt").write_text(name)
     table = (of_table(10, "144p", (1.0, 0.5), 1), of_table(5, "144p", 1.0, 2))
     data = config(tmp_path, buckets=table)
-    opened = pipeline.Opened(data, "train")
+    clips = Clips(data, "train")
     want = buckets.Buckets({"144p": {10: ((1.0, 0.5), 1), 5: (1.0, 2)}})
-    found = opened.choose(seed=3)
+    found = clips.fill_buckets(seed=3)
     placed = {index: bucket for bucket, indices in found for index in indices}
-    for index in range(len(opened.source)):
-        name = Path(opened.source.name(index)).stem[:-1]
+    for index in range(len(clips.source)):
+        name = Path(clips.source.name(index)).stem[:-1]
         frames, height, width = shapes[name]
         choice = want(frames, height, width, 3 + 2 * index)
         assert (choice is None) == (index not in placed) == (name == "tiny")
@@ -248,7 +249,7 @@ def test_buckets_of_a_table(tmp_path):
             size = [placed[index][key] for key in ("frames", "height", "width", "batch")]
             assert size == [choice.frames, choice.height, choice.width, choice.batch]
     assert {(b["frames"], b["height"], b["width"]) for b in placed.values()} >= {(5, 144, 256), (5, 256, 144)}
-    iterator = pipeline.batches(data, "train", seed=3)
+    iterator = batches(data, "train", seed=3)
     seen = {}
     for _ in range(12):
         batch = next(iterator)
@@ -258,11 +259,11 @@ def test_buckets_of_a_table(tmp_path):
     iterator.close()
     assert set(seen) == {(b["batch"], b["frames"], b["height"], b["width"]) for b, _ in found}
     assert abs(seen[2, 5, 144, 256] - seen[2, 5, 256, 144]) <= 1  # three clips each
-    once = pipeline.batches(data, "train", seed=3, training=False)
+    once = batches(data, "train", seed=3, training=False)
     assert sum(len(batch["video"]) for batch in once) == sum(len(i) // b["batch"] * b["batch"] for b, i in found)
     once.close()
     with pytest.raises(UserError, match="no clip fits any of the buckets"):
-        pipeline.batches(config(tmp_path, buckets=(of_table(51, "144p", 1.0, 1),)), "train", seed=0)
+        batches(config(tmp_path, buckets=(of_table(51, "144p", 1.0, 1),)), "train", seed=0)
 
 
 def test_open_soras_buckets():
@@ -298,16 +299,16 @@ def test_open_soras_buckets():
 )
 def test_configs_that_cannot_be(folder, changes, message):
     with pytest.raises(UserError, match=message):
-        pipeline.batches(config(folder, **changes), "train", seed=0)
+        batches(config(folder, **changes), "train", seed=0)
 
 
 def test_empty_splits(folder, tmp_path):
     with pytest.raises(UserError, match="split 'test' has no clips"):
-        pipeline.batches(config(folder), "test", seed=0)
+        batches(config(folder), "test", seed=0)
     with pytest.raises(UserError, match="split 'train' has no clips"):
-        pipeline.batches(config(tmp_path), "train", seed=0)
+        batches(config(tmp_path), "train", seed=0)
     with pytest.raises(UserError, match="has too few clips for a batch"):
-        pipeline.batches(config(folder, buckets=(bucket(batch=8),)), "validation", seed=0, training=False)
+        batches(config(folder, buckets=(bucket(batch=8),)), "validation", seed=0, training=False)
 
 
 # ---------------------------------------------------------------- resuming
@@ -316,7 +317,7 @@ def test_empty_splits(folder, tmp_path):
 @pytest.mark.parametrize("buckets", [(bucket(),), MIXED])
 def test_exact_resume(folder, tokenizer, buckets):
     def start():
-        return pipeline.batches(config(folder, **RICH, buckets=buckets), "train", seed=5, tokenizer=tokenizer)
+        return batches(config(folder, **RICH, buckets=buckets), "train", seed=5, tokenizer=tokenizer)
 
     whole = take(start(), 10)
     for done in (0, 1, 4, 7):
@@ -335,7 +336,7 @@ def test_exact_resume_with_worker_processes(folder, tokenizer):
 
     def start(workers):
         data = config(folder, **RICH, buckets=MIXED, workers=workers)
-        return pipeline.batches(data, "train", seed=5, tokenizer=tokenizer)
+        return batches(data, "train", seed=5, tokenizer=tokenizer)
 
     whole = take(start(0), 7)
     first = start(2)
@@ -353,21 +354,21 @@ def test_exact_resume_with_worker_processes(folder, tokenizer):
 
 
 def test_state_in_a_checkpoint(folder, tmp_path):
-    whole = take(pipeline.batches(config(folder), "train", seed=0), 4)
-    first = pipeline.batches(config(folder), "train", seed=0)
+    whole = take(batches(config(folder), "train", seed=0), 4)
+    first = batches(config(folder), "train", seed=0)
     next(first), next(first)
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         manager.save(2, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(first)))
         next(first)
     first.close()
-    second = pipeline.batches(config(folder), "train", seed=0)
+    second = batches(config(folder), "train", seed=0)
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         manager.restore(2, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(second)))
     equal(take(second, 2), whole[2:])
 
 
 def test_closed_iterators_give_nothing(folder):
-    iterator = pipeline.batches(config(folder), "train", seed=0)
+    iterator = batches(config(folder), "train", seed=0)
     next(iterator)
     iterator.close()
     iterator.close()
@@ -375,7 +376,7 @@ def test_closed_iterators_give_nothing(folder):
         next(iterator)
 
 
-# ---------------------------------------------------------------- processes and devices
+# ---------------------------------------------------------------- processes
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -385,7 +386,7 @@ def test_processes_share_the_batches_of_one(folder, tokenizer, count, training):
 
     def start(shard):
         data = config(folder, **RICH, buckets=(bucket(),))
-        return pipeline.batches(data, "train", seed=1, tokenizer=tokenizer, training=training, shard=shard)
+        return batches(data, "train", seed=1, tokenizer=tokenizer, training=training, shard=shard)
 
     whole = take(start((0, 1)), 3)
     parts = [take(start((i, count)), 3) for i in range(count)]
@@ -398,39 +399,7 @@ def test_processes_share_the_batches_of_one(folder, tokenizer, count, training):
 
 def test_processes_must_divide_the_batch(folder):
     with pytest.raises(UserError, match="3 processes do not divide a batch of 4"):
-        pipeline.batches(config(folder), "train", seed=0, shard=(0, 3))
-
-
-def test_shares_of_meshes():
-    """Rows are parts of the batch, columns the devices that hold the same part."""
-    hosts = np.arange(8).repeat(4)  # 8 hosts with 4 devices each
-    for ways, want in (
-        (32, [(i, 8) for i in range(8)]),
-        (8, [(i, 8) for i in range(8)]),
-        (4, [(i // 2, 4) for i in range(8)]),
-    ):
-        assert [pipeline._share(hosts.reshape(ways, -1), i) for i in range(8)] == want
-    assert pipeline._share(hosts.reshape(1, -1), 5) == (0, 1)
-    with pytest.raises(UserError, match="uneven part"):
-        pipeline._share(np.array([0, 1, 1, 0])[:, None], 0)
-    assert pipeline.shard_of(make_mesh("data=4,tensor=2")) == (0, 1)
-
-
-def test_batches_on_a_mesh(folder, tokenizer):
-    mesh = make_mesh("data=2,fsdp=2,tensor=2")
-    whole = take(pipeline.batches(config(folder, **RICH), "train", seed=1, tokenizer=tokenizer), 5)
-    iterator = pipeline.Placed(pipeline.batches(config(folder, **RICH), "train", seed=1, tokenizer=tokenizer), mesh)
-    first = [next(iterator) for _ in range(2)]
-    assert {len(shard.data) for shard in first[0]["video"].addressable_shards} == {1}
-    assert first[0]["video"].sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
-    state = json.loads(json.dumps(iterator.get_state()))
-    later = [next(iterator) for _ in range(2)]
-    iterator.set_state(state)
-    again = take(iterator, 3)
-    equal(first + later, whole[:4])
-    equal(again, whole[2:])
-    with pytest.raises(UserError, match="a batch of 4 does not split over data x fsdp = 8"):
-        pipeline.place(whole[0], make_mesh("data=8"))
+        batches(config(folder), "train", seed=0, shard=(0, 3))
 
 
 # ---------------------------------------------------------------- damage
@@ -451,7 +420,7 @@ def test_damaged_records_are_passed_over(damaged):
         data = config(damaged, motion="sparse", buckets=(bucket(batch=5),), damaged_share=0.2, **changes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return pipeline.batches(data, "train", seed=0)
+            return batches(data, "train", seed=0)
 
     good = records.clips(20)
     with warnings.catch_warnings(record=True) as caught:
@@ -477,7 +446,7 @@ def test_damaged_records_are_passed_over(damaged):
 def test_too_many_damaged_records(damaged):
     data = config(damaged, motion="sparse", buckets=(bucket(batch=5),), damaged_share=0.1)
     with pytest.warns(UserWarning, match="record 3: damaged and passed over"):
-        iterator = pipeline.batches(data, "train", seed=0)
+        iterator = batches(data, "train", seed=0)
     with (
         pytest.warns(UserWarning, match="damaged"),
         pytest.raises(UserError, match="3 of 20 records are damaged, such as"),
@@ -485,7 +454,7 @@ def test_too_many_damaged_records(damaged):
         take(iterator, 9)
     iterator.close()
     with pytest.warns(UserWarning, match="record 3"), pytest.raises(UserError, match="of 20 records are damaged"):
-        pipeline.batches(config(damaged), "train", seed=0)
+        batches(config(damaged), "train", seed=0)
 
 
 def test_damage_that_only_decoding_shows(tmp_path):
@@ -499,7 +468,7 @@ def test_damage_that_only_decoding_shows(tmp_path):
     content[start : start + 5000] = bytes(5000)
     (tmp_path / "bad.mp4").write_bytes(content)
     data = config(tmp_path, buckets=(bucket(60, 32, 32, batch=2),), damaged_share=0.5)
-    iterator = pipeline.batches(data, "train", seed=0, training=False)
+    iterator = batches(data, "train", seed=0, training=False)
     assert not iterator.damaged
     with pytest.warns(UserWarning, match=r"bad\.mp4: damaged and passed over"):
         (batch,) = take(iterator, 1)
@@ -514,14 +483,14 @@ def test_a_damaged_file_of_records(tmp_path, written):
     content[20_000:20_064] = bytes(64)
     path.write_bytes(content)
     with pytest.warns(UserWarning, match=r"train record \d+: damaged and passed over \(cannot be read"):
-        iterator = pipeline.batches(config(folder, damaged_share=0.2), "train", seed=0)
+        iterator = batches(config(folder, damaged_share=0.2), "train", seed=0)
     lost = {int(name.split()[-1]) for name in iterator.damaged}
     assert lost
     seen = {i for batch in take(iterator, 9) for i in which(written, batch["video"])}
     assert seen == set(range(12)) - lost
     path.write_bytes(bytes(len(content)))
     with pytest.raises(UserError, match=r"train record 0: damaged .* and so are all others"):
-        pipeline.batches(config(folder, damaged_share=1.0), "train", seed=0)
+        batches(config(folder, damaged_share=1.0), "train", seed=0)
 
 
 def test_a_folder_of_videos(tmp_path, tokenizer):
@@ -531,7 +500,7 @@ def test_a_folder_of_videos(tmp_path, tokenizer):
         write_video(tmp_path / f"{i}.mp4", np.stack([np.roll(video, 2 * t * (i < 2), 1) for t in range(shape[0])]), 8)
         (tmp_path / f"{i}.txt").write_text("Noise.")
     data = config(tmp_path, buckets=(bucket(9, 40, 40, batch=3),), motion="sparse")
-    batch, *_ = take(pipeline.batches(data, "train", seed=0, tokenizer=tokenizer, training=False), 1)
+    batch, *_ = take(batches(data, "train", seed=0, tokenizer=tokenizer, training=False), 1)
     assert batch["maps"].shape == (3, 9, 40, 40, 3)
     assert (batch["maps"][:2, 1:] < 255).any((1, 2, 3, 4)).all()
     assert (batch["ids"][0] == tokenizer(["noise."])[0][0]).all()

@@ -41,7 +41,7 @@ def run(models, folder, out, options=OPTIONS, **changes):
 
 
 def read(folder, split="train"):
-    source = sources.open_folder(folder, split)
+    source = sources.open_source(folder, split)
     return [source[i] for i in range(len(source))]
 
 
@@ -58,6 +58,10 @@ def config(folder, batch=2, motion="sparse"):
         "prefetch": 1,
         "damaged_share": 0.0,
     }
+
+
+def batches(config, **options):
+    return pipeline.batches(config, "train", seed=0, latent_frames=records.latent_frames, **options)
 
 
 def by_hand(vae, params):
@@ -133,7 +137,7 @@ def test_neither_batch_nor_workers_change_the_result(tiny_models, folder, tmp_pa
 def test_training_from_it(tiny_models, folder, tmp_path):
     out = run(tiny_models, folder, tmp_path / "cached")
     found = read(out)
-    iterator = pipeline.batches(config(out), "train", seed=0, tokenizer=tiny_models.tokenizer)
+    iterator = batches(config(out), tokenizer=tiny_models.tokenizer)
     seen, variants = [], set()
     for _ in range(21):
         batch = next(iterator)
@@ -167,7 +171,7 @@ def test_training_from_it(tiny_models, folder, tmp_path):
     iterator.close()
     assert sorted(seen) == sorted(list(range(7)) * 6)
     assert variants == {0, 1, 2}
-    batch = next(still := pipeline.batches(config(out, motion="none"), "train", seed=0))
+    batch = next(still := batches(config(out, motion="none")))
     still.close()
     assert not batch.keys() & {"motion_mean", "ids"}
     for changes, message in (
@@ -177,14 +181,14 @@ def test_training_from_it(tiny_models, folder, tmp_path):
         ({"buckets": ({**config(out)["buckets"][0], "height": 24},)}, "no clip fits"),
     ):
         with pytest.raises(UserError, match=message):
-            pipeline.batches({**config(out), **changes}, "train", seed=0)
+            batches({**config(out), **changes})
     with pytest.raises(UserError, match="is precomputed already"):
         run(tiny_models, out, tmp_path / "twice")
 
 
 def test_caption_embeddings(tiny_models, written, folder, tmp_path):
     out = run(tiny_models, folder, tmp_path / "cached", dataclasses.replace(OPTIONS, motion="none", text="embedding"))
-    iterator = pipeline.batches(config(out, batch=7, motion="none"), "train", seed=0, training=False)
+    iterator = batches(config(out, batch=7, motion="none"), training=False)
     batch = next(iterator)
     iterator.close()
     ids, mask = tiny_models.tokenizer([text.clean(record["caption"]) for record in written])

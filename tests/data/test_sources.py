@@ -24,7 +24,7 @@ def fill(videos, captions):
 )
 def test_folders_of_videos(tmp_path, videos, captions):
     fill(tmp_path / videos, tmp_path / captions)
-    source = sources.open_folder(tmp_path, "train")
+    source = sources.open_source(tmp_path, "train")
     assert [source[i]["caption"] for i in range(len(source))] == ["Clip a.", "Clip b.", "Clip c."]
     assert source.name(0).endswith("a.mp4")
     assert read_video(source[2]["video"])[0].shape == (6, 16, 32, 3)
@@ -32,35 +32,35 @@ def test_folders_of_videos(tmp_path, videos, captions):
     assert infos.tolist() == [[4, 16, 32, 8], [5, 16, 32, 9], [6, 16, 32, 10]]
     assert not damaged
     with pytest.raises(UserError, match="has no split 'validation'; put its clips into"):
-        sources.open_folder(tmp_path, "validation")
+        sources.open_source(tmp_path, "validation")
 
 
 def test_a_video_without_a_caption(tmp_path):
     fill(tmp_path / "videos", tmp_path / "labels")
     (tmp_path / "labels" / "b.txt").unlink()
     with pytest.raises(UserError, match=r"b\.mp4: has no caption; write one into .*labels/b\.txt"):
-        sources.open_folder(tmp_path, "train")
+        sources.open_source(tmp_path, "train")
 
 
 def test_tfds_folders(tmp_path):
     written = records.clips(4)
     folder = records.write(tmp_path / "tiny" / "1.0.0", {"train": written, "validation": written[:1]})
     for place in (folder, tmp_path / "tiny", tmp_path):
-        source = sources.open_folder(place, "train")
+        source = sources.open_source(place, "train")
         assert len(source) == 4
         for i, want in enumerate(written):
             got = source[i]
             assert (got["video"], got["caption"]) == (want["video"], want["caption"])
             for name in ("tracks", "visible", "labels"):
                 np.testing.assert_array_equal(got[name], want[name])
-    assert len(sources.open_folder(folder, "train[50%:]")) == 2
-    assert sources.open_folder(folder, "train[50%:]")[0]["caption"] == written[2]["caption"]
-    assert sources.open_folder(folder, "train").info(0) == (9, 48, 48, 8.0)
+    assert len(sources.open_source(folder, "train[50%:]")) == 2
+    assert sources.open_source(folder, "train[50%:]")[0]["caption"] == written[2]["caption"]
+    assert sources.open_source(folder, "train").info(0) == (9, 48, 48, 8.0)
     with pytest.raises(UserError, match="has no split 'test'; there are train, validation"):
-        sources.open_folder(folder, "test")
+        sources.open_source(folder, "test")
     records.write(tmp_path / "tiny" / "1.0.1", {"train": written})
     with pytest.raises(UserError, match=r"holds several data sets; choose one of .*1\.0\.0, .*1\.0\.1"):
-        sources.open_folder(tmp_path / "tiny", "train")
+        sources.open_source(tmp_path / "tiny", "train")
 
 
 def test_several_sources_are_one(tmp_path):
@@ -69,7 +69,7 @@ def test_several_sources_are_one(tmp_path):
         records.write(tmp_path / str(i), {"train": part})
         for i, part in enumerate((written[:2], written[2:3], written[3:]))
     ]
-    joined = sources.Joined([sources.open_folder(folder, "train") for folder in folders])
+    joined = sources.Joined(folders, "train")
     assert len(joined) == 5
     assert [joined[i]["video"] for i in range(5)] == [record["video"] for record in written]
     assert joined.name(3) == f"{folders[2]} train record 0"
@@ -77,17 +77,17 @@ def test_several_sources_are_one(tmp_path):
 
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        sources.open_folder(tmp_path / "missing", "train")
+        sources.open_source(tmp_path / "missing", "train")
     folder = records.write(tmp_path / "tiny", {"train": records.clips(1)})
     (folder / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="is no data set that can be read"):
-        sources.open_folder(folder, "train")
+        sources.open_source(folder, "train")
 
 
 def test_damaged_files_are_found_by_the_scan(tmp_path):
     fill(tmp_path, tmp_path)
     (tmp_path / "b.mp4").write_bytes(b"no video")
-    infos, damaged = sources.scan(sources.open_folder(tmp_path, "train"))
+    infos, damaged = sources.scan(sources.open_source(tmp_path, "train"))
     assert infos[:, 0].tolist() == [4, 0, 6]
     assert damaged.keys() == {1}
     assert "b.mp4: cannot be decoded as a video" in damaged[1]

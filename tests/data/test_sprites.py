@@ -209,7 +209,7 @@ def test_it_is_built_once_and_is_a_source(built):
     before = {path: path.stat().st_mtime_ns for path in version.iterdir()}
     assert sprites.build(folder, scale) == version
     assert {path: path.stat().st_mtime_ns for path in version.iterdir()} == before
-    assert len(sources.open_folder(version, "train")) == 3
+    assert len(sources.open_source(version, "train")) == 3
 
 
 def test_mistakes(tmp_path, capsys):

@@ -23,7 +23,7 @@ OPTIONS = precompute.Options(frames=5, height=32, width=32, motion="sparse", var
 
 
 def records(folder):
-    source = sources.open_folder(folder, "train")
+    source = sources.open_source(folder, "train")
     return [source[i] for i in range(len(source))]
 
 
@@ -35,7 +35,7 @@ def info(folder):
     return found, json.loads((folder / "features.json").read_text())
 
 
-def batch_of(folder, motion, tokenizer):
+def batch_of(folder, motion, models):
     config = {
         "sources": (folder,),
         "buckets": ({"frames": 5, "height": 32, "width": 32, "fps": 0.0, "batch": 3, "weight": 1.0},),
@@ -48,7 +48,8 @@ def batch_of(folder, motion, tokenizer):
         "prefetch": 1,
         "damaged_share": 0.0,
     }
-    batches = pipeline.batches(config, "train", seed=0, tokenizer=tokenizer, training=False)
+    options = {"latent_frames": models.vae.latent_frames, "tokenizer": models.tokenizer, "training": False}
+    batches = pipeline.batches(config, "train", seed=0, **options)
     try:
         return next(batches)
     finally:
@@ -64,7 +65,7 @@ def test_sprites(tiny_models, tmp_path):
         np.testing.assert_allclose(pixels, before, atol=12)
         for name in got:
             np.testing.assert_equal(got[name], want[name], err_msg=name)
-    batch = batch_of(BEFORE / "sprites", "dense", tiny_models.tokenizer)
+    batch = batch_of(BEFORE / "sprites", "dense", tiny_models)
     assert batch["video"].shape == batch["maps"].shape == (3, 5, 32, 32, 3)
 
 
@@ -83,7 +84,7 @@ def test_precomputed_set(tiny_models, tmp_path):
                 np.testing.assert_allclose(got[name], want[name], atol=2e-3, rtol=2e-3, err_msg=name)
             else:
                 assert got[name] == want[name]
-    batch = batch_of(BEFORE / "precomputed", "sparse", tiny_models.tokenizer)
+    batch = batch_of(BEFORE / "precomputed", "sparse", tiny_models)
     assert batch["latent_mean"].shape == batch["motion_mean"].shape == (3, 2, 4, 4, 4)
 
 
@@ -105,7 +106,7 @@ def test_curated_shards():
     (record,) = records(BEFORE / "curated")
     assert record["caption"] == "An ellipse moves. motion score: 2.5. camera motion: static."
     assert read_video(record["video"])[0].shape == (17, 144, 160, 3)
-    assert sources.open_folder(BEFORE / "curated", "train").info(0) == (17, 144, 160, 8.0)
+    assert sources.open_source(BEFORE / "curated", "train").info(0) == (17, 144, 160, 8.0)
 
 
 @pytest.mark.parametrize("begun", [True, False])

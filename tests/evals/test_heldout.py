@@ -40,6 +40,7 @@ def config(folder, tiny_config):
 @pytest.fixture
 def open_split(config, tiny_models):
     options = {"seed": 0, "tokenizer": tiny_models.tokenizer, "training": False}
+    options["latent_frames"] = tiny_models.vae.latent_frames
     return functools.partial(pipeline.batches, config["data"], "benchmark_one", **options)
 
 

@@ -13,7 +13,7 @@ import pytest
 from tora_jax.configs import common, tora
 
 from tora_jax import sharding
-from tora_jax.data import pipeline
+from tora_jax.data import placement
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
 from tora_jax.models.video_vae import Gaussian, Moments
@@ -84,7 +84,7 @@ def train(parts, params, patterns, optimizer, batches, spec: str = "", **options
     steps = []
     with sharding.use(mesh, RULES):
         for batch in batches:
-            state, metrics = step(state, frozen, pipeline.place(batch, mesh), jax.random.key(0))
+            state, metrics = step(state, frozen, placement.place(batch, mesh), jax.random.key(0))
             gradients = jax.tree.map(np.asarray, state.opt_state[0].trace)
             steps.append((float(metrics["loss"]), gradients))
     return jax.tree.map(np.asarray, state), steps

@@ -41,7 +41,9 @@ from tqdm import tqdm
 
 from tora_jax import sharding
 from tora_jax.backbones import assembly
-from tora_jax.data import motion, pipeline, sources
+from tora_jax.data import motion, sources
+from tora_jax.data.clips import ClipLoader, Clips
+from tora_jax.data.pipeline import prefetched
 from tora_jax.errors import UserError
 from tora_jax.io.files import made_otherwise, note_made
 
@@ -153,7 +155,7 @@ def precompute(
 
     Args:
       models: see `chain.load`.
-      source: a folder, see `sources.open_folder`.
+      source: a folder, see `sources.open_source`.
       out: the folder to write.
       batch: clips that are encoded together; it does not change the result.
       workers: processes that decode and draw maps; 0 = a thread.
@@ -183,9 +185,7 @@ def precompute(
         return out
     motions = {name: getattr(options, name) for name in ("motion", "tracks", "max_tracks")}
     bucket = {name: getattr(options, name) for name in ("frames", "height", "width", "fps")}
-    opened = pipeline.Opened(
-        {"sources": (source,), "buckets": (bucket,), "crop": 0, "frame_masks": {}, **motions}, split
-    )
+    opened = Clips({"sources": (source,), "buckets": (bucket,), "crop": 0, "frame_masks": {}, **motions}, split)
     if opened.source.made:
         raise UserError(f"{source}: is precomputed already; give the folder that it was made from")
     load = opened.loader(bucket, models.tokenizer, training=False, latent_frames=1, draws=options.variants)
@@ -233,7 +233,7 @@ def _parts(indices: Sequence[int], size: int) -> list[Sequence[int]]:
 class _Draw:
     """Numbers of clips -> records without their latents, and arrays to be encoded, filled up to a full batch."""
 
-    load: pipeline.Loader
+    load: ClipLoader
     seed: int
     batch: int
 
@@ -243,7 +243,7 @@ class _Draw:
             try:
                 record = self.load.source[index]
                 # The numbers depend on the clip alone, not on where a run began.
-                clip = self.load.make(record, index, np.random.default_rng([self.seed, index]))
+                clip = self.load.clip(record, index, np.random.default_rng([self.seed, index]))
             except UserError as error:
                 damaged.append(f"{self.load.source.name(index)}: damaged and left out ({error})")
                 continue
@@ -258,7 +258,7 @@ class _Draw:
 
 def _encoded(
     models: assembly.Models,
-    load: pipeline.Loader,
+    load: ClipLoader,
     options: Options,
     todo: Sequence[tuple[int, Sequence[int]]],
     batch: int,
@@ -269,7 +269,7 @@ def _encoded(
         return
     draws = grain.MapDataset.source([part for _, part in todo]).map(_Draw(load, options.seed, batch))
     encode, waiting = make_encoder(models, options.seed), None
-    with contextlib.closing(pipeline.iterate(draws, workers, prefetch=2)) as drawn:
+    with contextlib.closing(prefetched(draws, workers, prefetch=2)) as drawn:
         for (number, _), clips in zip(todo, drawn, strict=True):
             for message in clips["damaged"]:
                 warnings.warn(message, stacklevel=2)

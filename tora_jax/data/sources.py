@@ -1,24 +1,16 @@
-"""Where clips come from: TFDS folders in ArrayRecord (no TensorFlow), plain folders of videos, precomputed sets.
+"""Where clips come from: TFDS folders in ArrayRecord (no TensorFlow), precomputed sets, plain folders of videos.
 
-A source gives records by number, to threads and, pickled, to other processes. A record is a dict. Of a clip: `video`
-(bytes or a path), `caption`, and where they are known `fps`, `tracks`, `visible`, `labels`, see `sprites`; labels
-promise that the objects only translate. Of a precomputed set: what `precompute` writes.
-
-All sources have
-  made: what a precomputed set was made with; None of clips.
-  source[index]: a record.
-  info(index): length, size and rate of a clip.
-  name(index): of a record, for people.
-The second and the third raise UserError where a record is damaged.
+SOURCES is the table of the kinds of sources. A new data format is a class with the methods of `Source`, and a line that
+adds it to the table.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -31,8 +23,43 @@ SCAN_THREADS = 8
 MADE = "precompute.json"  # lies in a precomputed set: what it was made with
 
 
-class Records:
-    """One split of a TFDS folder.
+@runtime_checkable
+class Source(Protocol):
+    """Records by number, for threads and, pickled, for other processes.
+
+    A record is a dict. A clip's record has `video` (the bytes of a file, or its path), `caption`, and where they are
+    known `fps`, `tracks`, `visible` and `labels`, see `sprites`; labels promise that the objects only translate. A
+    precomputed set has the records that `precompute` writes.
+
+    Attributes:
+      made: what a precomputed set was made with; None of clips.
+    """
+
+    made: Mapping[str, Any] | None
+
+    def __len__(self) -> int:
+        """Number of records."""
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """A record.
+
+        Raises:
+          UserError: it is damaged.
+        """
+
+    def info(self, index: int) -> VideoInfo:
+        """Length, size and rate of a clip.
+
+        Raises:
+          UserError: the record is damaged.
+        """
+
+    def name(self, index: int) -> str:
+        """The name of a record, for people."""
+
+
+class TFDSFolder:
+    """One split of a TFDS folder: a set of clips, such as sprites and curated shards, or a precomputed set.
 
     Raises:
       UserError: the folder is broken, or has no such split.
@@ -78,12 +105,12 @@ class Records:
 
 
 def sizes_name(split: str) -> str:
-    """The file beside the shards in which curation writes `video_io.VideoInfo` of all clips, so that none is opened."""
+    """The file of `VideoInfo` that curation writes beside the shards, so that no clip is opened to learn its size."""
     return f"sizes-{split}.npy"
 
 
 def _infos(folder: Path, splits: Mapping[str, Any], split: str) -> Float[np.ndarray, "n 4"] | None:
-    """What such a file says of the clips of a split, or of a part such as "train[:10%]"."""
+    """The content of that file for the clips of a split, or of a part such as "train[:10%]"; None without the file."""
     name = split.split("[")[0]
     if not (folder / sizes_name(name)).is_file():
         return None
@@ -104,12 +131,15 @@ class VideoFolder:
     there is none, all of the folder is the split "train".
 
     Raises:
-      UserError: a video has no caption (the message names the file), or the split is not there.
+      UserError: a video has no caption (the message names the file), or the folder or the split is not there.
     """
 
     made = None
 
-    def __init__(self, folder: Path, split: str):
+    def __init__(self, folder: str | Path, split: str):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give one with a data set or with videos")
         if (folder / split).is_dir():
             folder = folder / split
         elif split != "train":
@@ -138,64 +168,71 @@ class VideoFolder:
         return str(self.files[index])
 
 
-class Joined:
-    """Several sources, one after the other.
+def _open_tfds(folder: str, split: str) -> TFDSFolder | None:
+    """None for a folder without TFDS's dataset_info.json, which may also lie one or two folders below."""
+    found = [path.parent for inside in ("", "*/", "*/*/") for path in Path(folder).glob(f"{inside}dataset_info.json")]
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds several data sets; choose one of {', '.join(map(str, found))}")
+    return TFDSFolder(found[0], split) if found else None
+
+
+# Kind -> the function (an entry of a config's `sources`, split) that opens it, or returns None where the entry is of
+# another kind. The kind that was added last is asked first; a folder that nothing else takes is one of videos.
+SOURCES: dict[str, Callable[[str, str], Source | None]] = {"videos": VideoFolder, "tfds": _open_tfds}
+
+
+def open_source(folder: str | Path, split: str) -> Source:
+    """Opens a source as the kind that its content tells.
+
+    Args:
+      folder: a `TFDSFolder` (with dataset_info.json, or with one folder of a version that has it), a `VideoFolder`, or
+        what another kind in SOURCES takes.
+      split: "train", "validation" ...; of TFDS folders also parts, such as "train[:10%]".
 
     Raises:
-      UserError: some are precomputed and some are not, or they were made in different ways.
+      UserError: no kind takes the folder, or it has no such split.
+    """
+    opened = (kind(str(folder), split) for kind in reversed(SOURCES.values()))
+    return next(source for source in opened if source is not None)
+
+
+class Joined:
+    """Several sources, one after the other; a `Source` itself.
+
+    Raises:
+      UserError: one of them cannot be opened, or some are precomputed and some are not.
     """
 
-    def __init__(self, sources: Sequence[Records | VideoFolder]):
-        self.sources = tuple(sources)
-        self.made = sources[0].made
-        for source in sources[1:]:
+    def __init__(self, folders: Sequence[str | Path], split: str):
+        self.sources = tuple(open_source(folder, split) for folder in folders)
+        self.made = self.sources[0].made
+        for folder, source in zip(folders, self.sources, strict=True):
             if (source.made is None) != (self.made is None):
-                raise UserError(f"{source.folder}: precomputed sets and clips do not mix; give sources of one kind")
-        self._ends = np.cumsum([len(source) for source in sources])
+                raise UserError(f"{folder}: precomputed sets and clips do not mix; give sources of one kind")
+        self._ends = np.cumsum([len(source) for source in self.sources])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _place(self, index: int) -> tuple[Records | VideoFolder, int]:
+    def _find(self, index: int) -> tuple[Source, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self.sources[which], index - int(self._ends[which]) + len(self.sources[which])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        source, place = self._place(index)
-        return source[place]
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        source, number = self._find(index)
+        return source[number]
 
     def info(self, index: int) -> VideoInfo:
-        source, place = self._place(index)
-        return source.info(place)
+        source, number = self._find(index)
+        return source.info(number)
 
     def name(self, index: int) -> str:
-        source, place = self._place(index)
-        return source.name(place)
+        source, number = self._find(index)
+        return source.name(number)
 
 
-def open_folder(folder: str | Path, split: str) -> Records | VideoFolder:
-    """A folder as a source, by what lies in it.
-
-    Args:
-      folder: one with TFDS's dataset_info.json (or with one folder of a version that has it), or a `VideoFolder`.
-      split: "train", "validation" ...; of TFDS folders also parts, such as "train[:10%]".
-
-    Raises:
-      UserError: it is neither, or has no such split.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one with a data set or with videos")
-    found = [path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}dataset_info.json")]
-    if len(found) > 1:
-        raise UserError(f"{folder}: holds several data sets; choose one of {', '.join(map(str, found))}")
-    if found:
-        return Records(found[0], split)
-    return VideoFolder(folder, split)
-
-
-def scan(source: Records | VideoFolder | Joined) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
-    """`video_io.VideoInfo` of each clip, zeros where it cannot be read; and of those, why."""
+def scan(source: Source) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
+    """`VideoInfo` of each clip, zeros where it cannot be read; and number of each of the latter -> the reason."""
 
     def one(index: int) -> VideoInfo | UserError:
         try:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from tora_jax import sharding
 from tora_jax.backbones.assembly import Models
-from tora_jax.data import motion, pipeline, sources
+from tora_jax.data import clips, motion, pipeline, placement, sources
 from tora_jax.errors import UserError
 from tora_jax.evals import sprites, traj_error
 from tora_jax.io import overlay
@@ -70,7 +70,7 @@ def _means(found: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _first(open_split, mesh: Mesh, count: int) -> Iterator[dict[str, jax.Array]]:
-    batches = pipeline.Placed(open_split(), mesh)
+    batches = placement.Placed(open_split(), mesh)
     try:
         for _, batch in zip(range(count), batches, strict=False):
             yield batch
@@ -173,29 +173,29 @@ def held_out_clips(config: Mapping[str, Any]) -> list[Clip]:
     """
     data, evaluation = config["data"], config["evaluation"]
     source = evaluation["source"] or data["sources"][0]
-    if not evaluation["source"] and (made := sources.open_folder(source, data["split"]).made):
+    if not evaluation["source"] and (made := sources.open_source(source, data["split"]).made):
         source = made["source"]
     if not Path(source).is_dir():
         raise UserError(f"{source}: no such folder; evaluation.source names the clips whose tracks are followed")
     data = {**data, "sources": (source,), "motion": "sparse", "crop": 0}
-    opened = pipeline.Opened(data, evaluation["split"])
-    load = opened.loader(data["buckets"][0], None, training=False, latent_frames=1)
-    clips = []
+    held_out = clips.Clips(data, evaluation["split"])
+    load = held_out.loader(data["buckets"][0], None, training=False, latent_frames=1)
+    chosen = []
     for index in load.fitting:
-        rng, record = np.random.default_rng(index), opened.source[index]
-        clip, truth = load.cut(record, index, rng)
+        rng, record = np.random.default_rng(index), held_out.source[index]
+        clip, truth = load.excerpt(record, index, rng)
         tracks = truth.get("tracks", ())[: data["max_tracks"]]
         if not len(tracks):
             tracks, _ = motion.draw_tracks(rng, motion.dense_flow(clip["video"]), 1)
         objects = record.get("objects", {"colour": ()})["colour"]
         colours = tuple(name.decode() for name in objects) if len(objects) == len(tracks) else ()
         if len(tracks):
-            clips.append(Clip(record["caption"], tracks, colours, float(clip["fps"])))
-        if len(clips) == evaluation["clips"]:
+            chosen.append(Clip(record["caption"], tracks, colours, float(clip["fps"])))
+        if len(chosen) == evaluation["clips"]:
             break
-    if not clips:
+    if not chosen:
         raise UserError(f"{source}: nothing moves in the clips of split {evaluation['split']!r}")
-    return clips
+    return chosen
 
 
 def latent_statistics(

@@ -23,6 +23,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from tora_jax.configs import curate
 
 from tests import moving, odd_videos, training_runs
+from tests import records as shared
 from tests.data.curate.test_rules import Server
 from tora_jax import command_line as command
 from tora_jax.data import pipeline, sources
@@ -172,7 +173,7 @@ def test_records(whole):
 @pytest.mark.parametrize("split", ["train", "train[2:5]"])
 def test_sizes_lie_beside_the_shards(whole, split, monkeypatch):
     """So no clip is opened before it is needed."""
-    source = sources.open_folder(whole[0], split)
+    source = sources.open_source(whole[0], split)
     want = [video_io.probe(source[i]["video"]) for i in range(len(source))]
     assert len(want) == (6 if split == "train" else 3)
     monkeypatch.setattr(video_io, "probe", None)
@@ -195,7 +196,7 @@ def test_the_loader_reads_them(whole, motion):
         "prefetch": 1,
         "damaged_share": 0.0,
     }
-    iterator = pipeline.batches(config, "train", seed=0)
+    iterator = pipeline.batches(config, "train", seed=0, latent_frames=shared.latent_frames)
     moved = 0
     for _ in range(4):
         batch = next(iterator)
@@ -243,7 +244,7 @@ def test_other_rules_and_more_videos_use_what_is_there(videos, whole, tmp_path):
     after = work_files(output)
     assert {path: after[path] for path in before} == before
     assert len(after) == len(before) + 5  # of the new video: content, probe, clips, motion, looks
-    assert sources.open_folder(output, "train").folder == Path(third["data"])
+    assert sources.open_source(output, "train").folder == Path(third["data"])
 
 
 def test_splits_by_source(videos, whole, tmp_path):
@@ -268,7 +269,7 @@ def test_an_empty_split_is_one(videos, tmp_path):
     (folder / "page.mp4").write_text("nothing")
     stats = run(folder, tmp_path / "output", shards__validation=0.5)
     for split in ("train", "validation"):
-        assert len(sources.open_folder(tmp_path / "output", split)) == 0
+        assert len(sources.open_source(tmp_path / "output", split)) == 0
     assert stats["clips"]["total"] == 0
 
 

@@ -1,4 +1,4 @@
-"""Frame masks in training: which latent frames are given, and which are to be generated."""
+"""Frame masks in training: which latent frames are given, and which are generated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ("none", "random", "interpolate", *(f"{size}_{place}" for size in ("quar
 
 
 def check(shares: Mapping[str, float]) -> None:
-    """Shares of the masks by name, each in 0..1; what they leave of 1 is "none".
+    """Checks shares of the masks by name, each in 0..1; the rest up to 1 is "none".
 
     Raises:
       UserError: for an unknown name, a share outside 0..1, or a sum over 1.
@@ -43,12 +43,15 @@ def draw(rng: np.random.Generator, shares: Mapping[str, float], frames: int) -> 
 def mask(rng: np.random.Generator, name: str, frames: int) -> Bool[np.ndarray, " frames"]:
     """A mask over latent frames: False = given, True = generate.
 
-    "none": all are generated. "random": each is given with a probability that is itself drawn from 0.1..0.9.
-    "interpolate": every second one is given, from the first or the second on. "image_...": one is given
-    ("image_head_tail": two), "quarter_...": 1 to a quarter of all in one piece (at least 1), somewhere ("random"),
+    "none": all are generated. "random": each is given with one probability, drawn from 0.1..0.9. "interpolate": every
+    second one is given, from the first or the second on. "image_...": one is given ("image_head_tail": two).
+    "quarter_...": a piece of 1 to a quarter of all (at least 1) is given. Pieces and images lie somewhere ("random"),
     at the start ("head"), at the end ("tail") or at both.
 
-    Of a clip with one latent frame, nothing is given; of others, never all: the last one is left then.
+    Of a clip with one latent frame nothing is given. Of others never all are given: the last one is generated then.
+
+    Raises:
+      ValueError: there is no such mask.
 
     Source: Open-Sora v1.2, opensora/utils/train_utils.py, MaskGenerator (its "identity" is "none", its
     "intepolate" is "interpolate"; fewer than four frames, where its quarter is empty and it fails, have a

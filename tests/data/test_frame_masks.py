@@ -5,14 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from tora_jax.data import masks
+from tora_jax.data import frame_masks
 from tora_jax.errors import UserError
 
 
 def drawn(name, frames, times=300):
     """Different masks, as strings of the given (o) and the generated (-) frames."""
     rng = np.random.default_rng(0)
-    found = (masks.mask(rng, name, frames) for _ in range(times))
+    found = (frame_masks.mask(rng, name, frames) for _ in range(times))
     return {"".join("-" if generate else "o" for generate in mask) for mask in found}
 
 
@@ -40,7 +40,7 @@ def test_masks_of_the_reference(name, want):
 
 def test_random_gives_a_share_of_0_1_to_0_9_but_never_all():
     rng = np.random.default_rng(0)
-    given = np.array([1 - masks.mask(rng, "random", 40).mean() for _ in range(2000)])
+    given = np.array([1 - frame_masks.mask(rng, "random", 40).mean() for _ in range(2000)])
     assert abs(given.mean() - 0.5) < 0.02
     assert np.quantile(given, 0.1) < 0.25
     assert np.quantile(given, 0.9) > 0.75
@@ -48,12 +48,12 @@ def test_random_gives_a_share_of_0_1_to_0_9_but_never_all():
     assert few == {"".join(mask) for mask in itertools.product("o-", repeat=3)} - {"ooo"}
 
 
-@pytest.mark.parametrize("name", masks.NAMES)
+@pytest.mark.parametrize("name", frame_masks.NAMES)
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
 def test_short_clips_keep_something_to_generate(name, frames):
     rng = np.random.default_rng(0)
     for _ in range(50):
-        mask = masks.mask(rng, name, frames)
+        mask = frame_masks.mask(rng, name, frames)
         assert mask.dtype == bool
         assert mask.shape == (frames,)
         assert mask.all() if frames == 1 else mask.any()
@@ -62,11 +62,11 @@ def test_short_clips_keep_something_to_generate(name, frames):
 def test_shares():
     rng = np.random.default_rng(0)
     shares = {"image_head": 0.25, "interpolate": 0.15}
-    masks.check(shares)
-    found = np.array([masks.draw(rng, shares, 12).sum() for _ in range(4000)])
+    frame_masks.check(shares)
+    found = np.array([frame_masks.draw(rng, shares, 12).sum() for _ in range(4000)])
     for left, share in ((11, 0.25), (6, 0.15), (12, 0.6)):
         assert abs((found == left).mean() - share) < 0.025
-    assert masks.draw(rng, {}, 4).all()
+    assert frame_masks.draw(rng, {}, 4).all()
 
 
 @pytest.mark.parametrize(
@@ -80,4 +80,4 @@ def test_shares():
 )
 def test_shares_that_are_none(shares, message):
     with pytest.raises(UserError, match=message):
-        masks.check(shares)
+        frame_masks.check(shares)
