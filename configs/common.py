@@ -113,7 +113,7 @@ def small(variant: str = "4x160x5/1") -> dict:
             "fuser": "adaptive_norm",
             "placement": "temporal",
             "motion_features": 64,
-            "time_scale": 5.0,  # a small video's colours and paths are settled in much noise: see docs/demo.md
+            "time_scale": 5.0,  # a small video's colours and paths are settled in much noise: see docs/LOG.md
             "data_std": 0.25,  # about that of the smaller principal components of a patch, whose numbers are 128
         },
         "vae": vae,

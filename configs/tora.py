@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg.small:
         config.train = (r"tora/.*", r"t5/.*")
         config.steps = 100 if arg.stage == 1 else 3000
-        # After 100 steps Muon is where AdamW is not yet after 150: see docs/demo.md.
+        # After 100 steps Muon is where AdamW is not yet after 150: see docs/LOG.md.
         config.optim = {**common.quick(2.5e-3), "optimizer": "muon", "muon_rms": 0.8}
         config.optim.warmup = 50 if arg.stage == 1 else 100
         config.ema = 0.997

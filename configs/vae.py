@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         if arg.phase == "spatial":
             config.loss.coarse = 0.25
             config.optim.update({"optimizer": "muon", "muon_rms": 0.8})
-            # Muon on the layers into and out of the latents spreads them over all directions: see docs/demo.md.
+            # Muon on the layers into and out of the latents spreads them over all directions: see docs/LOG.md.
             config.optim.muon_kernels = (r"!.*(conv_in|conv_out|quant_conv)/kernel", r".*/kernel")
         config.steps = {"spatial": 1000, "causal": 100, "joint": 90}[arg.phase]
         config.optim.lr = {"spatial": 2e-3, "causal": 1e-3, "joint": 5e-4}[arg.phase]
