@@ -37,6 +37,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tora_jax.configs import eval as eval_config
 from tora_jax.configs.ablations import base
+from tora_jax.configs.sampling import Settings
 
 from benchmarks import train_demo
 from tora_jax import command_line
@@ -48,7 +49,8 @@ from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, measures
 from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
 from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch
 from tora_jax.training import optim
 
 ROOT = Path(__file__).parent.parent
@@ -274,16 +276,15 @@ class Run:
         motion, side, frames = config["ablation"]["motion"], self.bucket["height"], self.bucket["frames"]
         models = with_motion(assembly.load(weights=weights), motion, side, frames)
         names = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
-        settings = {name: config["sampling"][name] for name in names}
+        settings = Settings(**{name: config["sampling"][name] for name in names})
         benchmark = benchmarks.Sprites("benchmark_one", self.clips)
         one = measures.Measures(eval_config.get_config().measures.to_dict())
-        tasks = [benchmark.task(i, frames, side, side, settings["fps"]) for i in range(self.clips)]
+        tasks = [benchmark.task(i, frames, side, side, settings.fps) for i in range(self.clips)]
         found = []
         for start in range(0, self.clips, 16):
             part = tasks[start : start + 16]
-            tracks = None if motion == "none" else [task.tracks for task in part]
-            seeds = range(start, start + len(part))
-            results = generation.generate_batch(models, [task.prompt for task in part], tracks, seeds=seeds, **settings)
+            inputs = [Inputs(task.prompt, None if motion == "none" else task.tracks) for task in part]
+            results = generate_batch(models, inputs, settings, seeds=range(start, start + len(part)))
             found += [one(task, result.video)["metrics"] for task, result in zip(part, results, strict=True)]
         means = {name: [m[name] for m in found if m[name] is not None] for name in found[0]}
         return {name: float(np.mean(values)) for name, values in means.items() if values}

@@ -32,7 +32,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tora_jax.configs import common
+from tora_jax.configs import sampling
+from tora_jax.configs.sampling import Settings
 from tqdm import tqdm
 
 from tora_jax import command_line
@@ -45,7 +46,8 @@ from tora_jax.evals import quality, traj_error
 from tora_jax.evals import sprites as measures
 from tora_jax.io import overlay
 from tora_jax.io.video import write_video
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch, video_size
 
 ONE, TWO, HELD_OUT = "benchmark_one", "benchmark_two", "test"
 SETTINGS = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
@@ -55,15 +57,15 @@ SAVED = 8  # clips of each part
 class Bench:
     """The weights with their settings, the benchmark's clips, and the videos made so far."""
 
-    def __init__(self, models: assembly.Models, settings: dict[str, Any], clips: int, batch: int, save: Path | None):
+    def __init__(self, models: assembly.Models, settings: Settings, clips: int, batch: int, save: Path | None):
         self.models, self.settings, self.count, self.batch, self.save = models, settings, clips, batch, save
-        if settings["height"] != settings["width"]:
-            raise UserError(f"the sprites are square, and the size is {settings['width']}x{settings['height']}")
-        self.side, _ = generation.video_size(models, settings["height"], settings["width"])
+        if settings.height != settings.width:
+            raise UserError(f"the sprites are square, and the size is {settings.width}x{settings.height}")
+        self.side, _ = video_size(models, settings.height, settings.width)
         self.clips, self.videos, self.through = map(functools.cache, (self._clips, self._videos, self._through))
 
     def _clips(self, split: str) -> list[sprites.Clip]:
-        frames, fps = self.settings["num_frames"], self.settings["fps"]
+        frames, fps = self.settings.num_frames, self.settings.fps
         return [sprites.make_clip(i, split, size=self.side, frames=frames, fps=fps) for i in range(self.count)]
 
     def _videos(self, split: str, trajectory: bool = True, image: bool = False) -> list[np.ndarray]:
@@ -74,14 +76,15 @@ class Bench:
                 rows = [
                     (start + i) % len(clips) for i in range(size)
                 ]  # the last batch is filled up: nothing new compiles
-                results = generation.generate_batch(
-                    self.models,
-                    [clips[i].caption for i in rows],
-                    [clips[i].tracks for i in rows] if trajectory else None,
-                    [{0: clips[i].video[0]} for i in rows] if image else None,
-                    seeds=rows,
-                    **self.settings,
-                )
+                inputs = [
+                    Inputs(
+                        clips[i].caption,
+                        clips[i].tracks if trajectory else None,
+                        {0: clips[i].video[0]} if image else {},
+                    )
+                    for i in rows
+                ]
+                results = generate_batch(self.models, inputs, self.settings, seeds=rows)
                 made += [result.video for result in results[: len(clips) - start]]
                 bar.update(len(made) - bar.n)
         if self.save is not None:
@@ -89,7 +92,7 @@ class Bench:
             kind = split + ("" if trajectory else "_free") + ("_image" if image else "")
             for i, (video, clip) in enumerate(zip(made[:SAVED], clips, strict=False)):
                 path = self.save / f"{kind}_{i:02}.mp4"
-                write_video(path, overlay.draw_tracks(video, clip.tracks), self.settings["fps"])
+                write_video(path, overlay.draw_tracks(video, clip.tracks), self.settings.fps)
         return made
 
     def _through(self, part: str) -> Callable:
@@ -265,11 +268,14 @@ def run(
         raise UserError(f"--parts: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     if min(clips, batch) < 1:
         raise UserError("--clips and --batch must be at least 1")
-    sampling = {**common.sampling(), **release.read_config(weights).get("sampling", {})}
-    sampling |= {name: value for name, value in changes.items() if value is not None}
-    settings = {name: sampling[name] for name in SETTINGS}
+    settings = sampling.resolve(release.read_config(weights).get("sampling", {}), {})
+    settings = dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
     bench = Bench(assembly.load(weights=weights), settings, clips, batch, save)
-    found: dict[str, Any] = {"weights": str(weights), "settings": settings, "clips": clips}
+    found: dict[str, Any] = {
+        "weights": str(weights),
+        "settings": {name: getattr(settings, name) for name in SETTINGS},
+        "clips": clips,
+    }
     seconds = {}
     for part in parts:
         start = time.perf_counter()

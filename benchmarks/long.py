@@ -22,10 +22,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tora_jax.configs import common
+from tora_jax.configs import sampling
 from tqdm import tqdm
 
-from benchmarks.speed import SETTINGS, psnr
+from benchmarks.speed import psnr
 from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
@@ -33,7 +33,9 @@ from tora_jax.data import sprites
 from tora_jax.evals import sprites as measures
 from tora_jax.io import overlay
 from tora_jax.io.video import write_video
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.segments import generate_pieces
 
 SPEED = 0.045  # of the closed curve, in widths a frame; training clips have 0.025 to 0.0625 on average
 REST = (1 / 3, 2 / 3)  # of the video, in `pause`
@@ -57,16 +59,13 @@ def curve(index: int, frames: int, rest: bool) -> np.ndarray:
 def make(bench: dict[str, Any], index: int, rest: bool) -> tuple[np.ndarray, np.ndarray, list[int], str]:
     """A long video, its track, the first frames of its segments but the first, and the object's colour."""
     models, settings, frames = bench["models"], bench["settings"], bench["frames"]
-    clip = sprites.make_clip(index, "benchmark_one", size=settings["height"], frames=2, fps=settings["fps"])
+    clip = sprites.make_clip(index, "benchmark_one", size=settings.height, frames=2, fps=settings.fps)
     track = curve(index, frames, rest)
-    pieces = generation.generate_pieces(
+    pieces = generate_pieces(
         models,
-        [clip.caption],
-        [track],
+        [Inputs(clip.caption, track)],
+        dataclasses.replace(settings, num_frames=frames, segment=settings.num_frames, overlap=bench["overlap"]),
         seeds=[index],
-        segment=settings["num_frames"],
-        overlap=bench["overlap"],
-        **{**settings, "num_frames": frames},
     )
     videos = [piece.video for (piece,) in pieces]
     seams = np.cumsum([len(video) for video in videos])[:-1].tolist()
@@ -74,7 +73,7 @@ def make(bench: dict[str, Any], index: int, rest: bool) -> tuple[np.ndarray, np.
     if bench["save"]:
         bench["save"].mkdir(parents=True, exist_ok=True)
         path = bench["save"] / f"{'pause' if rest else 'extension'}_{index:02}.mp4"
-        write_video(path, overlay.draw_tracks(video, track), settings["fps"])
+        write_video(path, overlay.draw_tracks(video, track), settings.fps)
     return video, track, seams, clip.sprites[0].colour
 
 
@@ -107,13 +106,13 @@ def pause(bench: dict[str, Any]) -> dict[str, Any]:
 
 def ends(bench: dict[str, Any]) -> dict[str, Any]:
     models, settings = bench["models"], bench["settings"]
-    frames, params = settings["num_frames"], {"params": bench["models"].params["vae"]}
+    frames, params = settings.num_frames, {"params": bench["models"].params["vae"]}
     rows = []
     for i in tqdm(range(bench["clips"]), desc="ends"):
-        clip = sprites.make_clip(i, "benchmark_one", size=settings["height"], frames=frames, fps=settings["fps"])
+        clip = sprites.make_clip(i, "benchmark_one", size=settings.height, frames=frames, fps=settings.fps)
         first, last = clip.video[0], clip.video[-1]
-        given = {0: first, frames - 1: last}
-        result = generation.generate(models, clip.caption, clip.tracks, given, seed=i, **settings)
+        inputs = Inputs(clip.caption, clip.tracks, {0: first, frames - 1: last})
+        (result,) = generate_batch(models, [inputs], settings, seeds=[i])
         video, own = result.video, []
         for still in (first[None], np.repeat(last[None], frames, 0)):
             through = models.vae.apply(params, jnp.asarray(still, jnp.float32)[None] / 127.5 - 1)
@@ -152,8 +151,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         parser.error(f"no part {min(unknown)!r}; there are {', '.join(PARTS)}")
     command_line.use_compilation_cache()
     models = assembly.load(weights=options.weights)
-    settings = {name: {**common.sampling(), **models.sampling}[name] for name in SETTINGS}
-    settings["steps"] = options.steps or settings["steps"]
+    settings = sampling.resolve(models.sampling, {"steps": options.steps} if options.steps else {})
     bench = {"models": models, "settings": settings, **vars(options)}
     found = {part: PARTS[part](bench) for part in parts}
     print(

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from tora_jax.configs import common
+from tora_jax.configs.sampling import Settings
 
 from benchmarks import chips, flops, jobs
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.conditioning import text
 from tora_jax.io.files import tuples
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -52,10 +54,11 @@ def main(argv: list[str], _) -> None:
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
     line = np.linspace((0.2, 0.5), (0.8, 0.5), args.num_frames, dtype=np.float32)
     tracks = line[None] if args.motion else None
-    prompt = "a red star moves over blue waves."
+    inputs = [Inputs("a red star moves over blue waves.", tracks)]
     settings = {**size, "steps": args.steps, "guidance": args.guidance}
     found = [
-        generation.generate(models, prompt, tracks, seed=seed, **settings).seconds for seed in range(args.repeats + 1)
+        generate_batch(models, inputs, Settings(**settings), seeds=[seed])[0].seconds
+        for seed in range(args.repeats + 1)
     ]
     seconds = {part: [each[part]["run"] for each in found[1:]] for part in found[0]}
     whole = [sum(each) for each in zip(*seconds.values(), strict=True)]

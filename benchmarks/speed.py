@@ -20,29 +20,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tora_jax.configs import common
+from tora_jax.configs import sampling
+from tora_jax.configs.sampling import Settings
 
 from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.data import sprites
 from tora_jax.evals import sprites as measures
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch
 
-Savings = generation.Savings
-# Name -> what is left out, share of the steps, dtype of the VAE's products.
-SWITCHES: dict[str, tuple[Savings, float, str | None]] = {
-    "plain": (Savings(), 1, None),
-    "euler, 1/2 of the steps": (Savings(), 1 / 2, None),
-    "ab2, 1/2 of the steps": (Savings(solver="ab2"), 1 / 2, None),
-    "ab2, 1/3 of the steps": (Savings(solver="ab2"), 1 / 3, None),
-    "guidance from 0.1 to 0.8": (Savings(guidance_from=0.1, guidance_to=0.8), 1, None),
-    "guidance every 2": (Savings(guidance_every=2), 1, None),
-    "guidance every 3": (Savings(guidance_every=3), 1, None),
-    "cache every 2": (Savings(cache_every=2), 1, None),
-    "cache every 3": (Savings(cache_every=3), 1, None),
-    "bfloat16 VAE": (Savings(), 1, "bfloat16"),
-    "ab2, 1/2, guidance every 2": (Savings(solver="ab2", guidance_every=2), 1 / 2, None),
+# Name -> settings, share of the steps, dtype of the VAE's products.
+SWITCHES: dict[str, tuple[dict[str, Any], float, str | None]] = {
+    "plain": ({}, 1, None),
+    "euler, 1/2 of the steps": ({}, 1 / 2, None),
+    "ab2, 1/2 of the steps": ({"solver": "ab2"}, 1 / 2, None),
+    "ab2, 1/3 of the steps": ({"solver": "ab2"}, 1 / 3, None),
+    "guidance from 0.1 to 0.8": ({"guidance_from": 0.1, "guidance_to": 0.8}, 1, None),
+    "guidance every 2": ({"guidance_every": 2}, 1, None),
+    "guidance every 3": ({"guidance_every": 3}, 1, None),
+    "cache every 2": ({"cache_every": 2}, 1, None),
+    "cache every 3": ({"cache_every": 3}, 1, None),
+    "bfloat16 VAE": ({}, 1, "bfloat16"),
+    "ab2, 1/2, guidance every 2": ({"solver": "ab2", "guidance_every": 2}, 1 / 2, None),
 }
 SETTINGS = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
 
@@ -53,19 +54,13 @@ def psnr(video: np.ndarray, other: np.ndarray) -> float:
     return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-def measure(models: assembly.Models, clips: list, settings: dict[str, Any], batch: int, savings: Savings) -> dict:
+def measure(models: assembly.Models, clips: list, settings: Settings, batch: int) -> dict:
     """Seconds of a clip, its error and the videos, of one switch."""
     videos, seconds, errors = [], [], []
     for start in [0, *range(0, len(clips), batch)]:  # the first twice: it compiles
         part = clips[start : start + batch]
-        results = generation.generate_batch(
-            models,
-            [clip.caption for clip in part],
-            [clip.tracks for clip in part],
-            seeds=range(start, start + len(part)),
-            savings=savings,
-            **settings,
-        )
+        inputs = [Inputs(clip.caption, clip.tracks) for clip in part]
+        results = generate_batch(models, inputs, settings, seeds=range(start, start + len(part)))
         videos += [result.video for result in results]
         spent = results[0].seconds
         seconds.append((spent["sample"]["run"] + spent["decode"]["run"]) / len(part))
@@ -87,20 +82,20 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         parser.error("--batch should divide --clips")
     command_line.use_compilation_cache()
     models = assembly.load(weights=options.weights)
-    settings = {name: {**common.sampling(), **models.sampling}[name] for name in SETTINGS}
-    settings["steps"] = options.steps or settings["steps"]
-    side, frames, fps = settings["height"], settings["num_frames"], settings["fps"]
+    settings = sampling.resolve(models.sampling, {"steps": options.steps} if options.steps else {})
+    side, frames, fps = settings.height, settings.num_frames, settings.fps
     clips = [sprites.make_clip(i, "benchmark_one", size=side, frames=frames, fps=fps) for i in range(options.clips)]
     words = [word for word in options.only.split(",") if word]
     found: dict[str, dict] = {}
-    for name, (savings, share, dtype) in SWITCHES.items():
+    for name, (changes, share, dtype) in SWITCHES.items():
         if name != "plain" and words and not any(word in name for word in words):
             continue
         used = models
         if dtype is not None:
             used = dataclasses.replace(models, vae=models.vae.clone(dtype=jnp.dtype(dtype)))
-        steps = max(round(settings["steps"] * share), 1)
-        found[name] = measure(used, clips, {**settings, "steps": steps}, options.batch, savings) | {"steps": steps}
+        steps = max(round(settings.steps * share), 1)
+        changed = dataclasses.replace(settings, steps=steps, **changes)
+        found[name] = measure(used, clips, changed, options.batch) | {"steps": steps}
         print(f"{name}: {found[name]['seconds']:.2f} s", file=sys.stderr)
     plain = found["plain"]
     videos = {name: row.pop("videos") for name, row in found.items()}
@@ -113,7 +108,8 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         print(f"| {name} | " + " | ".join(f"{row[column]:.4g}" for column in columns) + " |", file=sys.stderr)
     machine = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     rounded = {name: {key: round(value, 3) for key, value in row.items()} for name, row in found.items()}
-    print(json.dumps({"settings": settings, "clips": options.clips, "switches": rounded, "machine": machine}, indent=2))
+    shown = {name: getattr(settings, name) for name in SETTINGS}
+    print(json.dumps({"settings": shown, "clips": options.clips, "switches": rounded, "machine": machine}, indent=2))
 
 
 if __name__ == "__main__":

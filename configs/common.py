@@ -5,6 +5,7 @@ value. Configs are locked: a wrong name ends with the right one.
 """
 
 from ml_collections import ConfigDict
+from tora_jax.configs import sampling
 
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
@@ -70,7 +71,7 @@ def opensora(variant: str = "XL/2") -> dict:
         "vae": opensora_vae(),
         "motion_vae": opensora_vae(),
         "t5": {**t5_xxl(), "dtype": "bfloat16"},
-        "sampling": {**sampling(), "resolution": "240p", "segment": 204},
+        "sampling": {**sampling.section(), "resolution": "240p", "segment": 204},
     }
 
 
@@ -128,7 +129,7 @@ def small(variant: str = "4x160x5/1") -> dict:
             "dtype": "float32",
         },
         "sampling": {
-            **sampling(),
+            **sampling.section(),
             "prompt": "a red star over blue waves.",
             "height": 128,
             "width": 128,
@@ -152,32 +153,6 @@ def tiny() -> dict:
     config["t5"] |= {"width": 8, "num_heads": 2, "head_dim": 4, "mlp_dim": 8, "depth": 1}
     config["sampling"] |= {"height": 32, "width": 32, "num_frames": 5, "steps": 3}
     return config
-
-
-def sampling() -> dict:
-    """Defaults of `sample.py`; its flags override them."""
-    return {
-        "prompt": "a red star moves over blue waves.",
-        "negative_prompt": "",
-        "trajectory": ("arc",),
-        "resolution": "",
-        "aspect_ratio": "16:9",
-        "height": 0,
-        "width": 0,
-        "num_frames": 51,
-        "segment": 0,  # frames that are made at once, a longer video in segments; 0 = num_frames of the config
-        "overlap": 0,  # latent frames that a segment takes over; 0 = those of a micro-frame, or 2 where it has only one
-        "fps": 24.0,
-        "steps": 30,
-        "guidance": 7.0,
-        "trajectory_guidance": 1.0,
-        "solver": "euler",
-        "guidance_from": 0.0,
-        "guidance_to": 1.0,
-        "guidance_every": 1,
-        "cache_every": 1,
-        "seed": 0,
-    }
 
 
 def training() -> dict:

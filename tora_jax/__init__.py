@@ -63,7 +63,8 @@ def generate(
         Negative frames count from the end; a clip there ends at it.
       settings: as the flags of sample.py (docs/sampling.md): num_frames, height, width, fps, steps, guidance,
         trajectory_guidance, negative_prompt, seed, segment, overlap, aesthetic_score, motion_score, camera_motion;
-        also `progress`, a function called with the number of steps done: what it raises stops the generation.
+        also `progress`, a function called after each step with the number of steps done and the estimate of the clean
+        latents [1, t, h, w, c], or None: what it raises stops the generation.
 
     Returns:
       video: uint8 [frames, height, width, 3]; motion: the trajectory map in the same form, None without a trajectory;
@@ -73,8 +74,7 @@ def generate(
       tora_jax.errors.UserError: for a value that cannot be.
     """
     from tora_jax.conditioning import images
-    from tora_jax.sampling import generate as generation
-    from tora_jax.sampling import request
+    from tora_jax.sampling import request, segments
 
     progress = settings.pop("progress", None)
     given = settings | ({} if prompt is None else {"prompt": prompt})
@@ -83,4 +83,4 @@ def generate(
         for frame, item in (conditions or {}).items()
     ]
     wanted = request.make(models.sampling, given | {"trajectories": trajectories, "conditions": placed})
-    return generation.joined([piece for (piece,) in request.generate(models, [wanted], progress=progress)])
+    return segments.joined([piece for (piece,) in request.generate(models, [wanted], progress=progress)])

@@ -17,7 +17,8 @@ from tora_jax.app import studio as app
 from tora_jax.conditioning import images, trajectory
 from tora_jax.errors import UserError
 from tora_jax.io import video as video_io
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling import segments
+from tora_jax.sampling.generate import Result
 
 DRAWN = {"trajectories": [[[0.1, 0.2, 0.0], [0.5, 0.5, 0.5], [0.9, 0.2, 1.0]], [[0.2, 0.8, 0], [0.8, 0.8, 1]]]}
 FORM = {"prompt": "a red star.", "size": "48x32", "num_frames": 5, "steps": 1, "seed": 3, "guidance": 1.0}
@@ -33,19 +34,20 @@ def quick(monkeypatch):
     """In place of the model: frames of noise, a step each hundredth of a second."""
     running = []
 
-    def generate_batch(models, prompts, tracks, images, *, num_frames, steps, height, width, progress, **settings):
+    def generate_batch(models, inputs, settings, *, seeds, mesh, progress):
         running.append(threading.current_thread())
         assert len(running) == 1, "two at once"
         try:
-            for i in range(steps):
+            for i in range(settings.steps):
                 time.sleep(0.01)
-                progress(i + 1)
+                progress(i + 1, None)
         finally:
             running.pop()
-        video = np.random.default_rng(0).integers(0, 256, (num_frames, height, width, 3), np.uint8)
-        return [generation.Result(video, None if tracks is None else video, {})]
+        size = settings.num_frames, settings.height, settings.width, 3
+        video = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+        return [Result(video, None if inputs[0].tracks is None else video, {})]
 
-    monkeypatch.setattr(generation, "generate_batch", generate_batch)
+    monkeypatch.setattr(segments, "generate_batch", generate_batch)
 
 
 def generate(studio, name="anna", drawn=DRAWN, files=None, told=None, **changes):

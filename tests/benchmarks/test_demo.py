@@ -12,7 +12,7 @@ from tora_jax.checkpoints import release
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.generate import Result
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +48,23 @@ def perfect(monkeypatch):
     """A generator that gives back the benchmark's own clips; returns what it was asked for."""
     asked = []
 
-    def generate_batch(models, prompts, tracks, images, *, seeds, **settings):
-        split = "benchmark_two" if " and " in prompts[0] else "benchmark_one"
+    def generate_batch(models, inputs, settings, *, seeds):
+        split = "benchmark_two" if " and " in inputs[0].prompt else "benchmark_one"
         clips = [sprites.make_clip(seed, split) for seed in seeds]
-        assert prompts == [clip.caption for clip in clips]
-        asked.append((split, list(seeds), tracks is not None, images is not None))
-        for i, clip in enumerate(clips):
-            if tracks is not None:
-                np.testing.assert_array_equal(tracks[i], clip.tracks)
-            if images is not None:
-                np.testing.assert_array_equal(images[i][0], clip.video[0])
-        still = [clip.video if tracks is not None else np.repeat(clip.video[:1], 17, 0) for clip in clips]
-        return [generation.Result(video, None, {}) for video in still]
+        asked.append((split, list(seeds), inputs[0].tracks is not None, bool(inputs[0].images)))
+        for each, clip in zip(inputs, clips, strict=True):
+            assert each.prompt == clip.caption
+            if each.tracks is not None:
+                np.testing.assert_array_equal(each.tracks, clip.tracks)
+            if each.images:
+                np.testing.assert_array_equal(each.images[0], clip.video[0])
+        still = [np.repeat(clip.video[:1], 17, 0) for clip in clips]
+        return [
+            Result(first if each.tracks is None else clip.video, None, {})
+            for each, clip, first in zip(inputs, clips, still, strict=True)
+        ]
 
-    monkeypatch.setattr(generation, "generate_batch", generate_batch)
+    monkeypatch.setattr(demo, "generate_batch", generate_batch)
     return asked
 
 

@@ -16,7 +16,7 @@ from tests.converting import CASES, contents, main, refused, tora_variant, write
 from tests.parity import golden
 from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
-from tora_jax.sampling import __main__ as cli
+from tora_jax.sampling.__main__ import sample
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_tora(released, tmp_path):
 
     out = tmp_path / "out" / "tora.mp4"
     size = ["--height", "32", "--width", "32", "--num_frames", "1", "--steps", "1", "--quiet"]
-    cli.sample(["sample.py", "--weights", str(tmp_path / "ours"), "--out", str(out), *size])
+    sample(["sample.py", "--weights", str(tmp_path / "ours"), "--out", str(out), *size])
     assert out.stat().st_size > 0
     assert json.loads(out.with_suffix(".json").read_text())["weights"] == str(tmp_path / "ours")
 

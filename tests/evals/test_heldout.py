@@ -15,7 +15,7 @@ from tora_jax.data import pipeline, precompute, sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout
 from tora_jax.io.video import read_video
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.generate import Result
 from tora_jax.training import step as training
 
 SCALE = sprites.Scale(name="heldout", side=64, frames=9, fps=8.0)
@@ -97,14 +97,14 @@ def perfect(monkeypatch):
     """A generator that gives the clips themselves; with `off`, each the next one's."""
     asked = {"off": 0}
 
-    def generate_batch(models, prompts, tracks, *, seeds, **settings):
-        asked.update(settings, prompts=prompts, params=dict(models.params))
+    def generate_batch(models, inputs, settings, *, seeds):
+        asked.update(vars(settings), params=dict(models.params))
         clips = [sprites.make_clip(i, "benchmark_one", size=64, frames=9) for i in range(6)]
         by_caption = {clip.caption: i for i, clip in enumerate(clips)}
-        videos = [clips[(by_caption[prompt] + asked["off"]) % 6].video for prompt in prompts]
-        return [generation.Result(video, None, {}) for video in videos]
+        videos = [clips[(by_caption[each.prompt] + asked["off"]) % 6].video for each in inputs]
+        return [Result(video, None, {}) for video in videos]
 
-    monkeypatch.setattr(heldout.generation, "generate_batch", generate_batch)
+    monkeypatch.setattr(heldout, "generate_batch", generate_batch)
     return asked
 
 

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 from PIL import Image
-from tora_jax.configs import common
 from tora_jax.configs import eval as eval_config
+from tora_jax.configs import sampling
 
 from tora_jax import command_line
 from tora_jax.checkpoints import release
@@ -19,7 +19,7 @@ from tora_jax.evals import __main__ as evals
 from tora_jax.evals import benchmarks, fvd, measures, report
 from tora_jax.io import video as video_io
 from tora_jax.io.files import tuples
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.generate import Result
 
 CELLS = ((5, 32, True), (9, 48, True), (9, 48, False))
 
@@ -37,13 +37,14 @@ def perfect(monkeypatch):
     """In the model's place: it gives the true clips, and tells what it was asked for."""
     asked = []
 
-    def generate_batch(models, prompts, tracks, images, *, seeds, height, width, num_frames, fps, **settings):
-        clips = [sprites.make_clip(i, "benchmark_one", 0, height, num_frames, fps) for i in seeds]
-        assert [clip.caption for clip in clips] == prompts
-        asked.extend((num_frames, tracks is not None, i) for i in seeds)
-        return [generation.Result(clip.video, None, {}) for clip in clips]
+    def generate_batch(models, inputs, settings, *, seeds):
+        size = settings.height, settings.num_frames, settings.fps
+        clips = [sprites.make_clip(i, "benchmark_one", 0, *size) for i in seeds]
+        assert [clip.caption for clip in clips] == [each.prompt for each in inputs]
+        asked.extend((settings.num_frames, inputs[0].tracks is not None, i) for i in seeds)
+        return [Result(clip.video, None, {}) for clip in clips]
 
-    monkeypatch.setattr(evals.generation, "generate_batch", generate_batch)
+    monkeypatch.setattr(evals, "generate_batch", generate_batch)
     monkeypatch.setattr(evals.chain, "load", lambda weights: None)
     return asked
 
@@ -164,11 +165,11 @@ def test_first_frames(config, monkeypatch, tmp_path):
     """They are asked for, and what came of them is measured."""
     given = []
 
-    def generate_batch(models, prompts, tracks, images, *, seeds, num_frames, **settings):
-        given.extend(images)
-        return [generation.Result(np.repeat(image[0][None], num_frames, 0), None, {}) for image in images]
+    def generate_batch(models, inputs, settings, *, seeds):
+        given.extend(each.images for each in inputs)
+        return [Result(np.repeat(each.images[0][None], settings.num_frames, 0), None, {}) for each in inputs]
 
-    monkeypatch.setattr(evals.generation, "generate_batch", generate_batch)
+    monkeypatch.setattr(evals, "generate_batch", generate_batch)
     monkeypatch.setattr(evals.chain, "load", lambda weights: None)
     config |= {"first_frame": True, "cells": config["cells"][1:2], "batch": 5}
     results, _ = evals.evaluate(config, release.DEMO, tmp_path)
@@ -218,10 +219,11 @@ def test_a_folder_of_another_run(config, perfect, tmp_path):
 
 
 def test_a_list_that_was_edited(config, tmp_path, monkeypatch):
-    def generate_batch(models, prompts, *others, height, width, num_frames, **settings):
-        return [generation.Result(np.zeros((num_frames, height, width, 3), np.uint8), None, {}) for _ in prompts]
+    def generate_batch(models, inputs, settings, *, seeds):
+        size = settings.num_frames, settings.height, settings.width, 3
+        return [Result(np.zeros(size, np.uint8), None, {}) for _ in inputs]
 
-    monkeypatch.setattr(evals.generation, "generate_batch", generate_batch)
+    monkeypatch.setattr(evals, "generate_batch", generate_batch)
     monkeypatch.setattr(evals.chain, "load", lambda weights: None)
     path = tmp_path / "list.json"
     config["benchmark"] = {"kind": "list", "source": str(path), "split": "", "clips": 0}
@@ -257,7 +259,7 @@ def test_suites(suite):
     for cell in config.cells:
         assert cell["height"] % 16 == cell["width"] % 16 == 0
     assert len(eval_config.get_config(f"suite={suite},runlocal").cells) == 1
-    assert set(common.sampling()) >= set(config.sampling)
+    assert set(sampling.section()) >= set(config.sampling)
 
 
 # ----------------------------------------------------------------------------------------------------------

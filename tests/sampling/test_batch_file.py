@@ -15,8 +15,8 @@ from tora_jax.configs import common
 from tora_jax import sharding
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video
-from tora_jax.sampling import batch_file
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling import batch_file, segments
+from tora_jax.sampling.generate import generate_batch, place
 
 ROOT = Path(__file__).parent.parent.parent
 SECTION = {"height": 32, "width": 32, "num_frames": 2, "fps": 8.0, "steps": 1, "guidance": 1.0}
@@ -64,7 +64,7 @@ def test_lines_end_where_json_lines_do(tiny_models, folder):
     """Other marks of a line's end may stand in a text."""
     Path("jobs.jsonl").write_text('{"prompt": "a\u2028star\x85."}\r\n{}\r\n', "utf-8", newline="")
     first, second = batch_file.read("jobs.jsonl", folder, SECTION, {})
-    assert (first.wanted.settings["prompt"], second.line) == ("a\u2028star\x85.", 2)
+    assert (first.wanted.settings.prompt, second.line) == ("a\u2028star\x85.", 2)
 
 
 @pytest.mark.parametrize("file", ["/dev/zero", "a\0b.png", "."])
@@ -81,36 +81,35 @@ def test_failures_are_recorded_and_nothing_is_made_twice(tiny_models, folder, mo
     for error, part in zip(errors, ("JSON", "single point", "absent.png"), strict=True):
         assert part in error
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    monkeypatch.setattr(generation, "generate_batch", None)  # nothing is to be made
+    monkeypatch.setattr(segments, "generate_batch", None)  # nothing is to be made
     assert run(tiny_models, folder) == (0, 2, 3)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_failures_are_tried_again(tiny_models, folder, monkeypatch):
     write(BROKEN[2], {"seed": 2})
-    real = generation.generate_batch
 
-    def refuse(*args, **settings):
+    def refuse(*args, **options):
         raise MemoryError
 
-    monkeypatch.setattr(generation, "generate_batch", refuse)
+    monkeypatch.setattr(segments, "generate_batch", refuse)
     assert run(tiny_models, folder) == (0, 0, 2)
-    monkeypatch.setattr(generation, "generate_batch", real)
+    monkeypatch.setattr(segments, "generate_batch", generate_batch)
     Image.new("RGB", (32, 32)).save("absent.png")
     assert run(tiny_models, folder) == (2, 0, 0)
     assert "error" not in report(folder, "00001") | report(folder, "00002")
 
 
 def test_what_does_not_fit_into_memory_is_made_one_by_one(tiny_models, folder, monkeypatch):
-    real, sizes = generation.generate_batch, []
+    sizes = []
 
-    def narrow(models, prompts, *args, **settings):
-        sizes.append(len(prompts))
-        if len(prompts) > 1:
+    def narrow(models, inputs, settings, **options):
+        sizes.append(len(inputs))
+        if len(inputs) > 1:
             raise MemoryError
-        return real(models, prompts, *args, **settings)
+        return generate_batch(models, inputs, settings, **options)
 
-    monkeypatch.setattr(generation, "generate_batch", narrow)
+    monkeypatch.setattr(segments, "generate_batch", narrow)
     write({"seed": 1}, {"seed": 2}, {"seed": 3})
     assert run(tiny_models, folder, per_device=2) == (3, 0, 0)
     assert sizes == [2, 1, 1, 2, 1]
@@ -147,31 +146,28 @@ def test_keys_go_by_the_weights_and_the_content_of_files(folder):
 def test_batches_of_one_shape_are_filled_and_shared_out(tiny_models, folder, monkeypatch):
     """Ten videos of two shapes on four devices, two on each at once: two calls of eight."""
     sizes = []
-    real = generation.generate_batch
 
-    def count(models, prompts, *args, **settings):
-        sizes.append((len(prompts), settings["num_frames"]))
-        return real(models, prompts, *args, **settings)
+    def count(models, inputs, settings, **options):
+        sizes.append((len(inputs), settings.num_frames))
+        return generate_batch(models, inputs, settings, **options)
 
-    monkeypatch.setattr(generation, "generate_batch", count)
+    monkeypatch.setattr(segments, "generate_batch", count)
     write(*({"seed": i, "num_frames": 1 + i % 2, "trajectories": None} for i in range(10)))
     mesh = sharding.make_mesh("data=4")
     rules = tuple(common.training()["rules"].items())
-    models = generation.place(tiny_models, mesh, rules)
+    models = place(tiny_models, mesh, rules)
     with sharding.use(mesh, rules):
         assert run(models, folder, per_device=2, mesh=mesh) == (10, 0, 0)
     assert sizes == [(8, 1), (8, 2)]
 
 
 def test_one_that_fails_does_not_take_the_others_along(tiny_models, folder, monkeypatch):
-    real = generation.generate_batch
-
-    def refuse(models, prompts, *args, seeds, **settings):
+    def refuse(models, inputs, settings, *, seeds, **options):
         if 2 in seeds:
             raise UserError("not finite")
-        return real(models, prompts, *args, seeds=seeds, **settings)
+        return generate_batch(models, inputs, settings, seeds=seeds, **options)
 
-    monkeypatch.setattr(generation, "generate_batch", refuse)
+    monkeypatch.setattr(segments, "generate_batch", refuse)
     write(*({"seed": i} for i in range(4)))
     assert run(tiny_models, folder, per_device=4) == (3, 0, 1)
     assert report(folder, "00003")["error"] == "not finite"

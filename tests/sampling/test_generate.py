@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tora_jax.configs.sampling import Settings
 
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
@@ -13,7 +14,8 @@ from tora_jax.conditioning import text, trajectory
 from tora_jax.diffusion import rectified_flow
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch, video_size
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "steps": 2}
 
@@ -40,8 +42,11 @@ def trained(tiny_models):
     return dataclasses.replace(tiny_models, params=params)
 
 
-def run(models, **changes):
-    return generation.generate(models, **{"prompt": "a red star.", **SIZE, **changes})
+def run(models, seed=0, progress=None, **changes):
+    """One video; changes are of its inputs and settings."""
+    given = {name: changes.pop(name) for name in Inputs._fields if name in changes}
+    inputs, settings = Inputs(**{"prompt": "a red star.", **given}), Settings(**{**SIZE, **changes})
+    return generate_batch(models, [inputs], settings, seeds=[seed], progress=progress)[0]
 
 
 def picture(seed):
@@ -50,7 +55,7 @@ def picture(seed):
 
 def test_result(tiny_models, tracks):
     done = []
-    result = run(tiny_models, tracks=tracks, progress=done.append)
+    result = run(tiny_models, tracks=tracks, progress=lambda step, clean: done.append(step))
     assert result.video.shape == result.motion.shape == (5, 32, 48, 3)
     assert result.video.dtype == np.uint8
     assert result.video.std() > 0
@@ -72,7 +77,7 @@ def test_a_batch_is_its_clips_one_by_one(trained, tracks):
     prompts, seeds, images = ["a red star.", "two green waves.", "a blue disc."], [1, 2, 3], [{}, {0: picture(0)}, {}]
     paths = [tracks, np.concatenate([tracks, tracks[..., ::-1]]), tracks[:, ::-1]]
     settings = {**SIZE, "guidance": 3.0, "trajectory_guidance": 2.0}
-    batch = generation.generate_batch(trained, prompts, paths, images, seeds=seeds, **settings)
+    batch = generate_batch(trained, list(map(Inputs, prompts, paths, images)), Settings(**settings), seeds=seeds)
     for i, result in enumerate(batch):
         alone = run(trained, prompt=prompts[i], tracks=paths[i], images=images[i], seed=seeds[i], **settings)
         np.testing.assert_array_equal(result.motion, alone.motion)
@@ -80,12 +85,15 @@ def test_a_batch_is_its_clips_one_by_one(trained, tracks):
         assert np.abs(result.video.astype(int) - batch[i - 1].video).max() > 1
 
 
-@pytest.mark.parametrize(
-    "changes", [{"seeds": [0]}, {"tracks": []}, {"images": [{}] * 3}, {"prompts": [], "seeds": []}]
-)
-def test_a_batch_with_something_missing(tiny_models, changes):
+@pytest.mark.parametrize(("inputs", "seeds"), [([Inputs("a"), Inputs("b")], [0]), ([], [])])
+def test_a_batch_with_something_missing(tiny_models, inputs, seeds):
     with pytest.raises(UserError, match="one for each video"):
-        generation.generate_batch(tiny_models, **{"prompts": ["a", "b"], "seeds": [0, 1], **SIZE, **changes})
+        generate_batch(tiny_models, inputs, Settings(**SIZE), seeds=seeds)
+
+
+def test_a_batch_of_which_some_have_tracks(tiny_models, tracks):
+    with pytest.raises(UserError, match="some have none"):
+        generate_batch(tiny_models, [Inputs("a", tracks), Inputs("b")], Settings(**SIZE), seeds=[0, 1])
 
 
 def test_trajectory_reaches_the_video(tiny_models, trained, tracks):
@@ -129,7 +137,7 @@ def test_given_images_fill_their_latents(tiny_models, num_frames):
 
 
 def test_sizes_are_cut_to_whole_cells(tiny_models, tracks):
-    images = {0: np.zeros((*generation.video_size(tiny_models, 37, 44), 3), np.uint8)}
+    images = {0: np.zeros((*video_size(tiny_models, 37, 44), 3), np.uint8)}
     result = run(tiny_models, tracks=tracks, images=images, height=37, width=44)
     assert result.video.shape == result.motion.shape == (5, 32, 40, 3)
 
@@ -137,7 +145,7 @@ def test_sizes_are_cut_to_whole_cells(tiny_models, tracks):
 def test_an_exception_from_progress_stops(tiny_models):
     done = []
 
-    def stop(step):
+    def stop(step, clean):
         done.append(step)
         raise KeyboardInterrupt
 

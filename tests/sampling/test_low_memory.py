@@ -3,16 +3,17 @@
 import jax
 import numpy as np
 import pytest
+from tora_jax.configs.sampling import Settings
 
 import tora_jax
 from tora_jax.backbones import assembly
-from tora_jax.sampling import __main__ as cli
-from tora_jax.sampling import generate as generation
-from tora_jax.sampling.generate import Savings
+from tora_jax.sampling.__main__ import sample
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch
 
 SETTINGS = {"height": 32, "width": 48, "num_frames": 5, "steps": 3, "guidance": 3.0, "trajectory_guidance": 2.0}
 TRACKS = np.linspace((0.2, 0.5), (0.8, 0.5), 5, dtype=np.float32)[None]
-IMAGES = {0: np.full((32, 48, 3), 90, np.uint8)}
+INPUTS = [Inputs("a star.", TRACKS, {0: np.full((32, 48, 3), 90, np.uint8)})]
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,9 @@ def shapes(arrays) -> list[tuple]:
     return sorted(each.shape for each in arrays)
 
 
-@pytest.mark.parametrize("savings", [Savings(), Savings(solver="ab2", guidance_every=2, cache_every=2)])
-def test_the_same_bytes(both, savings):
-    plain, low = (generation.generate(m, "a star.", TRACKS, IMAGES, savings=savings, **SETTINGS) for m in both)
+@pytest.mark.parametrize("changes", [{}, {"solver": "ab2", "guidance_every": 2, "cache_every": 2}])
+def test_the_same_bytes(both, changes):
+    (plain,), (low,) = (generate_batch(m, INPUTS, Settings(**SETTINGS, **changes), seeds=[0]) for m in both)
     np.testing.assert_array_equal(low.latents, plain.latents)
     np.testing.assert_array_equal(low.video, plain.video)
 
@@ -39,7 +40,7 @@ def test_only_the_denoiser_is_there_while_sampling(both):
     def new() -> list[jax.Array]:
         return [each for each in jax.live_arrays() if id(each) not in before]
 
-    generation.generate(low, "a star.", TRACKS, IMAGES, progress=lambda _: during.append(shapes(new())), **SETTINGS)
+    generate_batch(low, INPUTS, Settings(**SETTINGS), seeds=[0], progress=lambda *_: during.append(shapes(new())))
     assert not new()
     for part, there in (("tora", True), ("t5", False), ("vae", False)):
         large = max((leaf.shape for leaf in jax.tree.leaves(low.params[part])), key=np.prod)
@@ -53,9 +54,9 @@ def test_random_weights(tiny_config):
 
 def test_the_flag(tiny_release, tmp_path, capsys):
     flags = ["sample.py", f"--weights={tiny_release}", "--low_memory", "--quiet", f"--out={tmp_path / 'tora.mp4'}"]
-    cli.sample(flags)
+    sample(flags)
     assert (tmp_path / "tora.mp4").is_file()
     with pytest.raises(SystemExit) as ended:
-        cli.sample([*flags, "--mesh=seq=2"])
+        sample([*flags, "--mesh=seq=2"])
     assert ended.value.code == 2
     assert "--low_memory is for one device" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tora_jax import command_line as command
 from tora_jax.io.video import read_video
-from tora_jax.sampling import __main__ as cli
+from tora_jax.sampling import __main__ as sampling
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,7 +38,7 @@ def sample(tiny_release, tmp_path, monkeypatch):
         argv = ["sample.py", "--quiet", *([f"--weights={weights}"] if weights else []), *map(str, arguments)]
         with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
             try:
-                cli.sample(argv)
+                sampling.sample(argv)
             except SystemExit as stop:
                 code = stop.code
         files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
@@ -333,7 +333,7 @@ def test_a_failed_device_is_told_with_what_helps(error, memory, capsys):
 def test_help_names_every_flag(sample):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
-        cli.sample(["sample.py", "--help"])
+        sampling.sample(["sample.py", "--help"])
     assert stop.value.code == 0
     for flag in ("prompt", "negative_prompt", "trajectory", "image", "last_image", "weights", "trajectory_guidance"):
         assert f"--{flag}" in out.getvalue()

@@ -26,8 +26,8 @@ def moving(count, value=0):
 
 def test_defaults_are_the_sections():
     wanted = make()
-    assert wanted.settings["num_frames"] == wanted.settings["segment"] == 5
-    assert wanted.settings["trajectory"] == ("arc",)
+    assert wanted.settings.num_frames == wanted.settings.segment == 5
+    assert wanted.settings.trajectory == ("arc",)
     assert wanted.tracks.shape == (1, 5, 2)
     assert wanted.read() == {}
 
@@ -121,7 +121,7 @@ class TestApi:
             overlap=1,
             steps=1,
             seed=3,
-            progress=done.append,
+            progress=lambda step, clean: done.append(step),
         )
         assert result.video.shape == result.motion.shape == (7, 32, 48, 3)
         assert done == [1, 2]

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tora_jax.configs.sampling import Settings
 
 from tora_jax.conditioning.images import Given
 from tora_jax.diffusion import rectified_flow
 from tora_jax.errors import UserError
-from tora_jax.sampling import generate as generation
-from tora_jax.sampling.generate import Savings
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "steps": 6, "guidance": 3.0}
 
@@ -28,24 +29,25 @@ def calls(monkeypatch, tiny_models):
     return seen
 
 
-def run(models, savings=None, **changes):
-    return generation.generate(models, "a red star.", savings=savings or Savings(), **{**SIZE, **changes}).latents
+def run(models, images=None, **changes):
+    inputs, settings = Inputs("a red star.", images=images or {}), Settings(**{**SIZE, **changes})
+    return generate_batch(models, [inputs], settings, seeds=[0])[0].latents
 
 
 @pytest.mark.parametrize(
-    ("savings", "want"),
+    ("changes", "want"),
     [
-        (Savings(solver="ab2"), [(2, True)] * 6),
-        (Savings(guidance_from=0.5), [(1, True)] * 3 + [(2, True)] * 3),
-        (Savings(guidance_to=0.5), [(2, True)] * 3 + [(1, True)] * 3),
-        (Savings(guidance_every=3), [(2, True), (1, True), (1, True)] * 2),
-        (Savings(cache_every=2), [(2, True), (2, True), (2, True), (2, False), (2, True), (2, True)]),
+        ({"solver": "ab2"}, [(2, True)] * 6),
+        ({"guidance_from": 0.5}, [(1, True)] * 3 + [(2, True)] * 3),
+        ({"guidance_to": 0.5}, [(2, True)] * 3 + [(1, True)] * 3),
+        ({"guidance_every": 3}, [(2, True), (1, True), (1, True)] * 2),
+        ({"cache_every": 2}, [(2, True), (2, True), (2, True), (2, False), (2, True), (2, True)]),
     ],
 )
-def test_what_is_computed(tiny_models, calls, savings, want):
+def test_what_is_computed(tiny_models, calls, changes, want):
     plain = run(tiny_models)
     assert not calls
-    got = run(tiny_models, savings)
+    got = run(tiny_models, **changes)
     assert calls == want
     assert np.isfinite(got).all()
     assert np.abs(got - plain).max() > 0
@@ -54,7 +56,7 @@ def test_what_is_computed(tiny_models, calls, savings, want):
 def test_nothing_left_out_is_the_plain_sampler(tiny_models, calls):
     """Through the saving step, too: guidance in the whole of the steps, though `guidance_to` says it otherwise."""
     plain = run(tiny_models, images={0: np.zeros((32, 32, 3), np.uint8)})
-    saved = run(tiny_models, Savings(cache_every=100), images={0: np.zeros((32, 32, 3), np.uint8)}, steps=2)
+    saved = run(tiny_models, cache_every=100, images={0: np.zeros((32, 32, 3), np.uint8)}, steps=2)
     assert calls == [(2, True)] * 2
     np.testing.assert_array_equal(saved[0], plain[0])  # what is given stays
     again = run(tiny_models, images={0: np.zeros((32, 32, 3), np.uint8)}, steps=2)
@@ -63,7 +65,7 @@ def test_nothing_left_out_is_the_plain_sampler(tiny_models, calls):
 
 def test_nothing_is_kept_over_the_start_of_a_frame(tiny_models, calls):
     given = {4: Given(np.zeros((32, 32, 3), np.uint8), 0.5)}
-    run(tiny_models, Savings(guidance_every=100, cache_every=100), images=given)
+    run(tiny_models, guidance_every=100, cache_every=100, images=given)
     start = next(i for i, t in enumerate(rectified_flow.sampling_times(6, 32, 32, 2)[1:]) if t <= 500)
     want = [(2, True), (1, True), *[(1, False)] * 3, (1, True)]
     want[start] = (2, True)
@@ -104,15 +106,15 @@ def test_guidance_that_is_kept_is_guidance():
 
 
 @pytest.mark.parametrize(
-    "savings",
+    "changes",
     [
-        Savings(solver="rk4"),
-        Savings(guidance_from=0.6, guidance_to=0.5),
-        Savings(guidance_to=float("nan")),
-        Savings(guidance_every=0),
-        Savings(cache_every=0),
+        {"solver": "rk4"},
+        {"guidance_from": 0.6, "guidance_to": 0.5},
+        {"guidance_to": float("nan")},
+        {"guidance_every": 0},
+        {"cache_every": 0},
     ],
 )
-def test_wrong_values(tiny_models, savings):
+def test_wrong_values(tiny_models, changes):
     with pytest.raises(UserError):
-        run(tiny_models, savings)
+        run(tiny_models, **changes)

@@ -14,7 +14,7 @@ from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.data import precompute
 from tora_jax.io.video import read_video
-from tora_jax.sampling import __main__ as cli
+from tora_jax.sampling import __main__ as sampling
 
 COMMANDS = [
     shlex.split(line)[1:]
@@ -37,7 +37,7 @@ def run(words: list[str]) -> None:
     else:
         script, *rest = words
         command_line.run(
-            {"train.py": training_runs.train.main, "sample.py": cli._sample}[script], [script, *rest, "--quiet"]
+            {"train.py": training_runs.train.main, "sample.py": sampling._sample}[script], [script, *rest, "--quiet"]
         )
 
 

@@ -23,7 +23,7 @@ from tests.training_runs import ROOT, run, source, train
 from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video
-from tora_jax.sampling import __main__ as cli
+from tora_jax.sampling.__main__ import sample
 from tora_jax.training import lora, optim
 
 SPATIAL = "vae.py:phase=spatial,runlocal"
@@ -129,7 +129,7 @@ def test_adapters_from_clips_to_a_video(clips, spatial, tmp_path, monkeypatch):
         np.testing.assert_allclose(leaf, merged[path], rtol=1e-6, atol=1e-7)
 
     monkeypatch.chdir(tmp_path)
-    cli.sample(["sample.py", f"--weights={after}", "--quiet"])
+    sample(["sample.py", f"--weights={after}", "--quiet"])
     assert read_video("outputs/tora.mp4")[0].shape == (5, 32, 32, 3)
 
 

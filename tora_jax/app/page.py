@@ -107,12 +107,12 @@ def _drawing(studio: Studio) -> Drawing:
 def _form(studio: Studio) -> Form:
     own = studio.defaults
     with gr.Column(min_width=300):
-        prompt = gr.Textbox(own["prompt"], label="Prompt", lines=2, max_length=MOST_TEXT, elem_id="prompt")
+        prompt = gr.Textbox(own.prompt, label="Prompt", lines=2, max_length=MOST_TEXT, elem_id="prompt")
         with gr.Row():
             frames = gr.Slider(
-                min(5, own["segment"]),
-                LONGEST * own["segment"],
-                own["num_frames"],
+                min(5, own.segment),
+                LONGEST * own.segment,
+                own.num_frames,
                 step=1,
                 label="Frames",
                 info=f"over {own['segment']}: in segments",
@@ -120,11 +120,11 @@ def _form(studio: Studio) -> Form:
             )
             sizes = gr.Dropdown(list(studio.sizes), value=next(iter(studio.sizes)), label="Size", min_width=130)
         with gr.Row():
-            guidance = gr.Slider(1, 15, own["guidance"], step=0.5, label="Guidance", min_width=130)
-            weight = gr.Slider(1, 8, own["trajectory_guidance"], step=0.5, label="Trajectory weight", min_width=130)
+            guidance = gr.Slider(1, 15, own.guidance, step=0.5, label="Guidance", min_width=130)
+            weight = gr.Slider(1, 8, own.trajectory_guidance, step=0.5, label="Trajectory weight", min_width=130)
         with gr.Row():
-            seed = gr.Number(own["seed"], label="Seed", precision=0, minimum=0, min_width=130)
-            steps = gr.Slider(1, MOST_STEPS, own["steps"], step=1, label="Steps", min_width=130)
+            seed = gr.Number(own.seed, label="Seed", precision=0, minimum=0, min_width=130)
+            steps = gr.Slider(1, MOST_STEPS, own.steps, step=1, label="Steps", min_width=130)
         with gr.Accordion("More", open=False):
             negative = gr.Textbox(label="Negative prompt", max_length=MOST_TEXT)
             with gr.Row():

@@ -21,12 +21,12 @@ from PIL import Image
 
 from tora_jax.backbones.assembly import Models
 from tora_jax.conditioning import images, motion_maps, trajectory
+from tora_jax.configs import sampling
 from tora_jax.errors import UserError
 from tora_jax.evals import traj_error
 from tora_jax.io.video import read_image, resize_crop
-from tora_jax.sampling import generate as generation
-from tora_jax.sampling import request
-from tora_jax.sampling import writer as output
+from tora_jax.sampling import request, writer
+from tora_jax.sampling.generate import Progress, video_size
 
 KEPT = 12  # results of a visit
 VISITS = 200  # that are remembered; the one longest unused goes first
@@ -100,9 +100,9 @@ class Studio:
         self._device = threading.Lock()  # one generation at a time
         self._guard = threading.Lock()
         self._visits: collections.OrderedDict[str, Visit] = collections.OrderedDict()
-        defaults = request.settings(models.sampling, {})
-        height, width = generation.video_size(models, defaults["height"], defaults["width"])
-        self.defaults = {**defaults, "height": height, "width": width}
+        defaults = sampling.resolve(models.sampling, {})
+        height, width = video_size(models, defaults.height, defaults.width)
+        self.defaults = dataclasses.replace(defaults, height=height, width=width)
         self.sizes = _sizes(models, height, width)
 
     # ------------------------------------------------------------------------------------------------ visits
@@ -156,9 +156,7 @@ class Studio:
         frames = min(length, PREVIEW_FRAMES)
         tracks = trajectory.tracks(points or [], frames)
         maps = motion_maps.displacement_maps(tracks, round(height * scale), round(width * scale))
-        return _address(
-            motion_maps.flow_to_rgb(maps)[min(1, frames - 1) :], 1000 * length / self.defaults["fps"] / frames
-        )
+        return _address(motion_maps.flow_to_rgb(maps)[min(1, frames - 1) :], 1000 * length / self.defaults.fps / frames)
 
     def picture(self, path: str, size: str) -> str:
         """An uploaded picture as the model will see it, as an address."""
@@ -195,7 +193,7 @@ class Studio:
             given = wanted.read()
         total = request.steps(self.models, wanted)
 
-        def step(done: int) -> None:
+        def step(done: int, _: Any = None) -> None:
             if cancelled.is_set():
                 raise CancelledError
             progress(done, total)
@@ -234,17 +232,17 @@ class Studio:
         conditions = [images.Condition(frame, path) for frame, path in files.items() if path]
         # What sampling is asked for beside the form stands in the config: sizes there would be in the way.
         section = {k: v for k, v in self.models.sampling.items() if k not in ("resolution", "height", "width")}
-        section |= {"segment": self.defaults["segment"]}
+        section |= {"segment": self.defaults.segment}
         points = self.trajectories(drawn)
         wanted = request.make(section, {**form, "trajectories": None, "conditions": conditions})
         return dataclasses.replace(wanted, trajectories=points)
 
-    def _make(self, folder: Path, wanted: request.Request, given: Mapping, step: Callable[[int], None]) -> Made:
+    def _make(self, folder: Path, wanted: request.Request, given: Mapping, step: Progress) -> Made:
         tracks = wanted.tracks
-        settings = {k: v for k, v in wanted.settings.items() if k != "trajectory"}
+        settings = {k: v for k, v in wanted.settings.report().items() if k != "trajectory"}
         report: dict[str, Any] = {"settings": settings, "weights": Path(self.models.origin).name}
         pieces = []
-        with output.writer(folder / "tora.mp4", tracks, report) as write:
+        with writer.open_files(folder / "tora.mp4", tracks, report) as write:
             for (piece,) in request.generate(self.models, [wanted], [given], progress=step):
                 write(piece)
                 pieces.append(piece.video)
@@ -257,7 +255,7 @@ class Studio:
                 (folder / "trajectories.json").write_text(text)
         return Made(folder, error, settings)
 
-    def _error(self, video: UInt8[np.ndarray, "t h w 3"], tracks: generation.Tracks) -> float:
+    def _error(self, video: UInt8[np.ndarray, "t h w 3"], tracks: trajectory.Tracks) -> float:
         height, width = video.shape[1:3]
         tracked, visible = traj_error.track_lk(video, tracks[:, 0])
         return traj_error.traj_error(tracks, tracked, visible, (width, height))["l1"]
@@ -270,7 +268,7 @@ class Studio:
         return self.sizes[name]
 
     def _frames(self, count: Any) -> int:
-        count, most = _whole(count, "frames"), LONGEST * self.defaults["segment"]
+        count, most = _whole(count, "frames"), LONGEST * self.defaults.segment
         if not 1 <= count <= most:
             raise UserError(f"frames is {count}; it may be from 1 to {most} here")
         return count

@@ -35,6 +35,7 @@ Canvas = tuple[float | int, float | int]
 SEQUENCE = (list, tuple, np.ndarray)
 
 Trajectory = Float[np.ndarray, "_ _"]
+Tracks = Float[np.ndarray, "_ t 2"]  # each video may have another number of them
 
 
 def presets() -> dict[str, Path]:

@@ -29,12 +29,14 @@ from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.configs import eval as eval_config
+from tora_jax.configs.sampling import Settings
 from tora_jax.errors import UserError
 from tora_jax.evals import benchmarks, report
 from tora_jax.evals.measures import Measures
 from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
 from tora_jax.io.video import read_video, write_video
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch
 
 USAGE = """Measures released weights, or videos that are there.
 
@@ -172,23 +174,19 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _generate(config, cell, tasks, seeds, models) -> list[np.ndarray]:
-    images = None
-    if config["first_frame"]:
-        if blind := [task.name for task in tasks if task.video is None]:
-            raise UserError(f"{blind[0]}: has no first frame; set config.first_frame to False, or give an image")
-        images = [{0: task.video[0]} for task in tasks]
-    results = generation.generate_batch(
-        models,
-        [task.prompt for task in tasks],
-        [task.tracks for task in tasks] if cell["trajectory"] else None,
-        images,
-        seeds=seeds,
-        height=cell["height"],
-        width=cell["width"],
-        num_frames=cell["frames"],
-        fps=cell["fps"],
-        **config["sampling"],
-    )
+    first_frame = config["first_frame"]
+    if first_frame and (blind := [task.name for task in tasks if task.video is None]):
+        raise UserError(f"{blind[0]}: has no first frame; set config.first_frame to False, or give an image")
+    inputs = [
+        Inputs(
+            task.prompt,
+            task.tracks if cell["trajectory"] else None,
+            {0: task.video[0]} if first_frame else {},
+        )
+        for task in tasks
+    ]
+    size = {"height": cell["height"], "width": cell["width"], "num_frames": cell["frames"], "fps": cell["fps"]}
+    results = generate_batch(models, inputs, Settings(**size, **config["sampling"]), seeds=seeds)
     return [result.video for result in results]
 
 

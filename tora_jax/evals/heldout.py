@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 
 from tora_jax import sharding
 from tora_jax.backbones.assembly import Models
+from tora_jax.configs.sampling import Settings
 from tora_jax.data import clips, motion, pipeline, placement, sources
 from tora_jax.errors import UserError
 from tora_jax.evals import sprites, traj_error
 from tora_jax.io import overlay
 from tora_jax.io.video import write_video
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.generate import generate_batch
 from tora_jax.training import step as training
 
 TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
@@ -138,6 +140,8 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
     settings = {name: config["sampling"][name] for name in ("guidance", "trajectory_guidance", "negative_prompt")}
     settings |= {"height": bucket["height"], "width": bucket["width"], "num_frames": bucket["frames"]}
     settings |= {"fps": float(np.median([clip.fps for clip in clips])), "steps": config["evaluation"]["steps"]}
+    settings = Settings(**settings)
+    inputs = [Inputs(clip.caption, clip.tracks) for clip in clips]
     current: dict[str, Any] = {}
     models = dataclasses.replace(models, params=current)  # keeps what it has compiled while the parameters change
 
@@ -147,8 +151,7 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
             return {}
         current.update(params)
         with nn.logical_axis_rules(()):  # so few clips need not divide over the mesh
-            captions, tracks = [clip.caption for clip in clips], [clip.tracks for clip in clips]
-            results = generation.generate_batch(models, captions, tracks, seeds=range(len(clips)), **settings)
+            results = generate_batch(models, inputs, settings, seeds=range(len(clips)))
         current.clear()
         folder.mkdir(parents=True, exist_ok=True)
         found = []

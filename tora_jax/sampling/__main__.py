@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -17,12 +18,12 @@ from tqdm import tqdm
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
-from tora_jax.conditioning import images, prompt_rewriting, trajectory
+from tora_jax.conditioning import images, prompt_rewriting
 from tora_jax.configs import common
+from tora_jax.configs.sampling import Settings, kinds
 from tora_jax.errors import UserError
-from tora_jax.sampling import batch_file, request
-from tora_jax.sampling import generate as generation
-from tora_jax.sampling import writer as output
+from tora_jax.sampling import batch_file, request, writer
+from tora_jax.sampling.generate import place, timed
 
 USAGE = """Makes a video that moves along drawn trajectories.
 
@@ -31,6 +32,13 @@ the same with the trajectories drawn over it (*_trajectory), the flow map that t
 (*.json). With --batch: the same for each line of a file.
 """
 
+DEFINE = {  # by the type of a setting, the first that fits
+    tuple: flags.DEFINE_multi_string,
+    str: flags.DEFINE_string,
+    float: flags.DEFINE_float,
+    int: flags.DEFINE_integer,
+}
+
 
 def sample(argv: list[str] | None = None) -> None:
     """Runs the command and exits: 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
@@ -38,7 +46,7 @@ def sample(argv: list[str] | None = None) -> None:
 
 
 def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
-    args = command_line.parse(argv, _define, USAGE, common.sampling())
+    args = command_line.parse(argv, _define, USAGE, kinds())
     if args.weights is None and args["config"].using_default_value:
         args.weights = str(release.DEMO)
     config = _config(args)
@@ -65,16 +73,16 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         weights = release.checksum(args.weights) if args.weights else ""
         jobs = batch_file.read(args.batch, folder, section, given, weights)
     else:
-        out = output.check(args.out, wanted.files, args.weights)
+        out = writer.check(args.out, wanted.files, args.weights)
         pictures = wanted.read()
     command_line.use_compilation_cache()
 
     rules = tuple(common.training()["rules"].items())
     seconds: dict[str, dict[str, float]] = {}
-    with generation.timed(seconds, "load"):
-        models = assembly.load(config, args.weights, wanted.settings["seed"], args.low_memory)
+    with timed(seconds, "load"):
+        models = assembly.load(config, args.weights, wanted.settings.seed, args.low_memory)
         if mesh.size > 1:
-            models = generation.place(models, mesh, rules)
+            models = place(models, mesh, rules)
     on_mesh = sharding.use(mesh, rules) if mesh.size > 1 else contextlib.nullcontext()
     mesh = mesh if mesh.size > 1 else None
     if args.weights is None:
@@ -84,15 +92,15 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
             batch_file.run(models, jobs, folder, args.batch_size, mesh, args.quiet, check_interrupt)
         return
 
-    def progress(step: int) -> None:
+    def progress(step: int, _: jax.Array | None) -> None:
         bar.update(step - bar.n)
         check_interrupt()
 
-    report = {"settings": dict(wanted.settings), "weights": models.origin, "seconds": seconds}
+    report = {"settings": wanted.settings.report(), "weights": models.origin, "seconds": seconds}
     with (
         on_mesh,
         tqdm(total=request.steps(models, wanted), desc="sampling", unit="step", disable=args.quiet) as bar,
-        output.writer(out, wanted.tracks, report) as write,
+        writer.open_files(out, wanted.tracks, report) as write,
     ):
         for (piece,) in request.generate(models, [wanted], [pictures], mesh=mesh, progress=progress):
             write(piece)
@@ -125,35 +133,13 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("batch", None, "JSON lines, a video each (docs/sampling.md); --out is then a folder.", **to)
     flags.DEFINE_integer("batch_size", 1, "Videos that each device makes at once, with --batch.", lower_bound=1, **to)
     flags.DEFINE_string("mesh", "", "Axes of devices, such as data=4,fsdp=2. Default: --batch uses all for data.", **to)
-    flags.DEFINE_float("aesthetic_score", None, "Appended to the prompt; 6.5 looks good.", **to)
-    flags.DEFINE_float("motion_score", None, "Appended to the prompt; 5 is calm, 20 fast.", **to)
-    flags.DEFINE_string("camera_motion", None, 'Appended to the prompt: "static", "pan left", "zoom in" ...', **to)
     server = "OpenAI-compatible server that rewrites the prompt, such as http://localhost:8000/v1. Off by default."
     flags.DEFINE_string("rewrite_url", None, server, **to)
     flags.DEFINE_string("rewrite_model", "", "Its model. Default: the first that it names.", **to)
-    # The flags below stand for the config's sampling section, which has their defaults.
-    files = f"Trajectory file (text, JSON or .npy), or one of {', '.join(trajectory.presets())}. Repeatable."
-    flags.DEFINE_multi_string("trajectory", None, files, **to)
-    text = "What the video shows. Repeatable: the segments of a long video are shared out among them."
-    flags.DEFINE_multi_string("prompt", None, text, **to)
-    flags.DEFINE_string("negative_prompt", None, "What it shall not show.", **to)
-    flags.DEFINE_string("resolution", None, 'Named size, such as "480p"; with --aspect_ratio.', **to)
-    flags.DEFINE_string("aspect_ratio", None, 'width:height, such as "16:9".', **to)
-    flags.DEFINE_integer("height", None, "Pixels; with --width.", **to)
-    flags.DEFINE_integer("width", None, "Pixels.", **to)
-    flags.DEFINE_string("num_frames", None, 'Number of frames, or "2s", "4s", ...', **to)
-    flags.DEFINE_integer("segment", None, "Frames that are made at once; a longer video is made in segments.", **to)
-    flags.DEFINE_integer("overlap", None, "Latent frames that a segment takes over; 0 = by the model.", **to)
-    flags.DEFINE_float("fps", None, "Frames per second.", **to)
-    flags.DEFINE_integer("steps", None, "Steps of the sampler.", **to)
-    flags.DEFINE_float("guidance", None, "Weight of the prompt; 1 = none.", **to)
-    flags.DEFINE_float("trajectory_guidance", None, "Extra weight of the trajectory; 1 = none.", **to)
-    flags.DEFINE_string("solver", None, "euler, or ab2: second order, for fewer steps.", **to)
-    flags.DEFINE_float("guidance_from", None, "Part of the steps, 0 to 1, before which there is no guidance.", **to)
-    flags.DEFINE_float("guidance_to", None, "Part of the steps after which there is none.", **to)
-    flags.DEFINE_integer("guidance_every", None, "Steps for which what guidance adds is kept.", **to)
-    flags.DEFINE_integer("cache_every", None, "Steps for which what the blocks add is kept.", **to)
-    flags.DEFINE_integer("seed", None, "Seed of the noise.", **to)
+    # What is left out comes from the config's sampling section.
+    for field in dataclasses.fields(Settings):
+        define = next(define for kind, define in DEFINE.items() if kind in kinds()[field.name])
+        define(field.name, None, field.metadata["help"], **to)
 
 
 def _config(args: flags.FlagValues) -> dict[str, Any]:
@@ -175,8 +161,7 @@ def _config(args: flags.FlagValues) -> dict[str, Any]:
 
 def _given(args: flags.FlagValues) -> dict[str, Any]:
     """The flags that were set, as `request.make` takes them."""
-    names = (*common.sampling(), *request.SCORES)
-    given = {name: args[name].value for name in names if args[name].value is not None}
+    given = {name: args[name].value for name in kinds() if args[name].value is not None}
     if args.prompt is not None and len(args.prompt) == 1:
         (given["prompt"],) = args.prompt
     given.pop("trajectory", None)
@@ -188,3 +173,7 @@ def _given(args: flags.FlagValues) -> dict[str, Any]:
     given["conditions"] = [images.Condition(frame, Path(file)) for frame, file in pictures if file]
     given["conditions"] += map(images.parse, args.condition or ())
     return given
+
+
+if __name__ == "__main__":
+    sample()

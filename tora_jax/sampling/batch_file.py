@@ -26,9 +26,8 @@ from tqdm import tqdm
 from tora_jax.backbones.assembly import Models
 from tora_jax.errors import UserError
 from tora_jax.io.files import write_atomic
-from tora_jax.sampling import generate as generation
-from tora_jax.sampling import request
-from tora_jax.sampling import writer as output
+from tora_jax.sampling import request, writer
+from tora_jax.sampling.generate import Result
 
 NAME = re.compile(r"[\w][\w.-]{0,99}", re.ASCII)
 ASIDE = re.compile(r"\.[0-9a-f]{32}\.(json|mp4)")  # of `write_atomic`
@@ -80,14 +79,14 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
         lines = path.read_text("utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside of a text, too
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text; --batch takes JSON lines, a video each") from None
-    output.check_folder(folder, str(folder))
+    writer.check_folder(folder, str(folder))
     base = _hash(json.dumps([section, given, weights], sort_keys=True, default=str))
     jobs = [_job(i, line, base, section, given) for i, line in enumerate(lines, 1) if line.strip()]
     if not jobs:
         raise UserError(f"{path}: is empty; write a JSON object a line, such as {{}}")
     taken: dict[str, int] = {}
     for job in jobs:
-        for file in output.paths(_video(folder, job)).values():
+        for file in writer.paths(_video(folder, job)).values():
             if (other := taken.setdefault(file.name.lower(), job.line)) != job.line:
                 raise UserError(f"{path}: lines {other} and {job.line} would both write {file.name}; change a name")
     return jobs
@@ -194,7 +193,7 @@ def _fail(folder: Path, job: Job, error: Exception) -> None:
     report = {"line": job.line, "key": job.key, "error": message}
     if _report(folder, job) == report:  # as in the run before
         return
-    for path in output.paths(_video(folder, job)).values():  # of an older line of this name
+    for path in writer.paths(_video(folder, job)).values():  # of an older line of this name
         path.unlink(missing_ok=True)
     with write_atomic(folder / f"{job.name}.json") as aside:
         aside.write_text(json.dumps(report, indent=2) + "\n")
@@ -218,7 +217,7 @@ def _make(
     wanted = [able[i].wanted for i in filled]
     try:
         pieces = request.generate(
-            models, wanted, [images[i] for i in filled], mesh=mesh, progress=lambda _: check_interrupt()
+            models, wanted, [images[i] for i in filled], mesh=mesh, progress=lambda *_: check_interrupt()
         )
         _write(models, able, folder, pieces)
     except (UserError, MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -230,12 +229,17 @@ def _make(
     return len(able)
 
 
-def _write(models: Models, jobs: list[Job], folder: Path, pieces: Iterator[list[generation.Result]]) -> None:
+def _write(models: Models, jobs: list[Job], folder: Path, pieces: Iterator[list[Result]]) -> None:
     with contextlib.ExitStack() as stack:
         writers = []
         for job in jobs:
-            report = {"line": job.line, "key": job.key, "settings": dict(job.wanted.settings), "weights": models.origin}
-            writers.append(stack.enter_context(output.writer(_video(folder, job), job.wanted.tracks, report)))
+            report = {
+                "line": job.line,
+                "key": job.key,
+                "settings": job.wanted.settings.report(),
+                "weights": models.origin,
+            }
+            writers.append(stack.enter_context(writer.open_files(_video(folder, job), job.wanted.tracks, report)))
         for results in pieces:
             for write, result in zip(writers, results, strict=False):
                 write(result)

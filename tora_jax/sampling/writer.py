@@ -20,7 +20,7 @@ from tora_jax.errors import UserError
 from tora_jax.io import overlay
 from tora_jax.io.files import write_atomic
 from tora_jax.io.video import video_writer
-from tora_jax.sampling import generate as generation
+from tora_jax.sampling.generate import Result, add_seconds
 
 
 def paths(out: Path) -> dict[str, Path]:
@@ -71,9 +71,9 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def writer(
+def open_files(
     out: Path, tracks: Float[np.ndarray, "n t 2"] | None, report: dict[str, Any]
-) -> Iterator[Callable[[generation.Result], None]]:
+) -> Iterator[Callable[[Result], None]]:
     """Yields what takes the pieces of one video, in order; at the end all files are there, or none.
 
     Each is written aside as the pieces come, and all are renamed at the end, the report last: where it stands, the
@@ -94,14 +94,14 @@ def writer(
         writers = {part: stack.enter_context(video_writer(files[part], fps)) for part in wanted}
         start = 0
 
-        def write(piece: generation.Result) -> None:
+        def write(piece: Result) -> None:
             nonlocal start
             writers["video"](piece.video)
             if tracks is not None:
                 writers["trajectory"](overlay.draw_tracks(piece.video, tracks, start))
                 writers["flow"](piece.motion)
             start += len(piece.video)
-            generation.add_seconds(report["seconds"], piece.seconds)
+            add_seconds(report["seconds"], piece.seconds)
 
         yield write
         report["files"] = [files[part].name for part in wanted]
