@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tora_jax.conditioning import resolutions, trajectory
@@ -164,7 +164,7 @@ def _check_texts(found: Mapping[str, Any]) -> None:
         raise UserError(f"a prompt has {longest} letters; give at most {MAX_TEXT}")
 
 
-def _check_size(given: typing.Collection[str], found: Mapping[str, Any]) -> None:
+def _check_size(given: Collection[str], found: Mapping[str, Any]) -> None:
     by_name, by_pixels = {"resolution", "aspect_ratio"}.intersection(given), {"height", "width"}.intersection(given)
     if by_name and by_pixels:
         raise UserError("give --resolution with --aspect_ratio, or --height with --width, not both")
