@@ -37,6 +37,7 @@ class Layout(enum.Enum):
 
     SAME = None
     LINEAR = (1, 0)  # [out, in] -> [in, out]
+    CONV1D = (2, 1, 0)  # OIT -> TIO
     CONV2D = (2, 3, 1, 0)  # OIHW -> HWIO
     CONV3D = (2, 3, 4, 1, 0)  # OITHW -> THWIO
     # OITHW with stride = kernel -> [(t h w i), o], a linear layer on patches

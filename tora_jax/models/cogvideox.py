@@ -1,0 +1,357 @@
+"""CogVideoX: a diffusion transformer with joint attention over text and video, and room for Tora's fusers.
+
+Source: diffusers 0.42.1, models/transformers/cogvideox_transformer_3d.py, normalization.py and embeddings.py, as
+alibaba/Tora at 9a23dce has them (diffusers-version/tora/transformer_3d.py). The authors' own code, built on
+SwissArmyTransformer (sat/dit_video_concat.py), gives the same numbers but for what `final_eps` and `add_positions` say.
+"""
+
+from __future__ import annotations
+
+import einops
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tora_jax.errors import UserError
+from tora_jax.models import layers
+from tora_jax.models.attention import attention
+from tora_jax.models.cogvideox_motion import Fusion, MotionFuser
+from tora_jax.models.layers import Dtype, dense, modulate
+from tora_jax.models.stdit import Size, parse_variant
+
+SIZES = {"5B": Size(42, 3072, 48, 2)}
+
+EPS = 1e-5  # of the norms of tokens
+HEAD_EPS = 1e-6  # of the norms of queries and keys
+
+# Logical axes of the video's tokens [b, t, h, w, c] and of the text's [b, n, c].
+VIDEO = ("batch", None, None, None, None)
+TEXT = ("batch", None, None)
+
+Table = Float[Array, "t h w d"]
+
+
+def size_of(variant: str) -> Size:
+    """ "5B" is the released size; any other is written depth x width x heads / patch, see `stdit.parse_variant`."""
+    return SIZES.get(variant) or parse_variant(variant)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Positions
+# ----------------------------------------------------------------------------------------------------------
+
+
+def fit_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The place of a grid (rows, columns) inside a base grid: enlarged or shrunk to fit, its ratio kept, centred.
+
+    Returns:
+      (top, left), (bottom, right); halves are rounded to even numbers.
+    """
+    (h, w), (base_h, base_w) = grid, base
+    if h / w > base_h / base_w:
+        fitted = base_h, round(base_h / h * w)
+    else:
+        fitted = round(base_w / w * h), base_w
+    top, left = (round((whole - part) / 2) for whole, part in zip(base, fitted, strict=True))
+    return (top, left), (top + fitted[0], left + fitted[1])
+
+
+def rotary_tables(frames: int, grid: tuple[int, int], head_dim: int, base: tuple[int, int]) -> tuple[Table, Table]:
+    """Cosines and sines of the rotary embedding of each token.
+
+    The first quarter of a head's channels is for time, the next three eighths for height, the last for width. In
+    height and width, positions go from the near edge of the grid's place in the base grid (see `fit_grid`) to a
+    share (n - 1) / n of the far one: the near edge is not scaled, as in the reference.
+
+    Args:
+      frames: t.
+      grid: (rows, columns) of patches.
+      head_dim: d; a multiple of 16.
+      base: the grid at which positions are whole numbers.
+    """
+    near, far = fit_grid(grid, base)
+    positions = [np.arange(frames)]
+    positions += [np.linspace(a, b * (n - 1) / n, n) for a, b, n in zip(near, far, grid, strict=True)]
+    channels = head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8
+    angles = [
+        np.repeat(np.outer(position, 10000.0 ** (-np.arange(0, d, 2) / d)), 2, axis=-1)
+        for position, d in zip(positions, channels, strict=True)
+    ]
+
+    def table(function) -> Table:
+        parts = []
+        for axis, angle in enumerate(angles):
+            shape = [1, 1, 1, angle.shape[-1]]
+            shape[axis] = len(angle)
+            part = jnp.asarray(function(angle), jnp.float32).reshape(shape)
+            parts.append(jnp.broadcast_to(part, (frames, *grid, angle.shape[-1])))
+        return jnp.concatenate(parts, axis=-1)
+
+    return table(np.cos), table(np.sin)
+
+
+def rotate(x: Float[Array, "b t h w k d"], tables: tuple[Table, Table]) -> Float[Array, "b t h w k d"]:
+    """Rotary embedding with interleaved pairs: channels 2i and 2i + 1 turn together; float32 inside."""
+    cos, sin = (table[..., None, :] for table in tables)
+    # A product exchanges neighbours, as in `layers.rotate`.
+    swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]).astype(x.dtype)
+    other = jnp.matmul(x, swap, precision="highest").astype(jnp.float32)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+
+
+def sinusoids(timestep: Float[Array, "b"], features: int) -> Float[Array, "b c"]:
+    """A timestep as cosines and sines of falling frequencies, cosines first."""
+    half = features // 2
+    # Rounded to float32 where the reference rounds: times a timestep of 999, the last bit is seen.
+    exponent = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angle = timestep.astype(jnp.float32)[:, None] * np.exp(exponent.astype(np.float64)).astype(np.float32)
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Blocks
+# ----------------------------------------------------------------------------------------------------------
+
+
+def norm(eps: float, name: str) -> nn.LayerNorm:
+    """LayerNorm with scale and bias, in float32."""
+    return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+class ExpertNorm(nn.Module):
+    """One LayerNorm for video and text, and a modulation of its own for each.
+
+    Returns:
+      Video and text, normalised and modulated, in float32, and the gates of both.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, video: Float[Array, "b t h w c"], text: Float[Array, "b n c"], time: Float[Array, "b _"]
+    ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b n c"], Float[Array, "b 1 1 1 c"], Float[Array, "b 1 c"]]:
+        rows = dense(6 * video.shape[-1], dtype=self.dtype, name="modulation")(time).astype(jnp.float32)
+        # Shift, scale and gate of the video, then of the text.
+        video_rows, text_rows = einops.rearrange(rows, "b (two three c) -> two three b 1 c", two=2, three=3)
+        shift, scale, gate = video_rows[:, :, None, None]
+        normalise = norm(EPS, "norm")
+        video = modulate(normalise(video), shift, scale)
+        return video, modulate(normalise(text), text_rows[0], text_rows[1]), gate, text_rows[2]
+
+
+class JointAttention(nn.Module):
+    """Self-attention of text and video together, without a mask; rotary embedding of the video alone."""
+
+    num_heads: int
+    backend: str = "auto"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, video: Float[Array, "b t h w c"], text: Float[Array, "b n c"], tables: tuple[Table, Table]
+    ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b n c"]]:
+        width, grid = video.shape[-1], video.shape[1:4]
+
+        def project(name: str, normalise: nn.LayerNorm | None = None) -> Float[Array, "b l k d"]:
+            layer = dense(width, dtype=self.dtype, name=name)
+            parts = []
+            for x in (text, video):
+                x = einops.rearrange(layer(x), "... (k d) -> ... k d", k=self.num_heads)
+                if normalise is not None:
+                    x = normalise(x)
+                    x = rotate(x, tables) if x.ndim == 6 else x
+                parts.append(x.astype(self.dtype).reshape(len(x), -1, *x.shape[-2:]))
+            return jnp.concatenate(parts, axis=1)
+
+        q, k = project("q", norm(HEAD_EPS, "q_norm")), project("k", norm(HEAD_EPS, "k_norm"))
+        x = attention(q, k, project("v"), backend=self.backend, axes=("batch",))
+        x = dense(width, dtype=self.dtype, name="proj")(einops.rearrange(x, "b l k d -> b l (k d)"))
+        text, video = jnp.split(x, [text.shape[1]], axis=1)
+        return video.reshape(len(video), *grid, width), text
+
+
+class Block(nn.Module):
+    """Joint attention and an MLP for both, each after an `ExpertNorm`; the fuser changes what attention sees.
+
+    Attributes:
+      width, num_heads: of the model.
+      attention: a backend of `attention`.
+      dtype: of matrix products.
+    """
+
+    width: int
+    num_heads: int
+    attention: str = "auto"
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        self.norm1, self.norm2 = ExpertNorm(self.dtype), ExpertNorm(self.dtype)
+        self.attn = JointAttention(self.num_heads, self.attention, self.dtype)
+        self.mlp = layers.MLP(4 * self.width, self.width, dtype=self.dtype)
+        self.motion_fuser = MotionFuser(self.width, self.dtype)
+
+    def __call__(
+        self,
+        hidden: tuple[Float[Array, "b t h w c"], Float[Array, "b n c"]],
+        motion: Float[Array, "b2 t h w m"] | Fusion | None,
+        time: Float[Array, "b _"],
+        tables: tuple[Table, Table],
+        strength: Float[Array, ""] | None,
+    ) -> tuple[tuple[Float[Array, "b t h w c"], Float[Array, "b n c"]], None]:
+        video, text = hidden
+        video, text = nn.with_logical_constraint(video, VIDEO), nn.with_logical_constraint(text, TEXT)
+        x, y, video_gate, text_gate = self.norm1(video, text, time)
+        if motion is not None:
+            x = self.motion_fuser(x, motion, strength)
+        x, y = self.attn(x.astype(self.dtype), y.astype(self.dtype), tables)
+        video, text = video + (video_gate * x).astype(video.dtype), text + (text_gate * y).astype(text.dtype)
+        x, y, video_gate, text_gate = self.norm2(video, text, time)
+        x, y = self.mlp(x.astype(self.dtype)), self.mlp(y.astype(self.dtype))
+        video, text = video + (video_gate * x).astype(video.dtype), text + (text_gate * y).astype(text.dtype)
+        return (nn.with_logical_constraint(video, VIDEO), nn.with_logical_constraint(text, TEXT)), None
+
+    def fusion(self, carry: None, features: Float[Array, "b t h w m"]) -> tuple[None, Fusion]:
+        """Gamma and beta of this block's fuser, for a scan over the blocks."""
+        return carry, self.motion_fuser.fusion(features)
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation and projection of tokens to patches."""
+
+    features: int
+    eps: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t h w c"], time: Float[Array, "b _"]) -> Float[Array, "b t h w _"]:
+        rows = dense(2 * x.shape[-1], dtype=self.dtype, name="modulation")(time).astype(jnp.float32)
+        shift, scale = jnp.split(rows[:, None, None, None], 2, axis=-1)
+        x = modulate(norm(self.eps, "norm")(norm(EPS, "norm_in")(x)), shift, scale)
+        return dense(self.features, dtype=self.dtype, name="linear")(x.astype(self.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model
+# ----------------------------------------------------------------------------------------------------------
+
+
+class CogVideoX(nn.Module):
+    """The denoiser: noisy latents, a timestep and a caption -> v.
+
+    Attributes:
+      variant: see `size_of`.
+      in_channels: of the latents and of what is given beside them: 16 for text to video, 32 for image to video.
+      out_channels: of the latents.
+      caption_channels: of the text encoder's output.
+      time_channels: of the timestep's embedding.
+      base_grid: (rows, columns) of patches at which rotary positions are whole numbers.
+      learned_positions: tokens of text and video that the table of learned positions has; 0 = no table.
+      add_positions: add that table. The released image-to-video weights hold one, and were trained and are run
+        without adding it (sat/dit_video_concat.py); the diffusers form adds it.
+      final_eps: of the last norm: 1e-5 in diffusers, 1e-6 in the authors' own code.
+      remat: rematerialisation policy for a block, see `layers.remat`.
+      attention: a backend of `attention`.
+      dtype: of matrix products; parameters are float32.
+    """
+
+    variant: str = "5B"
+    in_channels: int = 16
+    out_channels: int = 16
+    caption_channels: int = 4096
+    time_channels: int = 512
+    base_grid: tuple[int, int] = (30, 45)
+    learned_positions: int = 0
+    add_positions: bool = False
+    final_eps: float = 1e-5
+    remat: str = "none"
+    attention: str = "auto"
+    dtype: Dtype = jnp.float32
+
+    def setup(self):
+        size = size_of(self.variant)
+        patch = (size.patch, size.patch)
+        self.patch_embedder = nn.Conv(size.width, patch, strides=patch, padding="VALID", dtype=self.dtype)
+        self.text_embedder = dense(size.width, dtype=self.dtype, name="text_embedder")
+        self.time_fc1, self.time_fc2 = (dense(self.time_channels, dtype=self.dtype, name=f"time_fc{i}") for i in (1, 2))
+        if self.learned_positions:
+            shape = (1, self.learned_positions, size.width)
+            self.positions = self.param("positions", nn.initializers.normal(0.02), shape)
+        scanned = {
+            "variable_axes": {"params": 0},
+            "split_rngs": {"params": True},
+            "length": size.depth,
+            "unroll": layers.unroll(size.depth),
+        }
+        methods = {"__call__": scanned | {"in_axes": (0, *(nn.broadcast,) * 3)}, "fusion": scanned | {"in_axes": 0}}
+        blocks = nn.scan(layers.remat(Block, self.remat), methods=methods)
+        self.blocks = blocks(size.width, size.num_heads, self.attention, self.dtype)
+        self.final_layer = FinalLayer(size.patch**2 * self.out_channels, self.final_eps, self.dtype)
+
+    def fusion(self, features: Float[Array, "depth b t h2 w2 m"]) -> Fusion:
+        """Gamma and beta of all blocks, stacked: for each video once, where memory allows."""
+        return self.blocks.fusion(None, features.astype(self.dtype))[1]
+
+    def __call__(
+        self,
+        x: Float[Array, "b t h w c"],
+        timestep: Float[Array, "b"],
+        text: Float[Array, "b n _"],
+        *,
+        given: Float[Array, "b t h w _"] | None = None,
+        motion: Float[Array, "depth b2 t h2 w2 m"] | Fusion | None = None,
+        strength: Float[Array, ""] | None = None,
+        residual: Float[Array, "b t h2 w2 _"] | None = None,
+    ) -> Float[Array, "b t h w c"]:
+        """Predicts v. What the blocks add to the video's tokens is sown as "residual" in "intermediates".
+
+        Args:
+          x: noisy latents; their sides are multiples of the patch.
+          timestep: 0 (clean) to 999 (noise).
+          text: features of the caption, padded; all of them are attended to.
+          given: channels beside those of x: latents of a given image, and zeros after its frame.
+          motion: features of the extractor, or what `fusion` made of them; see `MotionFuser`. None = plain CogVideoX.
+          strength: see `MotionFuser`.
+          residual: what the blocks added at another step, in their place.
+
+        Returns:
+          v in float32, see `diffusion.v_prediction`.
+
+        Raises:
+          UserError: for a size that the learned positions do not have.
+        """
+        size = size_of(self.variant)
+        frames, (h, w) = x.shape[1], x.shape[2:4]
+        if h % size.patch or w % size.patch:
+            raise ValueError(f"latents of {h}x{w}: both sides must be multiples of {size.patch}")
+        x = x if given is None else jnp.concatenate([x, given.astype(x.dtype)], axis=-1)
+        time = self.time_fc1(sinusoids(timestep, size.width).astype(self.dtype))
+        time = nn.silu(self.time_fc2(nn.silu(time)))
+
+        video, text = self.patch_embedder(x.astype(self.dtype)), self.text_embedder(text.astype(self.dtype))
+        video, text = self._with_positions(video, text)
+        grid = video.shape[2:4]
+        if residual is None:
+            before, tables = video, rotary_tables(frames, grid, size.width // size.num_heads, self.base_grid)
+            (video, _), _ = self.blocks((video, text), motion, time, tables, strength)
+            self.sow("intermediates", "residual", video - before)
+        else:
+            video = video + residual.astype(video.dtype)
+        video = self.final_layer(video, time)
+        p = size.patch
+        return einops.rearrange(video, "b t h w (c p q) -> b t (h p) (w q) c", p=p, q=p).astype(jnp.float32)
+
+    def _with_positions(self, video: Array, text: Array) -> tuple[Array, Array]:
+        """Adds the learned positions, where they are to be added."""
+        if not (self.learned_positions and self.add_positions):
+            return video, text
+        n, grid = text.shape[1], video.shape[1:4]
+        if n + np.prod(grid) != self.learned_positions:
+            raise UserError(
+                f"these weights have {self.learned_positions} learned positions, but {n} text tokens and "
+                f"{grid[0]} latent frames of {grid[1]}x{grid[2]} patches need {n + np.prod(grid)}: use the size and the "
+                "number of frames that they were made for"
+            )
+        table = self.positions[0].astype(self.dtype)
+        return video + table[n:].reshape(*grid, -1), text + table[:n]
