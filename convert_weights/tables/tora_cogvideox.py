@@ -180,9 +180,11 @@ def from_sat(shapes: Mapping[str, Shape]) -> dict[str, Piece]:
         matches = ((m.groupdict(), targets) for regex, targets in rules if (m := regex.fullmatch(name)))
         index, targets = next(matches, (None, None))
         if index is None or shape[0] % targets[0][2]:
-            pieces[_renamed(name)] = Piece(key)
-            continue
-        pieces |= {target.format(**index): Piece(key, rows, parts) for target, rows, parts in targets}
+            found = {_renamed(name): Piece(key)}
+        else:
+            found = {target.format(**index): Piece(key, rows, parts) for target, rows, parts in targets}
+        # The same name with and without the prefix: the second has no place.
+        pieces |= {key: Piece(key)} if found.keys() & pieces.keys() else found
     return pieces
 
 

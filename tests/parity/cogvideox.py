@@ -11,16 +11,12 @@ from tests.parity import golden
 from tora_jax.models.cogvideox_tora import CogVideoXTora
 
 
-
-
 def weights(data: golden.Golden, prefix: str = "") -> dict[str, np.ndarray]:
     """The file's state dict: `params/<key>` where it is there, else by the rule in the file's `config`."""
     held, seed = data.params, data.config["seed"]
     keys = {key for key in held if key.startswith(prefix)} | {k for k in data.config["params"] if k.startswith(prefix)}
     return {
-        key.removeprefix(prefix): held[key]
-        if key in held
-        else golden.procedural(key, data.config["params"][key], seed)
+        key.removeprefix(prefix): held[key] if key in held else golden.procedural(key, data.config["params"][key], seed)
         for key in sorted(keys)
     }
 
@@ -37,6 +33,7 @@ def fields_of(config: dict, text_length: int) -> dict:
         "in_channels": config.get("in_channels", 16),
         "out_channels": config.get("out_channels", 16),
         "caption_channels": config["text_embed_dim"],
+        "caption_length": text_length,
         "time_channels": config["time_embed_dim"],
         "base_grid": (rows, columns),
         "learned_positions": text_length + frames * rows * columns if learned else 0,
@@ -55,6 +52,7 @@ def sat_fields_of(config: dict, text_length: int) -> dict:
         "in_channels": config["in_channels"],
         "out_channels": config["out_channels"],
         "caption_channels": config["modules"]["patch_embed_config"]["params"]["text_hidden_size"],
+        "caption_length": text_length,
         "time_channels": config["time_embed_dim"],
         "base_grid": (rows, columns),
         "learned_positions": text_length + frames * rows * columns if learned else 0,
@@ -70,8 +68,9 @@ def tora_of(config: dict, text_length: int, **changes) -> CogVideoXTora:
 
 def param_shapes(model: CogVideoXTora, motion: bool = True):
     fields = model.cogvideox
-    x, text = jnp.zeros((1, 1, 2, 2, fields["out_channels"])), jnp.zeros((1, 1, fields["caption_channels"]))
-    given = jnp.zeros((*x.shape[:4], fields["in_channels"] - fields["out_channels"]))
+    x = jnp.zeros((1, 1, model.patch, model.patch, model.in_channels))
+    text = jnp.zeros((1, 1, model.caption_channels))
+    given = jnp.zeros((*x.shape[:4], fields["in_channels"] - model.in_channels))
     # The table's size says nothing about the inputs of this call.
     model = model.clone(cogvideox={**fields, "add_positions": False})
     init = lambda key: model.init(key, x, jnp.zeros(1), text, x if motion else None, given=given)["params"]  # noqa: E731

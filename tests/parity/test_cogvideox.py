@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from convert_weights import mapping
-from convert_weights.tables import tora_cogvideox
+from convert_weights.tables import t5, tora_cogvideox
 from tests.parity import cogvideox, golden
 from tests.parity.cogvideox import channels_last
 from tora_jax.models.cogvideox import fit_grid, rotary_tables
 from tora_jax.models.cogvideox_motion import MotionExtractor, MotionFuser
+from tora_jax.models.t5 import T5Encoder
 
 FILES = ["cogvideox_transformer", "cogvideox_transformer_motion", "cogvideox_transformer_i2v"]
 SAT_FILES = ["cogvideox_transformer_sat", "cogvideox_transformer_sat_i2v"]
@@ -66,7 +67,9 @@ def test_fusion_once_for_all_steps():
     inputs, given = case.inputs()
     apply = functools.partial(case.model.apply, {"params": case.params})
     fusion = jax.jit(lambda flow: apply(apply(flow, method="extract"), method="fusion"))(case.flow)
-    denoise = jax.jit(lambda strength: apply(*inputs, given=given, motion=fusion, strength=strength, method="denoise"))
+    denoise = jax.jit(
+        lambda strength: apply(*inputs, given=given, features=fusion, strength=strength, method="denoise")
+    )
     for strength, want in ((1.0, "out/pred"), (0.0, "out/pred_no_motion")):
         golden.assert_close(denoise(jnp.float32(strength)), channels_last(case.data[want]), 1e-5)
 
@@ -92,7 +95,7 @@ def test_extractor():
     state = cogvideox.weights(data)
     depth = sum(key.endswith(".bn1.weight") for key in state) // c["nums_rb"]
     x = channels_last(np.swapaxes(data["in/latents"], 1, 2))
-    model = MotionExtractor(depth, c["patch_size"], c["channels"][0])
+    model = MotionExtractor(depth, c["patch_size"], c["channels"][0], c["nums_rb"])
     target = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     ignored = [pattern.removeprefix(r"traj_extractor\.") for pattern in tora_cogvideox.IGNORED]
     params = mapping.from_state_dict(tora_cogvideox.EXTRACTOR, state, target, ignored)
@@ -136,3 +139,35 @@ def test_rotary_tables(name):
         assert len(table) == c["rows"]
         golden.assert_close(table[data[f"in/rows_{name}"]], data[f"out/{kind}_{name}"], 1e-5)
         golden.assert_close(table.sum(dtype=np.float64), c[f"{kind}_sum"], 1e-5)
+
+
+def test_text_without_a_mask():
+    """T5 as the released code runs it: padding is attended to, and its features are used."""
+    data = golden.load("cogvideox_text")
+    c = data.config["t5"]
+    model = T5Encoder(
+        vocab_size=c["vocab_size"],
+        width=c["d_model"],
+        num_heads=c["num_heads"],
+        head_dim=c["d_kv"],
+        mlp_dim=c["d_ff"],
+        depth=c["num_layers"],
+    )
+    ids = jnp.asarray(data["in/ids"], jnp.int32)
+    mask = jnp.ones(ids.shape, bool)
+    target = jax.eval_shape(model.init, jax.random.key(0), ids, mask)["params"]
+    params = mapping.from_state_dict(t5.TABLE, t5.untie(cogvideox.weights(data)), target, t5.IGNORED)
+    golden.assert_close(jax.jit(model.apply)({"params": params}, ids, mask), data["out/features"], 1e-5)
+
+
+@pytest.mark.slow
+def test_real_widths():
+    """Two layers of the real widths; 1.3 GB of float32 weights and the inputs from the seeded rule."""
+    data = golden.load("cogvideox_5b_width")
+    c, seed = data.config, data.config["seed"]
+    x, text, flow = (golden.procedural_input(f"in/{k}", c["inputs"][f"in/{k}"], seed) for k in ("x", "text", "flow"))
+    model = cogvideox.tora_of(c, text.shape[1])
+    params = cogvideox.load_params(model, cogvideox.weights(data))
+    timestep = jnp.asarray(c["t"], jnp.float32)
+    got = jax.jit(model.apply)({"params": params}, channels_last(x), timestep, jnp.asarray(text), channels_last(flow))
+    golden.assert_close(got, channels_last(data["out/pred"]), 1e-5)

@@ -6,8 +6,9 @@ a is exactly 0. Timesteps are whole numbers, 0 (least noise) to 999; -1 stands f
 The two front ends of the released code differ in a few numbers, see `VPrediction.spacing`. Both compute coefficients on
 the host; here that is float64, and latents are float32.
 
-Source: alibaba/Tora at 9a23dce, sat/sgm/modules/diffusionmodules (discretizer.py, denoiser.py, sampling.py, guiders.py);
-diffusers 0.42.1, schedulers/scheduling_dpm_cogvideox.py and scheduling_ddim_cogvideox.py.
+Source: alibaba/Tora at 9a23dce, discretizer.py, denoiser.py, sampling.py and guiders.py of
+sat/sgm/modules/diffusionmodules; diffusers 0.42.1, schedulers/scheduling_dpm_cogvideox.py and
+scheduling_ddim_cogvideox.py.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ class VPrediction:
         Size and length of the video change nothing.
         """
         count = self.num_timesteps
-        if not 1 <= steps < count:
-            raise ValueError(f"steps is {steps}; give 1 to {count - 1}")
+        if not 1 <= steps <= count:
+            raise ValueError(f"steps is {steps}; give 1 to {count}")
         if self.spacing == "sat":
             t = np.linspace(count - 1, 0, steps, endpoint=False).astype(int)
             end = CLEAN
@@ -165,7 +166,7 @@ def _unscaled_levels(process: VPrediction) -> np.ndarray:
 def _zero_terminal(levels: np.ndarray) -> np.ndarray:
     """Levels moved and stretched: the lowest becomes 0, the highest stays."""
     lowest, highest = levels.min(), levels.max()
-    return (levels - lowest) * highest / (highest - lowest)
+    return (levels - lowest) * (highest / (highest - lowest) if len(levels) > 1 else 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ SwissArmyTransformer (sat/dit_video_concat.py), gives the same numbers but for w
 
 from __future__ import annotations
 
+import math
+
 import einops
 import flax.linen as nn
 import jax.numpy as jnp
@@ -49,10 +51,8 @@ def fit_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, i
       (top, left), (bottom, right); halves are rounded to even numbers.
     """
     (h, w), (base_h, base_w) = grid, base
-    if h / w > base_h / base_w:
-        fitted = base_h, round(base_h / h * w)
-    else:
-        fitted = round(base_w / w * h), base_w
+    tall = h / w > base_h / base_w
+    fitted = (base_h, round(base_h / h * w)) if tall else (round(base_w / w * h), base_w)
     top, left = (round((whole - part) / 2) for whole, part in zip(base, fitted, strict=True))
     return (top, left), (top + fitted[0], left + fitted[1])
 
@@ -195,7 +195,7 @@ class Block(nn.Module):
     def __call__(
         self,
         hidden: tuple[Float[Array, "b t h w c"], Float[Array, "b n c"]],
-        motion: Float[Array, "b2 t h w m"] | Fusion | None,
+        features: Float[Array, "b2 t h w m"] | Fusion | None,
         time: Float[Array, "b _"],
         tables: tuple[Table, Table],
         strength: Float[Array, ""] | None,
@@ -203,8 +203,8 @@ class Block(nn.Module):
         video, text = hidden
         video, text = nn.with_logical_constraint(video, VIDEO), nn.with_logical_constraint(text, TEXT)
         x, y, video_gate, text_gate = self.norm1(video, text, time)
-        if motion is not None:
-            x = self.motion_fuser(x, motion, strength)
+        if features is not None:
+            x = self.motion_fuser(x, features, strength)
         x, y = self.attn(x.astype(self.dtype), y.astype(self.dtype), tables)
         video, text = video + (video_gate * x).astype(video.dtype), text + (text_gate * y).astype(text.dtype)
         x, y, video_gate, text_gate = self.norm2(video, text, time)
@@ -244,7 +244,7 @@ class CogVideoX(nn.Module):
       variant: see `size_of`.
       in_channels: of the latents and of what is given beside them: 16 for text to video, 32 for image to video.
       out_channels: of the latents.
-      caption_channels: of the text encoder's output.
+      caption_channels, caption_length: of the text encoder's output; all of its tokens are attended to.
       time_channels: of the timestep's embedding.
       base_grid: (rows, columns) of patches at which rotary positions are whole numbers.
       learned_positions: tokens of text and video that the table of learned positions has; 0 = no table.
@@ -260,6 +260,7 @@ class CogVideoX(nn.Module):
     in_channels: int = 16
     out_channels: int = 16
     caption_channels: int = 4096
+    caption_length: int = 226
     time_channels: int = 512
     base_grid: tuple[int, int] = (30, 45)
     learned_positions: int = 0
@@ -300,7 +301,7 @@ class CogVideoX(nn.Module):
         text: Float[Array, "b n _"],
         *,
         given: Float[Array, "b t h w _"] | None = None,
-        motion: Float[Array, "depth b2 t h2 w2 m"] | Fusion | None = None,
+        features: Float[Array, "depth b2 t h2 w2 m"] | Fusion | None = None,
         strength: Float[Array, ""] | None = None,
         residual: Float[Array, "b t h2 w2 _"] | None = None,
     ) -> Float[Array, "b t h w c"]:
@@ -311,7 +312,7 @@ class CogVideoX(nn.Module):
           timestep: 0 (clean) to 999 (noise).
           text: features of the caption, padded; all of them are attended to.
           given: channels beside those of x: latents of a given image, and zeros after its frame.
-          motion: features of the extractor, or what `fusion` made of them; see `MotionFuser`. None = plain CogVideoX.
+          features: of the extractor, or what `fusion` made of them; see `MotionFuser`. None = plain CogVideoX.
           strength: see `MotionFuser`.
           residual: what the blocks added at another step, in their place.
 
@@ -334,7 +335,7 @@ class CogVideoX(nn.Module):
         grid = video.shape[2:4]
         if residual is None:
             before, tables = video, rotary_tables(frames, grid, size.width // size.num_heads, self.base_grid)
-            (video, _), _ = self.blocks((video, text), motion, time, tables, strength)
+            (video, _), _ = self.blocks((video, text), features, time, tables, strength)
             self.sow("intermediates", "residual", video - before)
         else:
             video = video + residual.astype(video.dtype)
@@ -347,11 +348,11 @@ class CogVideoX(nn.Module):
         if not (self.learned_positions and self.add_positions):
             return video, text
         n, grid = text.shape[1], video.shape[1:4]
-        if n + np.prod(grid) != self.learned_positions:
+        if n + math.prod(grid) != self.learned_positions:
             raise UserError(
-                f"these weights have {self.learned_positions} learned positions, but {n} text tokens and "
-                f"{grid[0]} latent frames of {grid[1]}x{grid[2]} patches need {n + np.prod(grid)}: use the size and the "
-                "number of frames that they were made for"
+                f"these weights have {self.learned_positions} learned positions, but {n} text tokens and {grid[0]} "
+                f"latent frames of {grid[1]}x{grid[2]} patches need {n + math.prod(grid)}: use the size and the number "
+                "of frames that they were made for"
             )
         table = self.positions[0].astype(self.dtype)
         return video + table[n:].reshape(*grid, -1), text + table[:n]

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from tora_jax.models import layers
 from tora_jax.models.layers import Dtype
 
-BLOCKS_PER_MAP = 2
 NORM_GROUPS = 32
 EPS = 1e-5
 CONV = layers.gathered(jax.lax.conv_general_dilated, None, None, None, "hidden")
@@ -59,12 +58,13 @@ class ExtractorBlock(nn.Module):
 
 
 class MotionExtractor(nn.Module):
-    """Motion latents -> a feature map for each block of the denoiser, `BLOCKS_PER_MAP` residual blocks apart.
+    """Motion latents -> a feature map for each block of the denoiser.
 
     Attributes:
       depth: blocks of the denoiser.
       patch: of the denoiser.
       features: channels of the maps.
+      blocks_per_map: residual blocks from one map to the next.
       remat: see `layers.remat`.
       dtype: of the convolutions; norms run in float32.
     """
@@ -72,6 +72,7 @@ class MotionExtractor(nn.Module):
     depth: int
     patch: int = 2
     features: int = 128
+    blocks_per_map: int = 2
     remat: str = "none"
     dtype: Dtype = jnp.float32
 
@@ -87,7 +88,7 @@ class MotionExtractor(nn.Module):
         x = jnp.pad(motion.astype(self.dtype), ((0, 0), (0, 0), (0, -h % p), (0, -w % p), (0, 0)))
         x = einops.rearrange(x, "b t (h p) (w q) c -> b t h w (c p q)", p=p, q=p)
         x = conv3x3(self.features, dtype=self.dtype, name="conv_in")(x)
-        count = BLOCKS_PER_MAP * self.depth
+        count = self.blocks_per_map * self.depth
         blocks = nn.scan(
             layers.remat(ExtractorBlock, self.remat),
             variable_axes={"params": 0},
@@ -96,7 +97,7 @@ class MotionExtractor(nn.Module):
             unroll=layers.unroll(count),
         )
         _, maps = blocks(self.dtype, name="blocks")(x, None)
-        return maps[BLOCKS_PER_MAP - 1 :: BLOCKS_PER_MAP]
+        return maps[self.blocks_per_map - 1 :: self.blocks_per_map]
 
 
 class Fusion(NamedTuple):
@@ -156,21 +157,21 @@ class MotionFuser(nn.Module):
     def __call__(
         self,
         hidden: Float[Array, "b t h w c"],
-        motion: Float[Array, "b2 t h w m"] | Fusion,
+        features: Float[Array, "b2 t h w m"] | Fusion,
         strength: Float[Array, ""] | None = None,
     ) -> Float[Array, "b t h w c"]:
         """Fuses.
 
         Args:
           hidden: tokens of the video, on the grid of patches.
-          motion: this block's features, or what `fusion` made of them. Their batch may be smaller and divide b: then
+          features: this block's, or what `fusion` made of them. Their batch may be smaller and divide b: then
             it is repeated, as for passes of guidance that share a trajectory.
           strength: of what the fuser adds; 0 = `hidden`, None = 1.
 
         Returns:
           float32.
         """
-        gamma, beta = motion if isinstance(motion, Fusion) else self.fusion(motion)
+        gamma, beta = features if isinstance(features, Fusion) else self.fusion(features)
         repeats = len(hidden) // len(gamma)
         gamma, beta = (einops.repeat(x, "b t h w c -> (r b) t h w c", r=repeats) for x in (gamma, beta))
         hidden = hidden.astype(jnp.float32)

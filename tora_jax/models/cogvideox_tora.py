@@ -26,10 +26,39 @@ class CogVideoXTora(nn.Module):
     cogvideox: Mapping[str, Any]
     motion_features: int = 128
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents, without what is given beside them."""
+        return self._cogvideox.out_channels
+
+    @property
+    def caption_channels(self) -> int:
+        """Width of the text encoder's output."""
+        return self._cogvideox.caption_channels
+
+    @property
+    def caption_length(self) -> int:
+        """Tokens of a caption."""
+        return self._cogvideox.caption_length
+
+    @property
+    def patch(self) -> int:
+        """Latent cells for each token, along one side."""
+        return size_of(self._cogvideox.variant).patch
+
+    @property
+    def depth(self) -> int:
+        """Blocks; the extractor makes a feature map for each."""
+        return size_of(self._cogvideox.variant).depth
+
+    @property
+    def _cogvideox(self) -> CogVideoX:
+        return CogVideoX(**self.cogvideox, parent=None)
+
     def setup(self):
-        size = size_of(self.cogvideox.get("variant", CogVideoX.variant))
-        options = {name: self.cogvideox.get(name, getattr(CogVideoX, name)) for name in ("remat", "dtype")}
-        self.extractor = MotionExtractor(size.depth, size.patch, self.motion_features, **options, name="extractor")
+        inner = self._cogvideox
+        options = {"remat": inner.remat, "dtype": inner.dtype}
+        self.extractor = MotionExtractor(self.depth, self.patch, self.motion_features, **options, name="extractor")
         self.denoiser = CogVideoX(**self.cogvideox, name="cogvideox")
 
     def extract(self, motion: Float[Array, "b t h w c"]) -> Float[Array, "depth b t h2 w2 m"]:
@@ -40,9 +69,9 @@ class CogVideoXTora(nn.Module):
         """Features -> gamma and beta of all blocks. They serve every step; see `CogVideoX.fusion`."""
         return self.denoiser.fusion(features)
 
-    def denoise(self, x, timestep, text, *, motion=None, **conditions) -> Float[Array, "b t h w c"]:
+    def denoise(self, x, timestep, text, *, features=None, **conditions) -> Float[Array, "b t h w c"]:
         """One forward pass with what `extract` or `fusion` gave, or None for plain CogVideoX; see `CogVideoX`."""
-        return self.denoiser(x, timestep, text, motion=motion, **conditions)
+        return self.denoiser(x, timestep, text, features=features, **conditions)
 
     def __call__(
         self,
@@ -53,4 +82,5 @@ class CogVideoXTora(nn.Module):
         **conditions,
     ) -> Float[Array, "b t h w c"]:
         """Extracts and denoises in one pass, as training does. `conditions`: keyword arguments of `CogVideoX`."""
-        return self.denoise(x, timestep, text, motion=None if motion is None else self.extract(motion), **conditions)
+        features = None if motion is None else self.extract(motion)
+        return self.denoise(x, timestep, text, features=features, **conditions)
