@@ -45,7 +45,7 @@ from tora_jax.errors import UserError
 from tora_jax.evals import quality, traj_error
 from tora_jax.evals import sprites as measures
 from tora_jax.io import overlay
-from tora_jax.io.video import write_video
+from tora_jax.io.video import from_float, to_float, write_video
 from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch, video_size
 
@@ -100,7 +100,7 @@ class Bench:
         module = getattr(self.models, part)
 
         def through(params, video):
-            return jnp.round(jnp.clip(module.apply(params, video), -1, 1) * 127.5 + 127.5).astype(jnp.uint8)
+            return from_float(module.apply(params, video))
 
         return jax.jit(through)
 
@@ -208,17 +208,13 @@ def psnr(videos: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> float:
     return mean([quality.psnr(*pair) for pair in zip(videos, truth, strict=True)])
 
 
-def to_float(video: np.ndarray) -> jax.Array:
-    return jnp.asarray(video, jnp.float32) / 127.5 - 1
-
-
 def reconstruct(bench: Bench, part: str, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Videos through a VAE and back, by the posteriors' means."""
     run, params = bench.through(part), {"params": bench.models.params[part]}
     made = []
     with bench.bar(len(videos), part) as bar:
         for video in videos:
-            made.append(np.asarray(run(params, to_float(video)[None])[0]))
+            made.append(np.asarray(run(params, to_float(jnp.asarray(video))[None])[0]))
             bar.update()
     return made
 

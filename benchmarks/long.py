@@ -32,7 +32,7 @@ from tora_jax.checkpoints import release
 from tora_jax.data import sprites
 from tora_jax.evals import sprites as measures
 from tora_jax.io import overlay
-from tora_jax.io.video import write_video
+from tora_jax.io.video import from_float, to_float, write_video
 from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
 from tora_jax.sampling.segments import generate_pieces
@@ -115,9 +115,9 @@ def ends(bench: dict[str, Any]) -> dict[str, Any]:
         (result,) = generate_batch(models, [inputs], settings, seeds=[i])
         video, own = result.video, []
         for still in (first[None], np.repeat(last[None], frames, 0)):
-            through = models.vae.apply(params, jnp.asarray(still, jnp.float32)[None] / 127.5 - 1)
-            own.append(np.round(np.clip(np.asarray(through[0, -1]), -1, 1) * 127.5 + 127.5))
-        true = models.encode_video(models.params["vae"], jnp.asarray(clip.video, jnp.float32)[None] / 127.5 - 1)
+            through = models.vae.apply(params, to_float(jnp.asarray(still))[None])
+            own.append(from_float(np.asarray(through[0, -1])))
+        true = models.encode_video(models.params["vae"], to_float(jnp.asarray(clip.video))[None])
         mixed, _ = models.decode(frames, models.params["vae"], true.at[0, -1].set(result.latents[-1]))
         between = slice(1, frames - 1)
         error = measures.path_error(video[between], [clip.sprites[0].colour], clip.tracks[:, between])["error"]

@@ -14,9 +14,8 @@ from tora_jax import sharding
 from tora_jax.data import pipeline, precompute, sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import heldout
-from tora_jax.io.video import read_video
+from tora_jax.io.video import read_video, to_float
 from tora_jax.sampling.generate import Result
-from tora_jax.training import step as training
 
 SCALE = sprites.Scale(name="heldout", side=64, frames=9, fps=8.0)
 
@@ -73,7 +72,7 @@ def test_a_vae_is_judged_by_its_psnr(config, tiny_models, open_split, tmp_path):
     batches = open_split()
     want = []
     for batch in (next(batches), next(batches)):
-        video = training.to_float(jnp.asarray(batch["video"]))
+        video = to_float(jnp.asarray(batch["video"]))
         want.append(heldout.psnr(tiny_models.vae.apply({"params": tiny_models.params["vae"]}, video), video).mean())
     assert found["psnr"] == pytest.approx(np.mean(want), rel=1e-4)
 
@@ -84,7 +83,7 @@ def test_latents_are_normalised(config, tiny_models, open_split):
     params = tiny_models.params["vae"]
     params = {**params, **heldout.latent_statistics(config, tiny_models, open_split, MESH())(params)}
     encode = jax.jit(functools.partial(tiny_models.vae.apply, {"params": params}, method="encode"))
-    videos = [training.to_float(jnp.asarray(batch["video"])) for batch in open_split()]
+    videos = [to_float(jnp.asarray(batch["video"])) for batch in open_split()]
     # Draws of an untrained VAE are mostly noise: twenty of each clip average it away.
     latents = np.concatenate([encode(video, jax.random.key(i)) for video in videos for i in range(20)])
     np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.05)

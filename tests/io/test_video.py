@@ -7,12 +7,22 @@ import zlib
 from pathlib import Path
 
 import av
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from tora_jax.errors import UserError
-from tora_jax.io.video import cover, probe, read_image, read_video, resize_crop, write_video
+from tora_jax.io.video import (
+    cover,
+    from_float,
+    probe,
+    read_image,
+    read_video,
+    resize_crop,
+    to_float,
+    write_video,
+)
 
 
 def clip(frames=12, height=64, width=96):
@@ -26,6 +36,20 @@ def clip(frames=12, height=64, width=96):
 
 def contents(folder):
     return sorted(p.name for p in folder.iterdir())
+
+
+def test_pixels_as_numbers_and_back():
+    """By NumPy and by JAX; beyond the range they are clipped, and half a level is rounded to even."""
+    pixels = np.arange(256, dtype=np.uint8).reshape(4, 64)
+    for wrap in (np.asarray, jnp.asarray):
+        video = to_float(wrap(pixels))
+        assert isinstance(video, type(wrap(pixels)))
+        assert video.dtype == np.float32
+        assert (video.min(), video.max()) == (-1, 1)
+        np.testing.assert_allclose(np.asarray(video)[:, 1:] - np.asarray(video)[:, :-1], 2 / 255, rtol=1e-4)
+        np.testing.assert_array_equal(np.asarray(from_float(video)), pixels, strict=True)
+        rounded = np.asarray(from_float(wrap(np.float32([-3, -1, 0, 0.0118, 1, 1.5]))))
+        np.testing.assert_array_equal(rounded, np.uint8([0, 0, 128, 129, 255, 255]), strict=True)
 
 
 @pytest.mark.parametrize("target", ["missing/a.mp4", "folder.mp4", "file/a.mp4"])

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 
 from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
+from tora_jax.io.video import to_float
 from tora_jax.models.i3d import I3D, MIN_FRAMES, SIZE
 
 Video = UInt8[np.ndarray, "t h w 3"]
@@ -47,7 +48,7 @@ def resize(video: Video, side: int = SIZE) -> Float[np.ndarray, "t side side 3"]
     That is bilinear without antialiasing, and pixel i of the result is read at i * (old side / new side): the
     upper left corners agree, not the centres (`tf.image.resize_bilinear`, align_corners=False).
     """
-    x = video.astype(np.float32) / 127.5 - 1
+    x = to_float(video)
     for axis in (2, 1):
         old = x.shape[axis]
         at = np.arange(side, dtype=np.float32) * np.float32(old / side)

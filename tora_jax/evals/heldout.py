@@ -21,7 +21,7 @@ from tora_jax.data import clips, motion, pipeline, placement, sources
 from tora_jax.errors import UserError
 from tora_jax.evals import sprites, traj_error
 from tora_jax.io import overlay
-from tora_jax.io.video import write_video
+from tora_jax.io.video import to_float, write_video
 from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
 from tora_jax.training import step as training
@@ -96,7 +96,7 @@ def _psnr(config: Mapping[str, Any], models: Models) -> Callable:
         def run(method, *args):
             return vae.apply({"params": params[part]}, *args, method=method)
 
-        video = training.to_float(batch[pixels])
+        video = to_float(batch[pixels])
         moments = run("moments", video)
         frames = psnr(run("decode_frames", moments.clip), video).mean()
         if spatial_only:
@@ -210,9 +210,7 @@ def latent_statistics(
 
     @jax.jit
     def moments(params, batch):  # of drawn frames, as training has them
-        return vae.apply(
-            {"params": params}, training.to_float(batch[pixels]), jax.random.key(0), method="moments"
-        ).latent
+        return vae.apply({"params": params}, to_float(batch[pixels]), jax.random.key(0), method="moments").latent
 
     def statistics(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         found = [

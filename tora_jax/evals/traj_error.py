@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, UInt8
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import motion_maps
 from tora_jax.errors import UserError
+from tora_jax.io.video import to_float
 from tora_jax.models.raft import RAFT, STRIDE
 
 Video = UInt8[np.ndarray, "t h w 3"]
@@ -253,7 +254,7 @@ def raft_tracker(params: Mapping[str, Any], **fields: Any) -> Tracker:
         scale = max(SIDES[0] / min(height, width), 1)
         height, width = (round(side * scale / STRIDE) * STRIDE for side in (height, width))
         resized = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC) for frame in video]
-        frames = [frame[None].astype(np.float32) / 127.5 - 1 for frame in resized]
+        frames = [to_float(frame[None]) for frame in resized]
         flows = [np.asarray(both_ways(params, *pair)) for pair in itertools.pairwise(frames)]
         flows = np.stack(flows) if flows else np.zeros((0, 2, height, width, 2), np.float32)
         tracks, visible = motion_maps.follow(flows[:, 0], points)
@@ -326,7 +327,7 @@ def tapnext_tracker(weights: str | Path) -> Tracker:
         state = {"query_points": jnp.asarray(queries), "query_padding": jnp.ones(queries.shape[:-1])}
         tracks, visible = [], []
         for frame in video:
-            frame = cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 127.5 - 1
+            frame = to_float(cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA))
             at, logits, new = step(params, jnp.asarray(frame)[None, None], **state)
             state = {"state": new}
             tracks.append(np.asarray(at[0, :, 0, ::-1]) / side)

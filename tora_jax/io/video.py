@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageOps
 
 from tora_jax.errors import UserError
@@ -38,6 +39,19 @@ ENCODER_THREADS = 4
 REPEATABLE = "weightp=0:mbtree=0"
 REORDERED = 32  # frames, between the orders in which they are stored and shown; H.264 allows 16
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
+
+
+def to_float(pixels: UInt8[np.ndarray | jax.Array, "*shape"]) -> Float32[np.ndarray | jax.Array, "*shape"]:
+    """Pixels 0..255 -> [-1, 1], by NumPy or by JAX, whichever holds them.
+
+    Their last bits differ: XLA multiplies by the reciprocal of 127.5.
+    """
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def from_float(video: Float[np.ndarray | jax.Array, "*shape"]) -> UInt8[np.ndarray | jax.Array, "*shape"]:
+    """The inverse of `to_float`: rounds, and clips what is beyond [-1, 1]. NaN gives no defined pixel."""
+    return (video.clip(-1, 1) * 127.5 + 127.5).round().astype(np.uint8)
 
 
 def write_video(path: str | os.PathLike, frames: Frames, fps: float | int) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tora_jax.diffusion import rectified_flow
 from tora_jax.errors import UserError
+from tora_jax.io.video import to_float
 from tora_jax.models.video_vae import Gaussian
 from tora_jax.training import optim
 
@@ -154,11 +155,6 @@ def _normal(keys: Array, shape: tuple[int, ...]) -> Array:
 
 def _happens(keys: Array, probability: float) -> Array:
     return jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
-
-
-def to_float(pixels: Array) -> Array:
-    """uint8 pixels -> float32 in [-1, 1]."""
-    return pixels.astype(jnp.float32) / 127.5 - 1
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tora_jax.checkpoints import release
 from tora_jax.data import motion
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
+from tora_jax.io.video import to_float
 from tora_jax.models.raft import RAFT, STRIDE
 
 Video = UInt8[np.ndarray, "t h w 3"]
@@ -72,7 +73,7 @@ def raft_flow(params: Mapping[str, Any], **fields: Any) -> Flow:
     def find(video: Video) -> Float[np.ndarray, "_ h w 2"]:
         height, width = video.shape[1:3]
         below, right = (max(-(-side // STRIDE) * STRIDE, smallest) - side for side in (height, width))
-        frames = np.pad(video, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge").astype(np.float32) / 127.5 - 1
+        frames = to_float(np.pad(video, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge"))
         found = [np.zeros((0, height, width, 2), np.float32)]
         for start in range(0, len(video) - 1, PAIRS):
             # The last batch is filled up, so that one compiled program does for all.
