@@ -19,8 +19,7 @@ from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import images, prompt_rewriting
-from tora_jax.configs import common
-from tora_jax.configs.sampling import Settings, kinds
+from tora_jax.configs import common, sampling
 from tora_jax.errors import UserError
 from tora_jax.sampling import batch_file, request, writer
 from tora_jax.sampling.generate import place, timed
@@ -46,7 +45,7 @@ def sample(argv: list[str] | None = None) -> None:
 
 
 def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
-    args = command_line.parse(argv, _define, USAGE, kinds())
+    args = command_line.parse(argv, _define, USAGE, sampling.section())
     if args.weights is None and args["config"].using_default_value:
         args.weights = str(release.DEMO)
     config = _config(args)
@@ -137,8 +136,8 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("rewrite_url", None, server, **to)
     flags.DEFINE_string("rewrite_model", "", "Its model. Default: the first that it names.", **to)
     # What is left out comes from the config's sampling section.
-    for field in dataclasses.fields(Settings):
-        define = next(define for kind, define in DEFINE.items() if kind in kinds()[field.name])
+    for field in dataclasses.fields(sampling.Settings):
+        define = next(define for kind, define in DEFINE.items() if kind in sampling.kinds()[field.name])
         define(field.name, None, field.metadata["help"], **to)
 
 
@@ -161,7 +160,7 @@ def _config(args: flags.FlagValues) -> dict[str, Any]:
 
 def _given(args: flags.FlagValues) -> dict[str, Any]:
     """The flags that were set, as `request.make` takes them."""
-    given = {name: args[name].value for name in kinds() if args[name].value is not None}
+    given = {name: args[name].value for name in sampling.kinds() if args[name].value is not None}
     if args.prompt is not None and len(args.prompt) == 1:
         (given["prompt"],) = args.prompt
     given.pop("trajectory", None)
