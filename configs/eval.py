@@ -14,7 +14,7 @@ Suites:
 """
 
 from ml_collections import ConfigDict
-from tora_jax.configs import common
+from tora_jax.configs import common, model_sizes
 
 SUITES = ("demo", "sprites", "paper", "sizes", "list")
 
@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # size: width and height in whose pixels TrajError counts. clip, i3d: folders of the converter; "" = left out.
     config.measures = {"tracker": "lk", "tracker_weights": "", "clip": "", "i3d": "", "size": (512, 512)}
     if arg.suite in ("demo", "sprites"):
-        small = common.small()["sampling"]
+        small = model_sizes.small_model()["sampling"]
         config.sampling = {name: small[name] for name in config.sampling}
         config.sampling.steps = 15
         config.batch = 8

@@ -11,7 +11,7 @@ model's; `runlocal`: either of them at the least size, for a few steps.
 """
 
 from ml_collections import ConfigDict
-from tora_jax.configs import common
+from tora_jax.configs import common, model_sizes
 
 ARCHS = ("video", "magvit")
 
@@ -22,9 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"arch={arg.arch}: there are {', '.join(ARCHS)}")
     if arg.arch == "magvit" and arg.phase != "joint":
         raise ValueError(f"phase={arg.phase}: arch=magvit is one net, trained in one phase, joint")
-    config = ConfigDict(
-        common.tiny() if arg.runlocal else common.small(common.SMALL) if arg.small else common.opensora()
-    )
+    config = ConfigDict(model_sizes.trained(small=arg.small, runlocal=arg.runlocal))
     config.update(common.training())
     config.job = "motion_vae"
     config.train = common.vae_part("motion_vae", arg.phase)
@@ -34,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.motion = "mixed"
     config.data.buckets = (common.bucket(17, 256, 256, batch=32, fps=24.0),)
     if arg.arch == "magvit":
-        config.motion_vae = common.magvit(arg.small or arg.runlocal)
+        config.motion_vae = model_sizes.magvit(arg.small or arg.runlocal)
         config.loss = {**common.vae_loss("joint"), "frame": 0.0, "identity": 0.0, "kl_spatial": 0.0}
     if arg.small:
         config.optim = {**common.quick(1e-3), "warmup": 20}

@@ -11,15 +11,14 @@ trajectories; `buckets=N`: clips of all shapes, 144p to 360p and 51 to 204 frame
 """
 
 from ml_collections import ConfigDict
-from tora_jax.configs import common
+from tora_jax.configs import common, model_sizes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, variant="XL/2", stage=1, buckets=0, small=False, runlocal=False)
     if arg.stage not in (1, 2):
         raise ValueError(f"stage={arg.stage}: there are 1 (dense flow) and 2 (sparse trajectories)")
-    small = common.small(common.SMALL)
-    config = ConfigDict(common.tiny() if arg.runlocal else small if arg.small else common.opensora(arg.variant))
+    config = ConfigDict(model_sizes.trained(arg.variant, small=arg.small, runlocal=arg.runlocal))
     config.update(common.training())
     config.job = "tora"
     # Tora, section 4.1: the temporal blocks and the new parts train, all else stays as Open-Sora left it.

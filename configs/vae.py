@@ -11,14 +11,12 @@ Arguments: `phase`; `small`: the small model's VAE; `runlocal`: either of them a
 """
 
 from ml_collections import ConfigDict
-from tora_jax.configs import common
+from tora_jax.configs import common, model_sizes
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = common.parse_arg(arg, phase="joint", small=False, runlocal=False)
-    config = ConfigDict(
-        common.tiny() if arg.runlocal else common.small(common.SMALL) if arg.small else common.opensora()
-    )
+    config = ConfigDict(model_sizes.trained(small=arg.small, runlocal=arg.runlocal))
     config.update(common.training())
     config.job = "vae"
     config.train = common.vae_part("vae", arg.phase)

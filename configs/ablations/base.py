@@ -10,7 +10,7 @@ The files beside this one each change one thing, as one table of the paper does.
 """
 
 from ml_collections import ConfigDict
-from tora_jax.configs import common
+from tora_jax.configs import common, model_sizes
 
 from tora_jax.checkpoints import release
 
@@ -38,7 +38,7 @@ def make(
     ):
         if value not in known:
             raise ValueError(f"{name}={value}: there are {', '.join(known)}")
-    config = ConfigDict(common.tiny() if runlocal else common.small())
+    config = ConfigDict(model_sizes.tiny() if runlocal else model_sizes.small_model())
     if not runlocal:
         shipped = release.read_config(release.DEMO)
         config.update({part: shipped[part] for part in ("tora", "vae", "motion_vae", "t5")})

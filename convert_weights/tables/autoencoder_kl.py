@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tora_jax.configs import common
+from tora_jax.configs import model_sizes
 
 from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import Layout, Rule, affine, norm
@@ -82,7 +82,7 @@ CHECKPOINT_TYPE = CheckpointType(
     table=TABLE,
     infer=infer,
     init=init,
-    released={"SDXL": {**common.opensora_vae()["spatial"], "latent_channels": 4}},
+    released={"SDXL": {**model_sizes.opensora_vae()["spatial"], "latent_channels": 4}},
     needs=("norm_groups",),
     config_names={"norm_groups": "norm_num_groups"},
 )

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tora_jax.configs import common
+from tora_jax.configs import model_sizes
 
 from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import ConversionError, Layout, Rule
@@ -99,7 +99,7 @@ CHECKPOINT_TYPE = CheckpointType(
     ignored=IGNORED,
     infer=infer,
     init=init,
-    released={"XXL": common.t5_xxl()},
+    released={"XXL": model_sizes.t5_xxl()},
     config_names={"relative_max_distance": "relative_attention_max_distance"},
     tied=TIED,
     untie=untie,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tora_jax.configs import common
+from tora_jax.configs import model_sizes
 
 from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import Layout, Rule, affine, norm
@@ -96,7 +96,7 @@ def init(key: jax.Array, fields: Fields) -> Any:
     return VideoVAE(**tuples(fields)).init(key, jnp.zeros((1, 1, 16, 16, 3)))["params"]
 
 
-_RELEASED = common.opensora_vae()
+_RELEASED = model_sizes.opensora_vae()
 
 CHECKPOINT_TYPE = CheckpointType(
     name="vae",

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tora_jax.configs import common
+from tora_jax.configs import model_sizes
 from tora_jax.configs.ablations import base
 
 from benchmarks import ablations
@@ -58,7 +58,7 @@ def frames_of(values, side=16):
 
 def whole(form):
     """Without principal components."""
-    vae = common.small()["vae"]
+    vae = model_sizes.small_model()["vae"]
     return ablations.Compression(vae["spatial"], vae["temporal"], form=form, channels=192)
 
 
@@ -89,7 +89,7 @@ def test_the_vaes_are_those_that_ship():
 
 def test_principal_components():
     """Of variance 1, and a better code than any other eight directions."""
-    like = VideoVAE(**common.small()["vae"])
+    like = VideoVAE(**model_sizes.small_model()["vae"])
     model, params = ablations.fit("mean_pooling", like, channels=8, side=32, frames=9)
     assert params["basis"].shape == (192, 8)
     clips = [ablations.sprites.make_clip(i, "train", size=32, frames=9) for i in range(ablations.FITTED)]
@@ -136,8 +136,8 @@ def test_markdown():
 def weights(tmp_path_factory):
     """Random weights of the least size."""
     folder = tmp_path_factory.mktemp("weights") / "tiny"
-    models = assembly.load(common.tiny())
-    release.save(folder, common.tiny(), models.params, assembly.tokenizer_path(None), "Random numbers.\n")
+    models = assembly.load(model_sizes.tiny())
+    release.save(folder, model_sizes.tiny(), models.params, assembly.tokenizer_path(None), "Random numbers.\n")
     return folder
 
 

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from tora_jax.configs import common
+from tora_jax.configs import model_sizes
 
 from tests import training_runs
 from tora_jax import command_line
@@ -44,7 +44,7 @@ def run(words: list[str]) -> None:
 def test_every_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training_runs.write_folder(Path("clips"), train=20, validation=4)
-    config = common.tiny()
+    config = model_sizes.tiny()
     tokenizer = resources.files("tora_jax").joinpath("assets/tokenizer.model")
     release.save(
         "weights/tora", config, assembly.load(config).params, tokenizer, "In the place of converted weights.\n"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event
-from tora_jax.configs import common, motion_vae, tora, vae
+from tora_jax.configs import model_sizes, motion_vae, tora, vae
 
 from tests import records, training_runs
 from tests.training_runs import ROOT, run, source, train
@@ -69,7 +69,9 @@ def test_what_a_run_leaves(spatial):
 @pytest.mark.parametrize("module", [vae, motion_vae, tora])
 def test_runlocal_is_of_the_least_size(module):
     """With `small` too: what trains is set by it, and no size."""
-    shrunk, tiny = (ConfigDict(config).to_dict() for config in (module.get_config("small,runlocal"), common.tiny()))
+    shrunk, tiny = (
+        ConfigDict(config).to_dict() for config in (module.get_config("small,runlocal"), model_sizes.tiny())
+    )
     for part in ("tora", "vae", "motion_vae", "t5"):
         assert shrunk[part] == tiny[part]
 
