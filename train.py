@@ -33,7 +33,7 @@ from tora_jax.checkpoints import release
 from tora_jax.checkpoints.manager import Manager
 from tora_jax.data import pipeline, placement
 from tora_jax.errors import UserError
-from tora_jax.evals import heldout
+from tora_jax.evals import validation
 from tora_jax.io.files import tuples, write_atomic
 from tora_jax.io.video import read_video
 from tora_jax.training import lora, optim
@@ -111,10 +111,10 @@ def main(argv: list[str], check_interrupt) -> None:
     parts = {part: getattr(models, part) for part in assembly.PARTS}
     train_step = training.jit_train_step(config, parts, optimizer, combine, state)
     key = jax.random.key(config["seed"])
-    validation = {**data, "crop": 0, "workers": 0}
-    open_validation = functools.partial(open_split, validation, data["validation"], training=False)
+    held_out = {**data, "crop": 0, "workers": 0}
+    open_held_out = functools.partial(open_split, held_out, data["validation"], training=False)
     samples = workdir / "samples"
-    judge = heldout.make(config, models, open_validation, mesh, samples)
+    judge = validation.make(config, models, open_held_out, mesh, samples)
 
     # ----- Resume -----------------------------------------------------------------------------------------------
     manager = Manager(workdir / "checkpoints", config["keep"], best="objective")
@@ -156,7 +156,7 @@ def main(argv: list[str], check_interrupt) -> None:
     # ----- The release folder -----------------------------------------------------------------------------------
     params = sharding.to_host(combine(state.ema, frozen))
     if config["job"] != "tora":
-        normalise = heldout.latent_statistics(config, models, open_validation, mesh)
+        normalise = validation.latent_statistics(config, models, open_held_out, mesh)
         params[config["job"]].update(normalise(params[config["job"]]))
     adapter = sharding.to_host(state.ema) if rank else None
     if not first:

@@ -46,7 +46,8 @@ from tora_jax.checkpoints import release
 from tora_jax.conditioning import motion_maps
 from tora_jax.data import precompute, sprites
 from tora_jax.errors import UserError
-from tora_jax.evals import benchmarks, measures
+from tora_jax.evals.metrics import Metrics
+from tora_jax.evals.tasks import Sprites
 from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
 from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE
 from tora_jax.sampling.conditions import Inputs
@@ -277,8 +278,8 @@ class Run:
         models = with_motion(assembly.load(weights=weights), motion, side, frames)
         names = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
         settings = Settings(**{name: config["sampling"][name] for name in names})
-        benchmark = benchmarks.Sprites("benchmark_one", self.clips)
-        one = measures.Measures(eval_config.get_config().measures.to_dict())
+        benchmark = Sprites("benchmark_one", self.clips)
+        one = Metrics(eval_config.get_config().measures.to_dict())
         tasks = [benchmark.task(i, frames, side, side, settings.fps) for i in range(self.clips)]
         found = []
         for start in range(0, self.clips, 16):

@@ -13,7 +13,7 @@ Parts:
   ceiling        `path` and `text` of true clips that went through the video VAE: no denoiser can do better
 
 The benchmark set comes from its seed, so nothing is read but the weights. Sizes, steps and guidance are those of the
-weights' config unless given. An error is the mean distance between an object's centroid (`evals/sprites.py`) and its
+weights' config unless given. An error is the mean distance between an object's centroid (`sprite_metrics`) and its
 path in % of the frame's width; "tracker" has the same of a tracker (`evals/traj_error.py`), in pixels.
 """
 
@@ -42,8 +42,8 @@ from tora_jax.checkpoints import release
 from tora_jax.conditioning import motion_maps
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
-from tora_jax.evals import quality, traj_error
-from tora_jax.evals import sprites as measures
+from tora_jax.evals import quality, track_lk, traj_error
+from tora_jax.evals.sprite_metrics import name_colour, name_shape, path_error
 from tora_jax.io import overlay
 from tora_jax.io.video import from_float, to_float, write_video
 from tora_jax.sampling.conditions import Inputs
@@ -121,8 +121,8 @@ def follows(videos: Sequence[np.ndarray], clips: Sequence[sprites.Clip]) -> dict
     """How the objects of videos follow the tracks of clips."""
     found, tracked = [], []
     for video, clip in zip(videos, clips, strict=True):
-        found.append(measures.path_error(video, [sprite.colour for sprite in clip.sprites], clip.tracks))
-        tracks, visible = traj_error.track_lk(video, clip.tracks[:, 0])
+        found.append(path_error(video, [sprite.colour for sprite in clip.sprites], clip.tracks))
+        tracks, visible = track_lk.track_lk(video, clip.tracks[:, 0])
         tracked.append(traj_error.traj_error(clip.tracks, tracks, visible, video.shape[2:0:-1]))
     errors, width = [100 * f["error"] for f in found], videos[0].shape[2]
     tracker = {name: mean([t[name] for t in tracked]) for name in tracked[0] if name != "l1_visible"}
@@ -140,9 +140,9 @@ def names(videos: Sequence[np.ndarray], clips: Sequence[sprites.Clip]) -> dict[s
     colours, shapes = [], []
     for video, clip in zip(videos, clips, strict=True):
         sprite, path = clip.sprites[0], clip.tracks[0]
-        colour = measures.name_colour(video, path)
+        colour = name_colour(video, path)
         colours.append(colour == sprite.colour)
-        shapes.append(measures.name_shape(video, path, colour or sprite.colour) == sprite.shape)
+        shapes.append(name_shape(video, path, colour or sprite.colour) == sprite.shape)
     return {"colour": mean(colours), "shape": mean(shapes)}
 
 

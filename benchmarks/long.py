@@ -25,12 +25,12 @@ import numpy as np
 from tora_jax.configs import sampling
 from tqdm import tqdm
 
-from benchmarks.speed import psnr
 from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.data import sprites
-from tora_jax.evals import sprites as measures
+from tora_jax.evals.quality import psnr
+from tora_jax.evals.sprite_metrics import centroid, path_error
 from tora_jax.io import overlay
 from tora_jax.io.video import from_float, to_float, write_video
 from tora_jax.sampling.conditions import Inputs
@@ -84,7 +84,7 @@ def extension(bench: dict[str, Any]) -> dict[str, Any]:
         change = np.abs(np.diff(video.astype(np.int16), axis=0)).mean((1, 2, 3))
         seam.append(change[np.array(seams) - 1] / np.median(change))
         parts = zip([0, *seams], [*seams, len(video)], strict=True)
-        growth.append([measures.path_error(video[a:b], [colour], track[:, a:b])["error"] for a, b in parts])
+        growth.append([path_error(video[a:b], [colour], track[:, a:b])["error"] for a, b in parts])
     errors = 100 * np.mean(growth, axis=0)
     return {
         "seam_over_median": {"mean": float(np.mean(seam)), "worst": float(np.max(seam))},
@@ -97,7 +97,7 @@ def pause(bench: dict[str, Any]) -> dict[str, Any]:
     shares = []
     for i in tqdm(range(bench["clips"]), desc="pause"):
         video, track, _, colour = make(bench, i, rest=True)
-        places, _ = measures.centroid(video, sprites.COLOURS[colour], near=track[0])
+        places, _ = centroid(video, sprites.COLOURS[colour], near=track[0])
         speed = np.linalg.norm(np.diff(places, axis=0), axis=1)
         start, stop = (round(share * len(video)) for share in REST)
         shares.append(speed[start + MARGIN : stop - MARGIN].mean() / speed.mean())
@@ -120,9 +120,11 @@ def ends(bench: dict[str, Any]) -> dict[str, Any]:
         true = models.encode_video(models.params["vae"], to_float(jnp.asarray(clip.video))[None])
         mixed, _ = models.decode(frames, models.params["vae"], true.at[0, -1].set(result.latents[-1]))
         between = slice(1, frames - 1)
-        error = measures.path_error(video[between], [clip.sprites[0].colour], clip.tracks[:, between])["error"]
+        error = path_error(video[between], [clip.sprites[0].colour], clip.tracks[:, between])["error"]
         of_first, of_last = (video[0], own[0]), (video[-1], own[1], np.asarray(mixed[0, -1]))
-        rows.append([*(psnr(each, first) for each in of_first), *(psnr(each, last) for each in of_last), 100 * error])
+        kept = [psnr(each[None], first[None]) for each in of_first]
+        kept += [psnr(each[None], last[None]) for each in of_last]
+        rows.append([*kept, 100 * error])
     names = ("first", "first_vae", "last", "last_vae", "last_after_true", "error_%")
     return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
 

@@ -3,7 +3,7 @@
   python -m benchmarks.speed [--weights DIR] [--clips 16] [--batch 1] [--only ab2,cache] [--steps 30]
 
 Prints JSON, with a Markdown table on stderr: seconds of a clip without compilation (sampling and decoding), how many
-times faster than the plain sampler that is, the mean error of the path in % of the width (`evals/sprites.py`), and PSNR
+times faster than the plain sampler that is, the mean error of the path in % of the width (`sprite_metrics`), and PSNR
 against the plain sampler's videos. The same prompts, paths and noise for all.
 """
 
@@ -27,7 +27,8 @@ from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.data import sprites
-from tora_jax.evals import sprites as measures
+from tora_jax.evals.quality import psnr
+from tora_jax.evals.sprite_metrics import path_error
 from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
 
@@ -48,12 +49,6 @@ SWITCHES: dict[str, tuple[dict[str, Any], float, str | None]] = {
 SETTINGS = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
 
 
-def psnr(video: np.ndarray, other: np.ndarray) -> float:
-    """Of 8-bit pixels, in dB; 99 where they are equal."""
-    error = np.square(video.astype(np.float64) - other).mean()
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
-
-
 def measure(models: assembly.Models, clips: list, settings: Settings, batch: int) -> dict:
     """Seconds of a clip, its error and the videos, of one switch."""
     videos, seconds, errors = [], [], []
@@ -66,7 +61,7 @@ def measure(models: assembly.Models, clips: list, settings: Settings, batch: int
         seconds.append((spent["sample"]["run"] + spent["decode"]["run"]) / len(part))
     videos, seconds = videos[min(batch, len(clips)) :], seconds[1:]
     for video, clip in zip(videos, clips, strict=True):
-        errors.append(measures.path_error(video, [sprite.colour for sprite in clip.sprites], clip.tracks)["error"])
+        errors.append(path_error(video, [sprite.colour for sprite in clip.sprites], clip.tracks)["error"])
     return {"seconds": statistics.median(seconds), "error_%": 100 * float(np.mean(errors)), "videos": videos}
 
 

@@ -15,8 +15,7 @@ from convert_weights import sources
 from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import Layout, Rule, affine, norm
 from convert_weights.typing import CheckpointType, Fields, Shapes
-from tora_jax.models.clip import CLIP, CLIPText, CLIPVision
-from tora_jax.models.clip import clip as released_model
+from tora_jax.models import clip
 
 
 def _blocks(source: str, target: str) -> list[Rule]:
@@ -81,8 +80,7 @@ def infer(shapes: Shapes) -> Fields:
 
 
 def init(key: jax.Array, fields: Fields) -> Any:
-    rest = {name: value for name, value in fields.items() if name not in ("text", "vision")}
-    module = CLIP(CLIPText(**fields["text"]), CLIPVision(**fields["vision"]), **rest)
+    module = clip.from_fields(**fields)
     side = module.vision.image_size
     ids, pixels = jnp.zeros((1, module.text.max_length), jnp.int32), jnp.zeros((1, side, side, 3))
     return module.init(key, ids, pixels)["params"]
@@ -94,7 +92,7 @@ def _sizes(tower: nn.Module) -> Fields:
 
 
 def _released(variant: str) -> Fields:
-    model = released_model(variant)
+    model = clip.clip(variant)
     return {"text": _sizes(model.text), "vision": _sizes(model.vision), "features": model.features}
 
 

@@ -101,17 +101,12 @@ def fake_i3d(monkeypatch):
     """In the place of the network and its folder: the logits are means of the video's corners, times a weight."""
 
     class Network:
-        def __init__(self, num_classes):
-            assert num_classes == 2
-
         def apply(self, variables, video):
             assert video.shape[2:] == (224, 224, 3)
             corners = jnp.stack([video[0, :, 0, 0].mean(), video[0, :, -1, -1].mean()])
             return I3DFeatures(corners[None] * variables["params"], jnp.zeros((1, 1)))
 
-    monkeypatch.setattr(fvd, "I3D", Network)
-    monkeypatch.setattr(fvd.release, "part_config", lambda folder, part: {"num_classes": 2})
-    monkeypatch.setattr(fvd.release, "load_part", lambda folder, part: jnp.float32(2))
+    monkeypatch.setattr(fvd.release, "load_model", lambda folder, part, build: (Network(), jnp.float32(2)))
 
 
 def test_features(fake_i3d):

@@ -16,8 +16,7 @@ from tora_jax.checkpoints import release
 from tora_jax.data import sprites
 from tora_jax.errors import UserError
 from tora_jax.evals import __main__ as evals
-from tora_jax.evals import benchmarks, fvd, measures, report
-from tora_jax.io import video as video_io
+from tora_jax.evals import fvd, metrics, report, tasks
 from tora_jax.io.files import tuples
 from tora_jax.sampling.generate import Result
 
@@ -103,7 +102,7 @@ def test_stopped_and_gone_on_with(config, perfect, tmp_path, monkeypatch, moment
     calls = {"write_video": 0, "measured": 0}
     stop = {"before the first": (1, 0), "between videos": (2, 0), "between video and record": (0, 1), "later": (0, 12)}
     video, measured = stop[moment]
-    write, one = video_io.write_video, measures.Measures.__call__
+    write, one = evals.write_video, metrics.Metrics.__call__
 
     def write_video(*args):
         calls["write_video"] += 1
@@ -117,8 +116,8 @@ def test_stopped_and_gone_on_with(config, perfect, tmp_path, monkeypatch, moment
             raise KeyboardInterrupt
         return one(*args, **named)
 
-    monkeypatch.setattr(evals.video_io, "write_video", write_video)
-    monkeypatch.setattr(measures.Measures, "__call__", measure)
+    monkeypatch.setattr(evals, "write_video", write_video)
+    monkeypatch.setattr(metrics.Metrics, "__call__", measure)
     with pytest.raises(KeyboardInterrupt):
         evals.evaluate(config, release.DEMO, tmp_path / "stopped")
     kept = {path.relative_to(tmp_path / "stopped") for path in (tmp_path / "stopped").rglob("*.mp4")}
@@ -294,7 +293,7 @@ def davis(tmp_path_factory):
 
 
 def test_segmentation(davis):
-    found = benchmarks.VideoSegmentationBenchmark(davis)
+    found = tasks.VideoSegmentationBenchmark(davis)
     assert found.names == ("480p_sparse", "480p_two-balls")
     sparse, two = (found.task(i, 9, 64, 96, 24.0) for i in range(2))
     assert sparse.prompt == "a box slides right."
@@ -310,7 +309,7 @@ def test_segmentation(davis):
 
 def test_segmentation_at_another_size_and_length(davis):
     """Frames and centroids are read at the same times; the middle square is cut out, and what starts beside it goes."""
-    task = benchmarks.VideoSegmentationBenchmark(davis).task(1, 17, 32, 32, 24.0)
+    task = tasks.VideoSegmentationBenchmark(davis).task(1, 17, 32, 32, 24.0)
     assert task.video.shape == (17, 32, 32, 3)
     assert task.tracks.shape == (1, 17, 2)
     times = np.linspace(0, 8, 17)
@@ -344,7 +343,7 @@ def test_clips_without_a_trajectory_inside_are_left_out(davis, config, tmp_path)
 def test_segmentation_mistakes(tmp_path, break_it, message):
     break_it(tmp_path)
     with pytest.raises(UserError, match=message):
-        benchmarks.VideoSegmentationBenchmark(tmp_path)
+        tasks.VideoSegmentationBenchmark(tmp_path)
 
 
 def test_listed(tmp_path):
@@ -356,7 +355,7 @@ def test_listed(tmp_path):
         {"prompt": "z", "trajectories": [[[1, 1], [2, 1]], [[3, 3], [4, 4]]], "canvas": [4, 4]},
     ]
     (tmp_path / "list.json").write_text(json.dumps(items))
-    found = benchmarks.open_benchmark({"kind": "list", "source": str(tmp_path / "list.json"), "split": "", "clips": 0})
+    found = tasks.open_benchmark({"kind": "list", "source": str(tmp_path / "list.json"), "split": "", "clips": 0})
     assert found.names == ("a_b", "0001", "0002")
     a, b, c = (found.task(i, 3, 32, 32, 24.0) for i in range(3))
     np.testing.assert_allclose(a.tracks, [[[0, 0], [0.5, 0.25], [1, 0.5]]])
@@ -375,4 +374,4 @@ def test_listed(tmp_path):
     ):
         (tmp_path / "list.json").write_text(text)
         with pytest.raises(UserError, match=message):
-            benchmarks.Listed(tmp_path / "list.json").task(0, 3, 32, 32, 24.0)
+            tasks.Listed(tmp_path / "list.json").task(0, 3, 32, 32, 24.0)

@@ -1,5 +1,6 @@
 """Measures of pixels against closed forms."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -15,6 +16,9 @@ def constant(value, shape=(2, 16, 16, 3)):
 def test_psnr():
     assert quality.psnr(constant(100), constant(100)) == pytest.approx(100)
     assert quality.psnr(constant(100), constant(110)) == pytest.approx(20 * np.log10(25.5))
+    truth = jnp.zeros((2, 3, 4, 4, 3))
+    video = truth + jnp.array([0.02, 0.2]).reshape(2, 1, 1, 1, 1)
+    np.testing.assert_allclose(quality.psnr(video, truth, span=2), [40, 20], rtol=1e-4)
 
 
 def test_ssim_of_constants():

@@ -23,7 +23,7 @@ from tora_jax.backbones.assembly import Models
 from tora_jax.conditioning import images, motion_maps, trajectory
 from tora_jax.configs import sampling
 from tora_jax.errors import UserError
-from tora_jax.evals import traj_error
+from tora_jax.evals import track_lk, traj_error
 from tora_jax.io.video import read_image, resize_crop
 from tora_jax.sampling import request, writer
 from tora_jax.sampling.generate import Progress, video_size
@@ -257,7 +257,7 @@ class Studio:
 
     def _error(self, video: UInt8[np.ndarray, "t h w 3"], tracks: trajectory.Tracks) -> float:
         height, width = video.shape[1:3]
-        tracked, visible = traj_error.track_lk(video, tracks[:, 0])
+        tracked, visible = track_lk.track_lk(video, tracks[:, 0])
         return traj_error.traj_error(tracks, tracked, visible, (width, height))["l1"]
 
     # ------------------------------------------------------------------------------------------------ checks

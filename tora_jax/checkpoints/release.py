@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
@@ -145,6 +146,19 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
         raise UserError(f"{path}: broken or truncated ({error})") from None
     except (AttributeError, TypeError, KeyError, ValueError) as error:  # names or number formats that JAX has not
         raise UserError(f"{path}: holds tensors that cannot be read ({error})") from None
+
+
+def load_model(folder: str | Path, part: str, build: Callable[..., nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
+    """A model and its parameters, from a folder that `python -m convert_weights` wrote.
+
+    Args:
+      part: such as "clip" or "raft".
+      build: the fields of the folder's config -> the module.
+
+    Raises:
+      UserError: the folder is missing or broken, or holds another part.
+    """
+    return build(**part_config(folder, part)), load_part(folder, part)
 
 
 def checksum(weights: str | Path) -> str:

@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,8 +31,9 @@ from tora_jax.checkpoints import release
 from tora_jax.configs import eval as eval_config
 from tora_jax.configs.sampling import Settings
 from tora_jax.errors import UserError
-from tora_jax.evals import benchmarks, report
-from tora_jax.evals.measures import Measures
+from tora_jax.evals import report
+from tora_jax.evals.metrics import Metrics
+from tora_jax.evals.tasks import Benchmark, Task, open_benchmark
 from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
 from tora_jax.io.video import read_video, write_video
 from tora_jax.sampling.conditions import Inputs
@@ -45,6 +46,15 @@ Writes into --out: CELL/NAME.mp4 and .json, results.json, clips.csv, cells.csv, 
 CONFIG = eval_config.__file__
 CONDITIONS = ("seed", "first_frame", "sampling", "benchmark", "videos")  # what the videos of a folder have in common
 NO_TRACK = "no trajectory inside the frame"
+
+
+class Run(NamedTuple):
+    """What all clips of an evaluation are made and measured with; `load` gives the models."""
+
+    config: Mapping[str, Any]
+    benchmark: Benchmark
+    metrics: Metrics
+    load: Callable[[], assembly.Models]
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -92,23 +102,24 @@ def evaluate(
     Raises:
       UserError: for whatever is wrong with the config, the weights or a video, or a folder that was made otherwise.
     """
-    benchmark, measures = benchmarks.open_benchmark(config["benchmark"]), Measures(config["measures"])
+    benchmark, metrics = open_benchmark(config["benchmark"]), Metrics(config["measures"])
     cells = {_name(cell): cell for cell in config["cells"]}
     if len(cells) < len(config["cells"]):
         raise UserError("config.cells: two cells are of the same size, length and rate")
-    for metric, why in measures.left_out.items():
+    for metric, why in metrics.left_out.items():
         print(f"{metric} is left out: {why}", file=sys.stderr)
     load = functools.cache(lambda: assembly.load(weights=weights))  # once, and only if a video is missing
+    run = Run(config, benchmark, metrics, load)
     records = {}
     with tqdm(total=len(cells) * len(benchmark.names), unit="clip", disable=quiet) as bar:
         for name, cell in cells.items():
             folder = out / name
             _claim(folder, config, cell, "" if config["videos"] else weights)
-            todo = [i for i in range(len(benchmark.names)) if not _done(folder, benchmark.names[i], measures)]
+            todo = [i for i in range(len(benchmark.names)) if not _done(folder, benchmark.names[i], metrics)]
             bar.update(len(benchmark.names) - len(todo))
             for start in range(0, len(todo), config["batch"]):
                 indices = todo[start : start + config["batch"]]
-                _batch(config, cell, folder, benchmark, measures, indices, load)
+                _batch(run, cell, folder, indices)
                 bar.update(len(indices))
                 check_interrupt()
             found = [json.loads((folder / f"{task}.json").read_text()) for task in benchmark.names]
@@ -121,8 +132,8 @@ def evaluate(
     return {
         "weights": config["videos"] or str(weights),
         **{name: config[name] for name in CONDITIONS},
-        **measures.asked,
-        "left_out": measures.left_out,
+        **metrics.asked,
+        "left_out": metrics.left_out,
         "cells": [
             {"name": name, **cell, "left_out": lost[name], **report.summarise(records[name])}
             for name, cell in cells.items()
@@ -131,16 +142,16 @@ def evaluate(
     }, records
 
 
-def _batch(config, cell, folder: Path, benchmark, measures: Measures, indices: list[int], load) -> None:
+def _batch(run: Run, cell: Mapping[str, Any], folder: Path, indices: list[int]) -> None:
     """Makes the videos of some tasks, as far as they are missing, and their records.
 
     Where all objects start outside the frame there is nothing to follow: the record says so, and has no metrics.
     """
-    size = [cell[name] for name in ("frames", "height", "width", "fps")]
-    tasks = {i: benchmark.task(i, *size) for i in indices}
+    config, size = run.config, [cell[name] for name in ("frames", "height", "width", "fps")]
+    tasks = {i: run.benchmark.task(i, *size) for i in indices}
     for i in [i for i, task in tasks.items() if not len(task.tracks)]:
         name = tasks.pop(i).name
-        _write_record(folder / f"{name}.json", {"name": name, "asked": measures.asked, "left_out": NO_TRACK})
+        _write_record(folder / f"{name}.json", {"name": name, "asked": run.metrics.asked, "left_out": NO_TRACK})
     paths = {i: folder / f"{task.name}.mp4" for i, task in tasks.items()}
     missing = [i for i in tasks if not paths[i].is_file()]
     if config["videos"] not in ("", "truth"):
@@ -150,7 +161,7 @@ def _batch(config, cell, folder: Path, benchmark, measures: Measures, indices: l
     elif missing:
         chosen = [tasks[i] for i in missing]
         seeds = [config["seed"] + i for i in missing]
-        made = map(_true_clip, chosen) if config["videos"] else _generate(config, cell, chosen, seeds, load())
+        made = map(_true_clip, chosen) if config["videos"] else _generate(config, cell, chosen, seeds, run.load())
         for i, video in zip(missing, made, strict=True):
             write_video(paths[i], video, cell["fps"])
     for i, task in tasks.items():
@@ -162,8 +173,8 @@ def _batch(config, cell, folder: Path, benchmark, measures: Measures, indices: l
             "prompt": task.prompt,
             "seed": config["seed"] + i,
             "given": np.round(task.tracks, 5).tolist(),
-            **measures(task, video, config["first_frame"], whole=bool(config["videos"]), fps=cell["fps"]),
-            "asked": measures.asked,
+            **run.metrics(task, video, config["first_frame"], whole=bool(config["videos"]), fps=cell["fps"]),
+            "asked": run.metrics.asked,
         }
         _write_record(paths[i].with_suffix(".json"), record)
 
@@ -190,7 +201,7 @@ def _generate(config, cell, tasks, seeds, models) -> list[np.ndarray]:
     return [result.video for result in results]
 
 
-def _true_clip(task: benchmarks.Task) -> np.ndarray:
+def _true_clip(task: Task) -> np.ndarray:
     if task.video is None or len(task.video) < task.tracks.shape[1]:
         raise UserError(f"{task.name}: its true clip is not known")
     return task.video
@@ -210,7 +221,7 @@ def _name(cell: Mapping[str, Any]) -> str:
     return f"{cell['frames']}x{cell['height']}x{cell['width']}_{cell['fps']:g}fps{free}"
 
 
-def _done(folder: Path, task: str, measures: Measures) -> bool:
+def _done(folder: Path, task: str, metrics: Metrics) -> bool:
     """Whether a clip is there, measured as it is asked for now."""
     try:
         record = json.loads((folder / f"{task}.json").read_text())
@@ -218,7 +229,7 @@ def _done(folder: Path, task: str, measures: Measures) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     there = "left_out" in record or (folder / f"{task}.mp4").is_file()
-    return there and tuples(asked) == measures.asked
+    return there and tuples(asked) == metrics.asked
 
 
 def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], weights: str | Path) -> None:

@@ -13,10 +13,10 @@ from jaxtyping import Int, UInt8
 from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
 from tora_jax.io.video import resize_crop
-from tora_jax.models.clip import CLIP, MEAN, STD, CLIPText, CLIPVision
+from tora_jax.models import clip
 
 TOKENIZER = "tokenizer.json"
-FRAMES = 16  # that go through the image tower at once
+FRAMES_AT_ONCE = 16  # through the image tower
 
 Video = UInt8[np.ndarray, "t h w 3"]
 # (video, caption) -> the mean over frames of the cosine between image and caption, -1 to 1.
@@ -29,9 +29,7 @@ def load(folder: str | Path) -> Similarity:
     Raises:
       UserError: the folder or its tokenizer is missing or broken.
     """
-    fields = dict(release.part_config(folder, "clip"))
-    towers = {"text": CLIPText(**fields.pop("text")), "vision": CLIPVision(**fields.pop("vision"))}
-    model, params = CLIP(**towers, **fields), release.load_part(folder, "clip")
+    model, params = release.load_model(folder, "clip", clip.from_fields)
     tokenize = tokenizer(Path(folder) / TOKENIZER, model.text.max_length)
     encode_text = jax.jit(lambda params, ids: model.apply({"params": params}, ids, method="encode_text"))
     encode_image = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
@@ -39,8 +37,8 @@ def load(folder: str | Path) -> Similarity:
 
     def similarity(video: Video, caption: str) -> float:
         text = encode_text(params, jnp.asarray(tokenize(caption))[None])[0]
-        pixels = (resize_crop(video, side, side).astype(np.float32) / 255 - MEAN) / STD
-        parts = [pixels[start : start + FRAMES] for start in range(0, len(pixels), FRAMES)]
+        pixels = (resize_crop(video, side, side).astype(np.float32) / 255 - clip.MEAN) / clip.STD
+        parts = [pixels[start : start + FRAMES_AT_ONCE] for start in range(0, len(pixels), FRAMES_AT_ONCE)]
         cosines = np.concatenate([encode_image(params, jnp.asarray(part)) @ text for part in parts])
         return float(cosines.mean(dtype=np.float64))
 

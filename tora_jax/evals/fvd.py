@@ -31,7 +31,7 @@ def load(folder: str | Path) -> Features:
     Raises:
       UserError: the folder is missing or broken.
     """
-    model, params = I3D(**release.part_config(folder, "i3d")), release.load_part(folder, "i3d")
+    model, params = release.load_model(folder, "i3d", I3D)
     run = jax.jit(lambda params, video: model.apply({"params": params}, video).logits[0])
 
     def features(video: Video) -> Float[np.ndarray, "d"]:

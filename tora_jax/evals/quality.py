@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import cv2
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num, UInt8
 
 from tora_jax.data import motion
 
 Video = UInt8[np.ndarray, "t h w 3"]
+Clips = np.ndarray | jax.Array
 
 SIGMA, WINDOW = 1.5, 11  # of SSIM's Gaussian, in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
-def psnr(video: Video, truth: Video) -> float:
-    """dB, from the squared error of the whole video; 100 for equal ones."""
-    error = np.square(video.astype(np.float64) - truth).mean() / 255**2
-    return float(-10 * np.log10(max(error, 1e-10)))
+def psnr(
+    video: Num[Clips, "*b t h w 3"], truth: Num[Clips, "*b t h w 3"], span: float = 255
+) -> Num[Clips, "*b"] | float:
+    """The peak signal-to-noise ratio in dB, from the squared error of each whole clip; 100 for equal ones.
+
+    Args:
+      video, truth: NumPy's are compared in float64, JAX's as they are.
+      span: from black to white: 255 of uint8, 2 of pixels in [-1, 1].
+    """
+    xp = jnp if isinstance(video, jax.Array) else np
+    error = xp.square(video - truth if xp is jnp else video.astype(np.float64) - truth)
+    error = error.reshape(*truth.shape[:-4], -1).mean(-1) / span**2
+    return -10 * xp.log10(xp.maximum(error, 1e-10))
 
 
 def ssim(video: Video, truth: Video) -> float:

@@ -3,6 +3,9 @@ aesthetic score."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import einops
 import flax.linen as nn
 import jax.numpy as jnp
@@ -161,6 +164,11 @@ class CLIP(nn.Module):
 
 def _unit(x: Float[Array, "b c"]) -> Float[Array, "b c"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def from_fields(text: Mapping[str, Any], vision: Mapping[str, Any], **fields: Any) -> CLIP:
+    """CLIP of plain nested fields, as a config.json holds them."""
+    return CLIP(CLIPText(**text), CLIPVision(**vision), **fields)
 
 
 def clip(variant: str, dtype: Dtype = jnp.float32) -> CLIP:

@@ -159,12 +159,12 @@ def test_raft_behind_the_same_function():
     """Any number of frames, any size: padded to whole cells, cut again, in batches of one shape."""
     fields, params = raft()
     video = np.random.default_rng(0).integers(0, 256, (camera.PAIRS + 3, 21, 37, 3), dtype=np.uint8)
-    got = camera.raft_flow(params, **fields)(video)
+    got = camera.raft_flow(RAFT(**fields), params)(video)
     assert got.shape == DIS(video).shape == (camera.PAIRS + 2, 21, 37, 2)
     frames = np.pad(video, ((0, 0), (0, 3), (0, 3), (0, 0)), mode="edge").astype(np.float32) / 127.5 - 1
     want = jax.jit(RAFT(**fields).apply)({"params": params}, jnp.asarray(frames[:-1]), jnp.asarray(frames[1:]))
     np.testing.assert_allclose(got, want[:, :21, :37], atol=1e-4)
-    assert camera.raft_flow(params, **fields)(video[:1]).shape == (0, 21, 37, 2)
+    assert camera.raft_flow(RAFT(**fields), params)(video[:1]).shape == (0, 21, 37, 2)
 
 
 def test_raft_from_a_folder(tmp_path):
@@ -172,7 +172,8 @@ def test_raft_from_a_folder(tmp_path):
     save_file(traverse_util.flatten_dict(params, sep="/"), tmp_path / "raft.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"raft": fields}))
     video = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(camera.make_flow("raft", tmp_path)(video), camera.raft_flow(params, **fields)(video))
+    want = camera.raft_flow(RAFT(**fields), params)(video)
+    np.testing.assert_array_equal(camera.make_flow("raft", tmp_path)(video), want)
 
 
 def test_no_such_flow(tmp_path):

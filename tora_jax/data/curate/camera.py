@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float, UInt8
 from tora_jax.checkpoints import release
 from tora_jax.data import motion
 from tora_jax.errors import UserError
-from tora_jax.io.files import tuples
 from tora_jax.io.video import to_float
 from tora_jax.models.raft import RAFT, STRIDE
 
@@ -60,13 +59,11 @@ def make_flow(method: str, weights: str | Path | None = None) -> Flow:
         raise UserError(f"flow method {method!r}; choose one of {', '.join(METHODS)}")
     if not weights:
         raise UserError("flow method 'raft' needs weights; convert torchvision's with `python -m convert_weights raft`")
-    fields = release.read_config(weights)["raft"]
-    return raft_flow(release.load_part(weights, "raft"), **tuples(fields))
+    return raft_flow(*release.load_model(weights, "raft", RAFT))
 
 
-def raft_flow(params: Mapping[str, Any], **fields: Any) -> Flow:
-    """`make_flow` with RAFT, of parameters and of the fields of `RAFT` that are not the defaults."""
-    model = RAFT(**fields)
+def raft_flow(model: RAFT, params: Mapping[str, Any]) -> Flow:
+    """`make_flow` with RAFT and its parameters."""
     smallest = STRIDE * 2 ** (model.corr_levels - 1)
     run = jax.jit(lambda first, second: model.apply({"params": params}, first, second))
 

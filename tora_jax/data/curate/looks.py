@@ -17,7 +17,7 @@ from tora_jax.data.curate.probe import UnusableError, opened, small
 from tora_jax.errors import UserError
 from tora_jax.io.video import VideoInfo, resize_crop
 from tora_jax.models.aesthetic import AestheticHead
-from tora_jax.models.clip import CLIP, MEAN, STD, CLIPText, CLIPVision
+from tora_jax.models.clip import CLIP, MEAN, STD, from_fields
 
 FRAMES = 4  # of a clip, evenly spread, that are looked at
 HASH_SIDE, HASH_KEPT = 32, 8  # pixels of the picture, and frequencies of it that make the hash
@@ -85,12 +85,11 @@ def make_judge(clip: str | Path, head: str | Path) -> Judge:
     Raises:
       UserError: one is missing or broken, or they do not fit.
     """
-    fields = dict(release.read_config(clip)["clip"])
-    towers = {"text": CLIPText(**fields.pop("text")), "vision": CLIPVision(**fields.pop("vision"))}
-    model, last = CLIP(**towers, **fields), AestheticHead(**release.read_config(head)["aesthetic"])
+    model, params = release.load_model(clip, "clip", from_fields)
+    last, last_params = release.load_model(head, "aesthetic", AestheticHead)
     if last.features != model.features:
         raise UserError(f"{head}: the head takes {last.features} features, and {clip} gives {model.features}")
-    return clip_judge(model, release.load_part(clip, "clip"), last, release.load_part(head, "aesthetic"))
+    return clip_judge(model, params, last, last_params)
 
 
 def clip_judge(model: CLIP, params: Mapping[str, Any], head: AestheticHead, head_params: Mapping[str, Any]) -> Judge:

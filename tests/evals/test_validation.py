@@ -13,7 +13,8 @@ from tests import records, training_runs
 from tora_jax import sharding
 from tora_jax.data import pipeline, precompute, sprites
 from tora_jax.errors import UserError
-from tora_jax.evals import heldout
+from tora_jax.evals import validation
+from tora_jax.evals.quality import psnr
 from tora_jax.io.video import read_video, to_float
 from tora_jax.sampling.generate import Result
 
@@ -46,16 +47,9 @@ def open_split(config, tiny_models):
 MESH = functools.partial(sharding.make_mesh, "")
 
 
-def test_psnr():
-    truth = jnp.zeros((2, 3, 4, 4, 3))
-    video = truth + jnp.array([0.02, 0.2]).reshape(2, 1, 1, 1, 1)
-    np.testing.assert_allclose(heldout.psnr(video, truth), [40, 20], rtol=1e-4)
-    np.testing.assert_allclose(heldout.psnr(truth - 5, truth - 1), [100, 100])  # what is out of range is clipped
-
-
 def test_tora_is_judged_by_its_losses(config, tiny_models, open_split, tmp_path):
     config["evaluation"]["clips"] = 0
-    judge = heldout.make(config, tiny_models, open_split, MESH(), tmp_path)
+    judge = validation.make(config, tiny_models, open_split, MESH(), tmp_path)
     found = judge(tiny_models.params, 1)
     losses = [found[f"loss_at_{t}"] for t in (100, 300, 500, 700, 900)]
     assert found == judge(tiny_models.params, 2)  # the same batches and the same noise, whenever it is asked
@@ -67,13 +61,14 @@ def test_tora_is_judged_by_its_losses(config, tiny_models, open_split, tmp_path)
 
 def test_a_vae_is_judged_by_its_psnr(config, tiny_models, open_split, tmp_path):
     config["job"] = "vae"
-    found = heldout.make(config, tiny_models, open_split, MESH(), tmp_path)(tiny_models.params, 1)
+    found = validation.make(config, tiny_models, open_split, MESH(), tmp_path)(tiny_models.params, 1)
     assert found.keys() == {"psnr", "psnr_frames", "objective"}
     batches = open_split()
     want = []
     for batch in (next(batches), next(batches)):
         video = to_float(jnp.asarray(batch["video"]))
-        want.append(heldout.psnr(tiny_models.vae.apply({"params": tiny_models.params["vae"]}, video), video).mean())
+        made = tiny_models.vae.apply({"params": tiny_models.params["vae"]}, video)
+        want.append(psnr(jnp.clip(made, -1, 1), video, span=2).mean())
     assert found["psnr"] == pytest.approx(np.mean(want), rel=1e-4)
 
 
@@ -81,7 +76,7 @@ def test_latents_are_normalised(config, tiny_models, open_split):
     config["job"] = "vae"
     config["evaluation"]["batches"] = 3
     params = tiny_models.params["vae"]
-    params = {**params, **heldout.latent_statistics(config, tiny_models, open_split, MESH())(params)}
+    params = {**params, **validation.latent_statistics(config, tiny_models, open_split, MESH())(params)}
     encode = jax.jit(functools.partial(tiny_models.vae.apply, {"params": params}, method="encode"))
     videos = [to_float(jnp.asarray(batch["video"])) for batch in open_split()]
     # Draws of an untrained VAE are mostly noise: twenty of each clip average it away.
@@ -103,12 +98,12 @@ def perfect(monkeypatch):
         videos = [clips[(by_caption[each.prompt] + asked["off"]) % 6].video for each in inputs]
         return [Result(video, None, {}) for video in videos]
 
-    monkeypatch.setattr(heldout, "generate_batch", generate_batch)
+    monkeypatch.setattr(validation, "generate_batch", generate_batch)
     return asked
 
 
 def test_sampled_clips(config, tiny_models, perfect, tmp_path):
-    sample = heldout.sampled(config, tiny_models, tmp_path / "samples")
+    sample = validation.sampled(config, tiny_models, tmp_path / "samples")
     good = sample({"tora": "new parameters"}, 20)
     assert good["traj_error"] < 6  # pixels of 512
     assert good["path_error"] < 0.01  # of the width
@@ -128,7 +123,7 @@ def test_tracks_of_clips_without_any_follow_the_flow(config, tmp_path):
     clips = training_runs.write_folder(tmp_path / "clips", train=2, validation=3)
     config["data"]["buckets"] = (common.bucket(5, 32, 32, batch=2),)
     config["evaluation"] |= {"source": str(clips), "split": "validation"}
-    found = heldout.held_out_clips(config)
+    found = validation.held_out_clips(config)
     assert len(found) == 3  # as many as there are
     for clip in found:
         assert clip.tracks.shape == (1, 5, 2)
@@ -142,11 +137,11 @@ def test_where_held_out_clips_come_from(config, folder, tiny_models, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "clips")
     options = precompute.Options(frames=9, height=64, width=64)
     cached = precompute.precompute(tiny_models, moved, tmp_path / "cached", options, progress=False)
-    want = heldout.held_out_clips(config)
+    want = validation.held_out_clips(config)
     assert [len(clip.colours) for clip in want] == [1] * 4
     config["data"]["sources"] = (str(cached),)
-    for clip, same in zip(heldout.held_out_clips(config), want, strict=True):
+    for clip, same in zip(validation.held_out_clips(config), want, strict=True):
         np.testing.assert_array_equal(clip.tracks, same.tracks)
     shutil.rmtree(moved)
     with pytest.raises(UserError, match=r"no such folder; evaluation.source names the clips"):
-        heldout.held_out_clips(config)
+        validation.held_out_clips(config)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tora_jax.data import sprites
-from tora_jax.evals import sprites as measures
+from tora_jax.evals.sprite_metrics import centroid, name_colour, name_shape, path_error
 from tora_jax.io.video import read_video, write_video
 
 COUNT = 24
@@ -37,7 +37,7 @@ def compressed(tmp_path_factory):
 
 
 def error(video, clip):
-    return measures.path_error(video, [sprite.colour for sprite in clip.sprites], clip.tracks)
+    return path_error(video, [sprite.colour for sprite in clip.sprites], clip.tracks)
 
 
 @pytest.mark.parametrize("split", ["benchmark_one", "benchmark_two"])
@@ -52,11 +52,10 @@ def test_through_blur_and_compression(compressed):
     found = [error(video, clip) for clip, video in compressed]
     assert np.mean([f["error"] for f in found]) < 0.002
     assert max(f["error"] for f in found) < 0.005
-    colours = [measures.name_colour(video, clip.tracks[0]) == clip.sprites[0].colour for clip, video in compressed]
+    colours = [name_colour(video, clip.tracks[0]) == clip.sprites[0].colour for clip, video in compressed]
     assert np.mean(colours) >= 0.98
     shapes = [
-        measures.name_shape(video, clip.tracks[0], clip.sprites[0].colour) == clip.sprites[0].shape
-        for clip, video in compressed
+        name_shape(video, clip.tracks[0], clip.sprites[0].colour) == clip.sprites[0].shape for clip, video in compressed
     ]
     assert np.mean(shapes) >= 0.95
 
@@ -67,13 +66,13 @@ def test_every_shape_is_known(shape, monkeypatch):
     for index, size in enumerate(sprites.SIZES):
         monkeypatch.setattr(sprites, "_sprite", lambda rng, colour, s=size: sprites.Sprite(shape, colour, "plain", s))
         clip = sprites.make_clip(index, "benchmark_one")
-        assert measures.name_shape(clip.video, clip.tracks[0], clip.sprites[0].colour) == shape
+        assert name_shape(clip.video, clip.tracks[0], clip.sprites[0].colour) == shape
 
 
 def test_a_known_shift_is_read():
     for clip in clips("benchmark_one")[:5]:
         shifted = clip.tracks + np.float32([0.03, -0.04])
-        got = measures.path_error(clip.video, [clip.sprites[0].colour], shifted)["error"]
+        got = path_error(clip.video, [clip.sprites[0].colour], shifted)["error"]
         assert got == pytest.approx(0.05, abs=0.004)
 
 
@@ -82,20 +81,20 @@ def test_distances_are_shares_of_the_width():
     wide = np.concatenate([clip.video, still(clip)], axis=2)
     tracks = clip.tracks * np.float32([0.5, 1])
     moved = tracks + np.float32([0, 0.2])  # of the height, so a tenth of the width
-    got = [measures.path_error(wide, [clip.sprites[0].colour], t)["error"] for t in (tracks, moved)]
+    got = [path_error(wide, [clip.sprites[0].colour], t)["error"] for t in (tracks, moved)]
     assert got == pytest.approx([0, 0.1], abs=0.004)
 
 
 def test_two_objects_in_either_order():
     clip = clips("benchmark_two")[0]
-    assert error(clip.video, clip) == measures.path_error(
+    assert error(clip.video, clip) == path_error(
         clip.video, [sprite.colour for sprite in clip.sprites], clip.tracks[::-1]
     )
 
 
 def test_paths_of_others_read_far_more():
     found = [
-        measures.path_error(clip.video, [clip.sprites[0].colour], other.tracks)["error"]
+        path_error(clip.video, [clip.sprites[0].colour], other.tracks)["error"]
         for clip, other in zip(clips("benchmark_one"), clips("benchmark_one")[1:], strict=False)
     ]
     assert np.mean(found) > 0.2
@@ -104,12 +103,12 @@ def test_paths_of_others_read_far_more():
 def test_nothing_there():
     clip = clips("benchmark_one")[0]
     colour, empty = clip.sprites[0].colour, clip.video[:, :1, :1].repeat(128, axis=1).repeat(128, axis=2)
-    places, found = measures.centroid(empty, sprites.COLOURS[colour])
+    places, found = centroid(empty, sprites.COLOURS[colour])
     assert not found.any()
     np.testing.assert_array_equal(places, 0.5)
-    assert measures.path_error(empty, [colour], clip.tracks)["found"] == 0
-    assert measures.name_colour(empty, clip.tracks[0]) is None
-    assert measures.name_shape(empty, clip.tracks[0], colour) is None
+    assert path_error(empty, [colour], clip.tracks)["found"] == 0
+    assert name_colour(empty, clip.tracks[0]) is None
+    assert name_shape(empty, clip.tracks[0], colour) is None
 
 
 def test_an_object_that_is_gone_for_some_frames():
@@ -117,7 +116,7 @@ def test_an_object_that_is_gone_for_some_frames():
     colour = sprites.COLOURS[clip.sprites[0].colour]
     video = clip.video.copy()
     video[6:9], video[14:] = still(clip)[:3], still(clip)[:3]
-    places, found = measures.centroid(video, colour)
+    places, found = centroid(video, colour)
     np.testing.assert_array_equal(np.flatnonzero(~found), [6, 7, 8, 14, 15, 16])
     np.testing.assert_allclose(places[7], (places[5] + places[9]) / 2, atol=1e-6)
     np.testing.assert_array_equal(places[14:], np.repeat(places[13:14], 3, axis=0))
@@ -132,5 +131,5 @@ def test_near_chooses_between_objects_of_a_colour():
     colour = sprites.COLOURS[clip.sprites[0].colour]
     left = clip.tracks[0] * np.float32([128 / width, 1])
     right = clip.tracks[0] * np.float32([96 / width, 1]) + np.float32([128 / width, 0])
-    np.testing.assert_allclose(measures.centroid(both, colour)[0], left, atol=0.006)
-    np.testing.assert_allclose(measures.centroid(both, colour, near=right)[0], right, atol=0.006)
+    np.testing.assert_allclose(centroid(both, colour)[0], left, atol=0.006)
+    np.testing.assert_allclose(centroid(both, colour, near=right)[0], right, atol=0.006)

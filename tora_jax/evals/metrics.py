@@ -1,4 +1,4 @@
-"""All measures of one video. Those that need weights are left out where there are none, and say so."""
+"""All metrics of one video. Those that need weights are left out where there are none, and say so."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from tora_jax.evals import clip_sim, fvd, quality, sprites, traj_error
-from tora_jax.evals.benchmarks import Task
+from tora_jax.checkpoints import release
+from tora_jax.errors import UserError
+from tora_jax.evals import clip_sim, fvd, quality, sprite_metrics, track_lk, track_networks, traj_error
+from tora_jax.evals.tasks import Task
 from tora_jax.io.video import read_video, write_video
 from tora_jax.models.i3d import MIN_FRAMES
+from tora_jax.models.raft import RAFT
 
 Video = UInt8[np.ndarray, "t h w 3"]
 
 
-class Measures:
+TRACKERS = ("lk", "raft", "tapnext")
+
+
+class Metrics:
     """What a config asks for, loaded.
 
     Attributes:
       asked: all that changes a figure; a record that was made otherwise is made again.
-      left_out: measure -> why it is not there.
+      left_out: metric -> why it is not there.
 
     Raises:
       UserError: weights that are named are missing or broken, or there is no such tracker.
@@ -37,7 +43,7 @@ class Measures:
         """
         self.asked = {name: config[name] for name in ("tracker", "tracker_weights", "clip", "i3d", "size")}
         self.size = tuple(config["size"])
-        self._track = traj_error.make_tracker(config["tracker"], config["tracker_weights"])
+        self._track = make_tracker(config["tracker"], config["tracker_weights"])
         self._similarity = clip_sim.load(config["clip"]) if config["clip"] else None
         self._features = fvd.load(config["i3d"]) if config["i3d"] else None
         self.left_out = {}
@@ -65,7 +71,7 @@ class Measures:
         metrics = traj_error.traj_error(task.tracks, tracked, visible, self.size)
         metrics["traj_error"] = metrics.pop("l1")
         if task.colours:
-            found = sprites.path_error(video, task.colours, task.tracks)
+            found = sprite_metrics.path_error(video, task.colours, task.tracks)
             metrics |= {"path_error_percent": 100 * found["error"], "found": found["found"]}
         metrics |= quality.steadiness(video)
         for wanted, name, frames in ((first_frame, "_first", slice(0, 1)), (whole, "", slice(None))):
@@ -79,6 +85,27 @@ class Measures:
             true = _through_a_file(task.video, fps)  # else FVD would count what the encoder does to the video alone
             record |= {"features": self._features(video).tolist(), "true_features": self._features(true).tolist()}
         return {"metrics": {k: v if np.isfinite(v) else None for k, v in metrics.items()}, **record}
+
+
+def make_tracker(name: str, weights: str | Path = "") -> traj_error.Tracker:
+    """A tracker by name.
+
+    Args:
+      name: "lk", "raft" or "tapnext".
+      weights: of "raft" a folder that `python -m convert_weights raft` wrote, of "tapnext" the published file.
+
+    Raises:
+      UserError: there is no such tracker, or its weights are missing or broken.
+    """
+    if name not in TRACKERS:
+        raise UserError(f"tracker {name!r}: there are {', '.join(TRACKERS)}")
+    if name == "lk":
+        return track_lk.track_lk
+    if not weights:
+        raise UserError(f"the tracker {name} needs weights; lk does without")
+    if name == "tapnext":
+        return track_networks.tapnext_tracker(weights)
+    return track_networks.raft_tracker(*release.load_model(weights, "raft", RAFT))
 
 
 def _through_a_file(video: Video, fps: float) -> Video:

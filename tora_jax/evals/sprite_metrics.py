@@ -1,4 +1,4 @@
-"""Measures on videos of sprites that need no tracker and no network: where an object is, its colour and its shape.
+"""Metrics of sprites that need no tracker and no network: where an object is, its colour and its shape.
 
 A pixel of a sprites clip is a mixture of an object's colour and of the background, whose tone is one colour made
 lighter and darker. Without that tone, what is left of a pixel's colour is the object's share of it.
@@ -18,13 +18,14 @@ from tora_jax.data import sprites
 
 Video = UInt8[np.ndarray, "t h w 3"]
 
-EDGE = (0.25, 0.6)  # of an object's full colour: under the first a pixel is background, over the second object
-FAINT = 0.3  # of the named colour: what is no stronger anywhere is no object
-SMALLEST = 0.03  # of the frame's width: the side of the smallest object's area
-REACH = 0.07  # of the frame's width: how far around a path the object on it is looked for (a deviation)
-WINDOW, CELLS = 0.36, 64  # side of the window around an object, as a share of the frame's width, and in cells
-WIDTHS = np.geomspace(0.08, 0.29, 20)  # of the shapes that a mask is compared with
-SOFTNESS = 1.5  # cells: a deviation, of the blur of a mask
+EDGE_SHARES = (0.25, 0.6)  # of an object's full colour: under the first a pixel is background, over the second object
+MIN_STRENGTH = 0.3  # of the named colour: what is weaker everywhere is no object
+MIN_SIDE = 0.03  # of the frame's width: the side of the smallest object's area
+PATH_DEVIATION = 0.07  # of the frame's width: how far around a path the object on it is looked for (a deviation)
+WINDOW_SIDE = 0.36  # of the frame's width: the window around an object
+WINDOW_CELLS = 64  # along a side of the window
+SHAPE_WIDTHS = np.geomspace(0.08, 0.29, 20)  # of the shapes that a mask is compared with
+MASK_BLUR = 1.5  # cells: a deviation, of the blur of a mask
 
 
 def centroid(
@@ -78,10 +79,10 @@ def name_colour(video: Video, path: Float[np.ndarray, "t 2"]) -> str | None:
     y, x = np.mgrid[:height, :width]
     at = np.asarray(path, np.float64) * (width, height) - 0.5
     square = (x - at[:, 0, None, None]) ** 2 + (y - at[:, 1, None, None]) ** 2
-    weight = np.exp(-0.5 * square / (REACH * width) ** 2)
+    weight = np.exp(-0.5 * square / (PATH_DEVIATION * width) ** 2)
     best = shares.max(0) * weight
     votes = np.array([best[winner].sum() for winner in shares.argmax(0) == np.arange(len(shares))[:, None, None, None]])
-    enough = FAINT * (SMALLEST * width) ** 2 * len(video)
+    enough = MIN_STRENGTH * (MIN_SIDE * width) ** 2 * len(video)
     return list(sprites.COLOURS)[votes.argmax()] if votes.max() >= enough else None
 
 
@@ -98,13 +99,13 @@ def name_shape(video: Video, path: Float[np.ndarray, "t 2"], colour: str) -> str
         return None
     pieces = shares * (pieces > 0)
     height, width = video.shape[1:3]
-    step = WINDOW * width / CELLS
-    mask = np.zeros((CELLS, CELLS), np.float32)
+    step = WINDOW_SIDE * width / WINDOW_CELLS
+    mask = np.zeros((WINDOW_CELLS, WINDOW_CELLS), np.float32)
     for piece, centre in zip(pieces[found], centres[found], strict=True):
-        corner = centre * (width, height) - 0.5 - step * (CELLS - 1) / 2
+        corner = centre * (width, height) - 0.5 - step * (WINDOW_CELLS - 1) / 2
         matrix = np.array([[step, 0, corner[0]], [0, step, corner[1]]])
         flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-        mask += cv2.warpAffine(piece.astype(np.float32), matrix, (CELLS, CELLS), flags=flags)
+        mask += cv2.warpAffine(piece.astype(np.float32), matrix, (WINDOW_CELLS, WINDOW_CELLS), flags=flags)
     mask -= mask.mean()
     return sprites.SHAPES[(_shapes() @ mask.ravel()).reshape(len(sprites.SHAPES), -1).max(-1).argmax()]
 
@@ -125,9 +126,9 @@ def _pieces(
 ) -> Float[np.ndarray, "t h w"]:
     """Of each frame one connected piece, 0..1 with soft edges; all 0 where there is none."""
     height, width = shares.shape[1:]
-    smallest = (SMALLEST * width) ** 2
+    smallest = (MIN_SIDE * width) ** 2
     full = np.quantile(shares, 1 - smallest / (height * width))
-    weights = np.clip((shares / max(full, FAINT) - EDGE[0]) / (EDGE[1] - EDGE[0]), 0, 1)
+    weights = np.clip((shares / max(full, MIN_STRENGTH) - EDGE_SHARES[0]) / (EDGE_SHARES[1] - EDGE_SHARES[0]), 0, 1)
     pieces = np.zeros_like(weights)
     for j, weight in enumerate(weights):
         _, parts, stats, centres = cv2.connectedComponentsWithStats((weight > 0.5).astype(np.uint8))
@@ -158,15 +159,15 @@ def _centres(pieces: Float[np.ndarray, "t h w"]) -> tuple[Float[np.ndarray, "t 2
 
 @functools.cache
 def _shapes() -> Float[np.ndarray, "shapes cells"]:
-    """All shapes, in all WIDTHS, in the window of a mask; of mean 0 and length 1."""
+    """All shapes, in all SHAPE_WIDTHS, in the window of a mask; of mean 0 and length 1."""
     rows = []
-    for shape, width in itertools.product(sprites.SHAPES, WIDTHS):
+    for shape, width in itertools.product(sprites.SHAPES, SHAPE_WIDTHS):
         drawn = sprites.shape_mask(shape)
         side = len(drawn)
-        scale = width / WINDOW * CELLS / sprites.EXTENT
+        scale = width / WINDOW_SIDE * WINDOW_CELLS / sprites.EXTENT
         small = cv2.GaussianBlur(drawn, (0, 0), max(0.5 / scale, 1e-3))  # each cell sees all that it covers
-        shift = (CELLS - 1) / 2 - scale * (side - 1) / 2
+        shift = (WINDOW_CELLS - 1) / 2 - scale * (side - 1) / 2
         matrix = np.array([[scale, 0, shift], [0, scale, shift]])
-        cells = cv2.GaussianBlur(cv2.warpAffine(small, matrix, (CELLS, CELLS)), (0, 0), SOFTNESS)
+        cells = cv2.GaussianBlur(cv2.warpAffine(small, matrix, (WINDOW_CELLS, WINDOW_CELLS)), (0, 0), MASK_BLUR)
         rows.append(cells.ravel() - cells.mean())
     return np.stack([row / np.linalg.norm(row) for row in rows])

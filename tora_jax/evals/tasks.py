@@ -22,7 +22,7 @@ from tora_jax.errors import UserError
 from tora_jax.io.video import cover, read_image, resize_crop
 
 PICTURES = (".jpg", ".jpeg", ".png")
-SMALLEST = 0.001  # of the frame: an object with a smaller mask at the start gives no trajectory
+MIN_MASK = 0.001  # of the frame: an object with a smaller mask at the start gives no trajectory
 VOID = 255  # in masks with other labels: not said
 
 
@@ -188,20 +188,20 @@ def _centres(known: Sequence[tuple[int, Path]], frames: int) -> Float[np.ndarray
     """Centroids of the objects of the first mask, (x, y) in 0..1, at every frame."""
     first = _labels(known[0][1])
     numbers, areas = np.unique(first, return_counts=True)
-    numbers = [n for n, area in zip(numbers, areas, strict=True) if n and area >= SMALLEST * first.size]
+    numbers = [n for n, area in zip(numbers, areas, strict=True) if n and area >= MIN_MASK * first.size]
     if len(numbers) > 1:
         numbers = [n for n in numbers if n != VOID]
-    places: dict[int, dict[int, np.ndarray]] = {int(n): {} for n in numbers}
+    seen_at: dict[int, dict[int, np.ndarray]] = {int(n): {} for n in numbers}
     for frame, path in known if numbers else ():
         labels = _labels(path)
-        for number, seen in places.items():
+        for number, seen in seen_at.items():
             y, x = np.nonzero(labels == number)
             if len(x):
                 seen[frame] = (np.array([x.mean(), y.mean()]) + 0.5) / labels.shape[::-1]
     at = np.arange(frames)
     tracks = [
         np.stack([np.interp(at, list(seen), [p[i] for p in seen.values()]) for i in range(2)], 1)
-        for seen in places.values()
+        for seen in seen_at.values()
     ]
     return np.stack(tracks) if tracks else np.zeros((0, frames, 2))
 
@@ -214,7 +214,10 @@ def _labels(path: Path) -> UInt8[np.ndarray, "h w"]:
         raise UserError(f"{path}: is no mask that can be read ({error})") from None
 
 
-def open_benchmark(config: Mapping[str, Any]) -> Sprites | Listed | VideoSegmentationBenchmark:
+Benchmark = Sprites | Listed | VideoSegmentationBenchmark
+
+
+def open_benchmark(config: Mapping[str, Any]) -> Benchmark:
     """The benchmark of a config: `kind` ("sprites", "segmentation" or "list"), `source`, `split`, `clips` (0 = all).
 
     Raises:

@@ -19,7 +19,8 @@ from tora_jax.backbones.assembly import Models
 from tora_jax.configs.sampling import Settings
 from tora_jax.data import clips, motion, pipeline, placement, sources
 from tora_jax.errors import UserError
-from tora_jax.evals import sprites, traj_error
+from tora_jax.evals import sprite_metrics, track_lk, traj_error
+from tora_jax.evals.quality import psnr
 from tora_jax.io import overlay
 from tora_jax.io.video import to_float, write_video
 from tora_jax.sampling.conditions import Inputs
@@ -27,7 +28,7 @@ from tora_jax.sampling.generate import generate_batch
 from tora_jax.training import step as training
 
 TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
-PAPER = (512, 512)  # width and height in whose pixels the paper's TrajError counts
+PAPER_SIZE = (512, 512)  # width and height in whose pixels the paper's TrajError counts
 
 # (parameters, step) -> name -> value
 Judge = Callable[[Mapping[str, Any], int], dict[str, float]]
@@ -80,12 +81,6 @@ def _first(open_split, mesh: Mesh, count: int) -> Iterator[dict[str, jax.Array]]
         batches.close()
 
 
-def psnr(video: jax.Array, truth: jax.Array) -> jax.Array:
-    """dB of each clip; both in [-1, 1], the first is clipped to it."""
-    error = jnp.square(jnp.clip(video, -1, 1) - truth).reshape(len(truth), -1).mean(1) / 4
-    return -10 * jnp.log10(jnp.maximum(error, 1e-10))
-
-
 def _psnr(config: Mapping[str, Any], models: Models) -> Callable:
     """Of the reconstruction from the posteriors' means: by both VAEs, or by the spatial one while it trains alone."""
     part = config["job"]
@@ -96,13 +91,16 @@ def _psnr(config: Mapping[str, Any], models: Models) -> Callable:
         def run(method, *args):
             return vae.apply({"params": params[part]}, *args, method=method)
 
+        def decoded(latents):
+            return psnr(jnp.clip(run("decode_frames", latents), -1, 1), video, span=2).mean()
+
         video = to_float(batch[pixels])
         moments = run("moments", video)
-        frames = psnr(run("decode_frames", moments.clip), video).mean()
+        frames = decoded(moments.clip)
         if spatial_only:
             return {"psnr": frames}
         clip = run("decode_clip", moments.latent.mean, video.shape[1])
-        return {"psnr": psnr(run("decode_frames", clip), video).mean(), "psnr_frames": frames}
+        return {"psnr": decoded(clip), "psnr_frames": frames}
 
     return one
 
@@ -130,7 +128,7 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
     """Samples videos for the captions and along the tracks of held-out clips, and writes them with the tracks drawn in.
 
     The judge gives
-      traj_error: the paper's TrajError, by `traj_error.track_lk`, in pixels of a frame of 512x512;
+      traj_error: the paper's TrajError, by `track_lk.track_lk`, in pixels of a frame of 512x512;
       path_error: of sprites, the distance of an object's centroid from its path as a share of the frame's width.
 
     Raises:
@@ -157,10 +155,10 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
         found = []
         for i, (clip, result) in enumerate(zip(clips, results, strict=True)):
             write_video(folder / f"{step:06}_{i}.mp4", overlay.draw_tracks(result.video, clip.tracks), clip.fps)
-            tracks, visible = traj_error.track_lk(result.video, clip.tracks[:, 0])
-            found.append({"traj_error": traj_error.traj_error(clip.tracks, tracks, visible, PAPER)["l1"]})
+            tracks, visible = track_lk.track_lk(result.video, clip.tracks[:, 0])
+            found.append({"traj_error": traj_error.traj_error(clip.tracks, tracks, visible, PAPER_SIZE)["l1"]})
             if clip.colours:
-                found[-1]["path_error"] = sprites.path_error(result.video, clip.colours, clip.tracks)["error"]
+                found[-1]["path_error"] = sprite_metrics.path_error(result.video, clip.colours, clip.tracks)["error"]
         return _means(found)
 
     return judge
