@@ -310,6 +310,12 @@ command.run(body, ["work.py"], "go on")
     assert (done.returncode, done.stderr) == (130, "\nwork.py: stopped; go on\n")
 
 
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "tora_jax.sampling", "--steps=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (2, "tora_jax.sampling: error: steps is 0; it must be at least 1\n")
+
+
 @pytest.mark.parametrize(
     ("error", "memory"),
     [

@@ -1,4 +1,4 @@
-"""The command line of sampling: flags, files in and out, and errors in one line. `sample.py` starts it."""
+"""The command of sampling: flags, files in and out. `sample.py`, `tora-sample` and `python -m` start it."""
 
 from __future__ import annotations
 
@@ -175,4 +175,4 @@ def _given(args: flags.FlagValues) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sample()
+    sample(["tora_jax.sampling", *sys.argv[1:]])
