@@ -44,7 +44,9 @@ from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import motion_maps
-from tora_jax.data import precompute, sprites
+from tora_jax.data.precompute.cache import Options, precompute
+from tora_jax.data.sprites.clips import exact_flow, make_clip
+from tora_jax.data.sprites.dataset import SpritesConfig, build_sprites
 from tora_jax.errors import UserError
 from tora_jax.evals.metrics import Metrics
 from tora_jax.evals.tasks import Sprites
@@ -139,11 +141,11 @@ def fit(form: str, like: VideoVAE, channels: int, side: int, frames: int) -> tup
     width = 3 * like.space_factor**2
     plain = Compression(like.spatial, like.temporal, like.micro_frame_size, form=form, channels=width)
     maps = []
-    for clip in (sprites.make_clip(i, "train", size=side, frames=frames) for i in range(FITTED)):
+    for clip in (make_clip(i, "train", size=side, frames=frames) for i in range(FITTED)):
         sparse = motion_maps.displacement_maps(clip.tracks, side, side, clip.visible)
         maps += [
             motion_maps.flow_to_color(sparse),
-            motion_maps.flow_to_color(sprites.dense_flow(clip.labels, clip.tracks)),
+            motion_maps.flow_to_color(exact_flow(clip.labels, clip.tracks)),
         ]
     whole = {"params": {"centre": np.zeros(width, np.float32), "basis": np.eye(width, dtype=np.float32)}}
     patches = np.asarray(plain.apply(whole, jnp.asarray(np.stack(maps)), method="encode"), np.float64)
@@ -202,14 +204,14 @@ class Run:
         side, frames = self.bucket["height"], self.bucket["frames"]
         held_out = 2 if self.runlocal else base.HELD_OUT
         name = f"{side}x{frames}x{self.train + held_out}"
-        scale = sprites.Scale(name=name, side=side, frames=frames, clips={"train": self.train + held_out})
+        scale = SpritesConfig(name=name, side=side, frames=frames, clips={"train": self.train + held_out})
         folder = self.out / "caches" / f"{motion}_{stage}"
-        options = precompute.Options(
+        options = Options(
             frames, side, side, motion=stage, tracks="given", max_tracks=3, variants=2 if stage == "sparse" else 1
         )
-        source = sprites.build(self.out / "data", scale)
+        source = build_sprites(self.out / "data", scale)
         if not folder.is_dir():
-            precompute.precompute(with_motion(self.models, motion, side, frames), source, folder, options, batch=16)
+            precompute(with_motion(self.models, motion, side, frames), source, folder, options, batch=16)
         return folder
 
     def run(self, cell: Cell, seed: int) -> dict[str, Any]:

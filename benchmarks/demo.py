@@ -40,7 +40,7 @@ from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import motion_maps
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import Clip, exact_flow, make_clip
 from tora_jax.errors import UserError
 from tora_jax.evals import quality, track_lk, traj_error
 from tora_jax.evals.sprite_metrics import name_colour, name_shape, path_error
@@ -64,9 +64,9 @@ class Bench:
         self.side, _ = video_size(models, settings.height, settings.width)
         self.clips, self.videos, self.through = map(functools.cache, (self._clips, self._videos, self._through))
 
-    def _clips(self, split: str) -> list[sprites.Clip]:
+    def _clips(self, split: str) -> list[Clip]:
         frames, fps = self.settings.num_frames, self.settings.fps
-        return [sprites.make_clip(i, split, size=self.side, frames=frames, fps=fps) for i in range(self.count)]
+        return [make_clip(i, split, size=self.side, frames=frames, fps=fps) for i in range(self.count)]
 
     def _videos(self, split: str, trajectory: bool = True, image: bool = False) -> list[np.ndarray]:
         """A video for each clip's caption, on its tracks, from its first frame; clip i has seed i."""
@@ -117,7 +117,7 @@ def mean(values: Sequence[float]) -> float:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def follows(videos: Sequence[np.ndarray], clips: Sequence[sprites.Clip]) -> dict[str, Any]:
+def follows(videos: Sequence[np.ndarray], clips: Sequence[Clip]) -> dict[str, Any]:
     """How the objects of videos follow the tracks of clips."""
     found, tracked = [], []
     for video, clip in zip(videos, clips, strict=True):
@@ -135,7 +135,7 @@ def follows(videos: Sequence[np.ndarray], clips: Sequence[sprites.Clip]) -> dict
     }
 
 
-def names(videos: Sequence[np.ndarray], clips: Sequence[sprites.Clip]) -> dict[str, float]:
+def names(videos: Sequence[np.ndarray], clips: Sequence[Clip]) -> dict[str, float]:
     """Share of videos whose object on the path has the colour, and the shape, that the caption names."""
     colours, shapes = [], []
     for video, clip in zip(videos, clips, strict=True):
@@ -184,7 +184,7 @@ def image(bench: Bench) -> dict[str, Any]:
 def vae(bench: Bench) -> dict[str, Any]:
     clips = bench.clips(HELD_OUT)
     videos = [clip.video for clip in clips]
-    dense = [motion_maps.flow_to_rgb(sprites.dense_flow(clip.labels, clip.tracks)) for clip in clips]
+    dense = [motion_maps.flow_to_rgb(exact_flow(clip.labels, clip.tracks)) for clip in clips]
     sparse = [
         motion_maps.flow_to_rgb(motion_maps.displacement_maps(clip.tracks, bench.side, bench.side, clip.visible))
         for clip in clips

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import make_clip
+from tora_jax.data.sprites.shapes import COLOURS
 from tora_jax.evals.quality import psnr
 from tora_jax.evals.sprite_metrics import centroid, path_error
 from tora_jax.io import overlay
@@ -59,7 +60,7 @@ def curve(index: int, frames: int, rest: bool) -> np.ndarray:
 def make(bench: dict[str, Any], index: int, rest: bool) -> tuple[np.ndarray, np.ndarray, list[int], str]:
     """A long video, its track, the first frames of its segments but the first, and the object's colour."""
     models, settings, frames = bench["models"], bench["settings"], bench["frames"]
-    clip = sprites.make_clip(index, "benchmark_one", size=settings.height, frames=2, fps=settings.fps)
+    clip = make_clip(index, "benchmark_one", size=settings.height, frames=2, fps=settings.fps)
     track = curve(index, frames, rest)
     pieces = generate_pieces(
         models,
@@ -97,7 +98,7 @@ def pause(bench: dict[str, Any]) -> dict[str, Any]:
     shares = []
     for i in tqdm(range(bench["clips"]), desc="pause"):
         video, track, _, colour = make(bench, i, rest=True)
-        places, _ = centroid(video, sprites.COLOURS[colour], near=track[0])
+        places, _ = centroid(video, COLOURS[colour], near=track[0])
         speed = np.linalg.norm(np.diff(places, axis=0), axis=1)
         start, stop = (round(share * len(video)) for share in REST)
         shares.append(speed[start + MARGIN : stop - MARGIN].mean() / speed.mean())
@@ -109,7 +110,7 @@ def ends(bench: dict[str, Any]) -> dict[str, Any]:
     frames, params = settings.num_frames, {"params": bench["models"].params["vae"]}
     rows = []
     for i in tqdm(range(bench["clips"]), desc="ends"):
-        clip = sprites.make_clip(i, "benchmark_one", size=settings.height, frames=frames, fps=settings.fps)
+        clip = make_clip(i, "benchmark_one", size=settings.height, frames=frames, fps=settings.fps)
         first, last = clip.video[0], clip.video[-1]
         inputs = Inputs(clip.caption, clip.tracks, {0: first, frames - 1: last})
         (result,) = generate_batch(models, [inputs], settings, seeds=[i])

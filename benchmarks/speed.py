@@ -26,7 +26,7 @@ from tora_jax.configs.sampling import Settings
 from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import make_clip
 from tora_jax.evals.quality import psnr
 from tora_jax.evals.sprite_metrics import path_error
 from tora_jax.sampling.conditions import Inputs
@@ -79,7 +79,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     models = assembly.load(weights=options.weights)
     settings = sampling.resolve(models.sampling, {"steps": options.steps} if options.steps else {})
     side, frames, fps = settings.height, settings.num_frames, settings.fps
-    clips = [sprites.make_clip(i, "benchmark_one", size=side, frames=frames, fps=fps) for i in range(options.clips)]
+    clips = [make_clip(i, "benchmark_one", size=side, frames=frames, fps=fps) for i in range(options.clips)]
     words = [word for word in options.only.split(",") if word]
     found: dict[str, dict] = {}
     for name, (changes, share, dtype) in SWITCHES.items():

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
-from etils import epath
 
-from tora_jax.data import sprites
+from tora_jax.data import array_record
+from tora_jax.data.sprites.dataset import SpritesConfig, record
 
-SCALE = sprites.Scale(name="tiny", side=48, frames=9, fps=8.0)
+SCALE = SpritesConfig(name="tiny", side=48, frames=9, fps=8.0)
 FEATURES = tfds.features.FeaturesDict(
     {
         "video": tfds.features.Tensor(shape=(), dtype=np.object_),
@@ -30,28 +29,17 @@ def latent_frames(frames: int) -> int:
     return frames // 17 * 5 + math.ceil(frames % 17 / 4)
 
 
-def clips(count: int, split: str = "train", scale: sprites.Scale = SCALE) -> list[dict]:
+def clips(count: int, split: str = "train", scale: SpritesConfig = SCALE) -> list[dict]:
     """Records of drawn clips, as `sprites` writes them."""
-    records = (sprites._record(split, scale, index)[1] for index in range(count))
-    found = [{name: record[name] for name in FEATURES} for record in records]
-    return [{**record, "objects": [{"colour": one["colour"]} for one in record["objects"]]} for record in found]
+    whole = (record(split, scale, index)[1] for index in range(count))
+    found = [{name: one[name] for name in FEATURES} for one in whole]
+    return [{**one, "objects": [{"colour": sprite["colour"]} for sprite in one["objects"]]} for one in found]
 
 
 def write(folder: Path, splits: Mapping[str, Sequence[dict]]) -> Path:
     """Writes records, each split in one file."""
     folder.mkdir(parents=True)
-    infos = []
-    for split, records in splits.items():
-        writer = ArrayRecordWriter(str(folder / f"tiny-{split}.array_record-00000-of-00001"), "group_size:1")
-        for record in records:
-            writer.write(FEATURES.serialize_example(record))
-        writer.close()
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=epath.Path(folder), dataset_name="tiny", split=split, filetype_suffix="array_record"
-        )
-        lengths = [len(records)]
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=0, filename_template=template))
-    tfds.folder_dataset.write_metadata(
-        data_dir=epath.Path(folder), features=FEATURES, split_infos=infos, check_data=False
-    )
+    for split, found in splits.items():
+        array_record.write_shard(folder / array_record.shard_name("tiny", split, 0, 1), FEATURES, found)
+    array_record.write_metadata(folder, "tiny", FEATURES, {split: [len(found)] for split, found in splits.items()})
     return folder

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from tests import records
 from tora_jax import command_line
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import make_clip
+from tora_jax.data.sprites.dataset import SpritesConfig
 from tora_jax.io.video import write_video
 
 _handler = signal.getsignal(signal.SIGINT)
@@ -18,7 +19,7 @@ import train  # noqa: E402
 signal.signal(signal.SIGINT, _handler)  # train.py sets it for itself
 
 ROOT = Path(__file__).parent.parent
-SCALE = sprites.Scale(name="least", side=32, frames=5, fps=8.0)
+SCALE = SpritesConfig(name="least", side=32, frames=5, fps=8.0)
 
 
 class Outcome(NamedTuple):
@@ -59,7 +60,7 @@ def write_folder(folder: Path, **counts: int) -> Path:
     for split, count in counts.items():
         (folder / split).mkdir(parents=True)
         for i in range(count):
-            clip = sprites.make_clip(i, split, size=SCALE.side, frames=SCALE.frames, fps=SCALE.fps)
+            clip = make_clip(i, split, size=SCALE.side, frames=SCALE.frames, fps=SCALE.fps)
             write_video(folder / split / f"{i}.mp4", clip.video, clip.fps)
             (folder / split / f"{i}.txt").write_text(clip.caption + "\n")
     return folder

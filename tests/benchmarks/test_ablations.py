@@ -13,6 +13,7 @@ from tests import training_runs
 from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
+from tora_jax.data.sprites.clips import exact_flow, make_clip
 from tora_jax.io.files import tuples
 from tora_jax.models.motion_fuser import FORMS
 from tora_jax.models.video_vae import VideoVAE
@@ -92,9 +93,12 @@ def test_principal_components():
     like = VideoVAE(**model_sizes.small_model()["vae"])
     model, params = ablations.fit("mean_pooling", like, channels=8, side=32, frames=9)
     assert params["basis"].shape == (192, 8)
-    clips = [ablations.sprites.make_clip(i, "train", size=32, frames=9) for i in range(ablations.FITTED)]
-    maps = [ablations.flow.flow_to_color(ablations.sprites.dense_flow(clip.labels, clip.tracks)) for clip in clips]
-    maps += [ablations.flow.flow_to_color(ablations.flow.displacement_maps(c.tracks, 32, 32, c.visible)) for c in clips]
+    clips = [make_clip(i, "train", size=32, frames=9) for i in range(ablations.FITTED)]
+    maps = [ablations.motion_maps.flow_to_color(exact_flow(clip.labels, clip.tracks)) for clip in clips]
+    maps += [
+        ablations.motion_maps.flow_to_color(ablations.motion_maps.displacement_maps(c.tracks, 32, 32, c.visible))
+        for c in clips
+    ]
     found = model.apply({"params": params}, jnp.asarray(np.stack(maps)), method="moments").latent
     np.testing.assert_allclose(np.std(found.mean, (0, 1, 2, 3)), 1, atol=0.02)
     assert np.exp(0.5 * np.asarray(found.logvar)).max() == 0

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import demo
 from tora_jax import command_line
 from tora_jax.checkpoints import release
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import make_clip
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video
 from tora_jax.sampling.generate import Result
@@ -50,7 +50,7 @@ def perfect(monkeypatch):
 
     def generate_batch(models, inputs, settings, *, seeds):
         split = "benchmark_two" if " and " in inputs[0].prompt else "benchmark_one"
-        clips = [sprites.make_clip(seed, split) for seed in seeds]
+        clips = [make_clip(seed, split) for seed in seeds]
         asked.append((split, list(seeds), inputs[0].tracks is not None, bool(inputs[0].images)))
         for each, clip in zip(inputs, clips, strict=True):
             assert each.prompt == clip.caption

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from tora_jax.conditioning import motion_maps
-from tora_jax.data import motion, sprites
+from tora_jax.data import motion
+from tora_jax.data.sprites.clips import make_clip
 
 
 @pytest.fixture(scope="module")
 def clip():
     """A clip with two objects that never cover each other."""
-    return sprites.make_clip(0, "benchmark_two", size=64, frames=9)
+    return make_clip(0, "benchmark_two", size=64, frames=9)
 
 
 def textured(shifts, size=96):

@@ -13,8 +13,10 @@ from tora_jax.configs import common
 
 from tests import records
 from tora_jax.conditioning import motion_maps, resolutions, text
-from tora_jax.data import buckets, pipeline, sprites
+from tora_jax.data import buckets, pipeline
 from tora_jax.data.clips import Clips
+from tora_jax.data.sprites.clips import exact_flow
+from tora_jax.data.sprites.dataset import SpritesConfig
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video, resize_crop, write_video
 
@@ -171,7 +173,7 @@ def test_motion_and_video_are_cut_alike(folder, written):
         for record in written:
             # 48x48 covers 40x48 as it is, and 4 rows are cut at either end.
             whole = frames_of(record)
-            dense = sprites.dense_flow(record["labels"], record["tracks"])
+            dense = exact_flow(record["labels"], record["tracks"])
             for y in range(4, 44 - 32 + 1):
                 for x in range(48 - 32 + 1):
                     window = np.s_[:, y : y + 32, x : x + 32]
@@ -210,7 +212,7 @@ def test_buckets_by_weight(folder):
 
 
 def test_a_clip_goes_to_buckets_that_it_fits(tmp_path):
-    small = records.sprites.Scale(name="small", side=32, frames=5, fps=8.0)
+    small = SpritesConfig(name="small", side=32, frames=5, fps=8.0)
     both = records.clips(3) + records.clips(3, scale=small)
     folder = records.write(tmp_path / "tiny", {"train": both})
     data = config(folder, buckets=(bucket(5, 32, 32, batch=6), bucket(batch=3)))

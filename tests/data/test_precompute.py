@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 
 from tests import records
+from tora_jax import command_line
 from tora_jax.conditioning import motion_maps, text
-from tora_jax.data import pipeline, precompute, sources
+from tora_jax.data import array_record, pipeline, sources
+from tora_jax.data.precompute import __main__ as command
+from tora_jax.data.precompute import cache
+from tora_jax.data.precompute.cache import Options, precompute
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video, resize_crop
 
-OPTIONS = precompute.Options(frames=5, height=32, width=48, motion="sparse", variants=3, max_tracks=2)
+OPTIONS = Options(frames=5, height=32, width=48, motion="sparse", variants=3, max_tracks=2)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +37,11 @@ def folder(written, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch):
-    monkeypatch.setattr(precompute, "SHARD", 3)
+    monkeypatch.setattr(cache, "SHARD", 3)
 
 
 def run(models, folder, out, options=OPTIONS, **changes):
-    return precompute.precompute(models, folder, out, options, **{"batch": 2, "progress": False, **changes})
+    return precompute(models, folder, out, options, **{"batch": 2, "progress": False, **changes})
 
 
 def read(folder, split="train"):
@@ -202,7 +206,7 @@ def test_caption_embeddings(tiny_models, written, folder, tmp_path):
 
 def test_an_interrupted_run_goes_on(tiny_models, folder, tmp_path, monkeypatch):
     whole = read(run(tiny_models, folder, tmp_path / "whole"))
-    encode, calls = precompute.make_encoder, []
+    encode, calls = cache.make_encoder, []
 
     def failing(models, seed):
         def call(*args):
@@ -213,11 +217,11 @@ def test_an_interrupted_run_goes_on(tiny_models, folder, tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(precompute, "make_encoder", failing)
+    monkeypatch.setattr(cache, "make_encoder", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_models, folder, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(precompute, "make_encoder", encode)
+    monkeypatch.setattr(cache, "make_encoder", encode)
     partial = tmp_path / ".cut.partial"
     done = sorted(path.name for path in partial.glob("clips-*"))
     assert len(done) == 1
@@ -237,16 +241,17 @@ def test_an_interrupted_run_goes_on(tiny_models, folder, tmp_path, monkeypatch):
 
 SLOWLY = """
 import sys, time
-from tora_jax.data import precompute
+from tora_jax import command_line
+from tora_jax.data.precompute import __main__ as command, cache
 
-make, precompute.SHARD = precompute.make_encoder, 1
+make, cache.SHARD = cache.make_encoder, 1
 
 def make_slow(*args):
     encode = make(*args)
     return lambda *clips: (time.sleep(0.3), encode(*clips))[1]
 
-precompute.make_encoder = make_slow
-sys.exit(precompute.main())
+cache.make_encoder = make_slow
+command_line.run(command.main, ["precompute", *sys.argv[1:]])
 """
 
 
@@ -314,8 +319,11 @@ def test_wrong_arguments(tiny_release, folder, tmp_path, capsys, changes, messag
     arguments = [
         f"--{name}={value}" for name, value in {**values, "out": tmp_path / "cached", **changes, **places}.items()
     ]
-    assert precompute.main(arguments) == 1
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(command.main, ["precompute", *arguments])
+    told = capsys.readouterr().err
+    assert (stop.value.code, told.count("\n")) == (2, 1)
+    assert message in told
 
 
 def test_weights_that_were_trained_further(tiny_models, folder, tmp_path):
@@ -333,7 +341,7 @@ def test_a_full_disk(tiny_models, folder, tmp_path, monkeypatch):
         def write(self, record):
             raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr(precompute, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(array_record, "ArrayRecordWriter", Full)
     with pytest.raises(UserError, match=r"cannot be written .*No space left on device.*; mend that and run again"):
         run(tiny_models, folder, tmp_path / "cached")
     monkeypatch.undo()

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from tora_jax import command_line
 from tora_jax.conditioning import text
-from tora_jax.data import sources, sprites
+from tora_jax.data import sources
+from tora_jax.data.sprites.__main__ import main
+from tora_jax.data.sprites.clips import SPLITS, exact_flow, make_clip
+from tora_jax.data.sprites.dataset import SpritesConfig, build_sprites
+from tora_jax.data.sprites.shapes import BACKGROUNDS, COLOURS, TEXTURES, outline
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video
 
@@ -19,7 +24,7 @@ BENCHMARKS = ("benchmark_one", "benchmark_two")
 def clips():
     """Some of each split."""
     counts = {"train": 40, "validation": 10, "test": 10, "benchmark_one": 64, "benchmark_two": 64}
-    return {split: [sprites.make_clip(i, split) for i in range(count)] for split, count in counts.items()}
+    return {split: [make_clip(i, split) for i in range(count)] for split, count in counts.items()}
 
 
 def every(clips, *splits):
@@ -27,12 +32,12 @@ def every(clips, *splits):
 
 
 def test_a_clip_is_a_function_of_its_number(clips):
-    for split in sprites.SPLITS:
-        again = sprites.make_clip(3, split)
+    for split in SPLITS:
+        again = make_clip(3, split)
         for name in ("video", "tracks", "visible", "labels"):
             np.testing.assert_array_equal(getattr(again, name), getattr(clips[split][3], name))
         assert again.caption == clips[split][3].caption
-    assert not np.array_equal(sprites.make_clip(3, seed=1).video, clips["train"][3].video)
+    assert not np.array_equal(make_clip(3, seed=1).video, clips["train"][3].video)
 
 
 def test_no_clip_is_in_two_splits(clips):
@@ -42,7 +47,7 @@ def test_no_clip_is_in_two_splits(clips):
 
 def test_another_size_shows_the_same_scene(clips):
     large = clips["train"][0]
-    small = sprites.make_clip(0, size=64)
+    small = make_clip(0, size=64)
     np.testing.assert_array_equal(small.tracks, large.tracks)
     assert small.caption == large.caption
     halved = large.video.reshape(17, 64, 2, 64, 2, 3).mean((2, 4))
@@ -91,7 +96,7 @@ def test_tracks_are_the_centres_of_the_labels(clips):
 def test_the_flow_takes_each_object_to_its_next_place(clips):
     shares = []
     for clip in every(clips, "train", "benchmark_two"):
-        flow = sprites.dense_flow(clip.labels, clip.tracks)
+        flow = exact_flow(clip.labels, clip.tracks)
         assert not flow[0].any()
         for j in range(1, 17):
             assert not flow[j][clip.labels[j - 1] == 0].any()
@@ -116,15 +121,15 @@ def test_captions_name_what_is_there(clips):
         ]
         assert background == clip.background
         tone, texture = clip.background.split()
-        assert tone in sprites.BACKGROUNDS
-        assert texture in sprites.TEXTURES
+        assert tone in BACKGROUNDS
+        assert texture in TEXTURES
         colours = [sprite.colour for sprite in clip.sprites]
         assert len(set(colours)) == len(colours)
         assert tone not in colours
         assert text.clean(clip.caption) == clip.caption  # nothing is lost on the way to the tokens
         for i, sprite in enumerate(clip.sprites):
             inside = clip.video[clip.labels == i + 1].astype(float)
-            assert np.abs(np.median(inside, 0) / np.array(sprites.COLOURS[sprite.colour]) - 1).max() < 0.45
+            assert np.abs(np.median(inside, 0) / np.array(COLOURS[sprite.colour]) - 1).max() < 0.45
     named = {sprite.shape for clip in every(clips) for sprite in clip.sprites}
     assert len(named) > 12
 
@@ -178,9 +183,9 @@ def test_a_third_of_the_benchmark_pauses_or_turns_sharply(clips):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    scale = sprites.Scale(name="tiny", side=48, frames=9, seed=5, clips={"train": 3, "benchmark_two": 2})
+    scale = SpritesConfig(name="tiny", side=48, frames=9, seed=5, clips={"train": 3, "benchmark_two": 2})
     folder = tmp_path_factory.mktemp("sprites")
-    return scale, folder, sprites.build(folder, scale)
+    return scale, folder, build_sprites(folder, scale)
 
 
 def test_records_hold_the_clips(built):
@@ -191,7 +196,7 @@ def test_records_hold_the_clips(built):
     for split, info in builder.info.splits.items():
         records = {record["tracks"].tobytes(): record for record in builder.as_data_source(split)}
         for i in range(info.num_examples):
-            clip = sprites.make_clip(i, split, seed=5, size=48, frames=9)
+            clip = make_clip(i, split, seed=5, size=48, frames=9)
             record = records[clip.tracks.tobytes()]
             video, fps = read_video(record["video"])
             assert np.abs(video.astype(float) - clip.video).mean() < 6
@@ -207,7 +212,7 @@ def test_records_hold_the_clips(built):
 def test_it_is_built_once_and_is_a_source(built):
     scale, folder, version = built
     before = {path: path.stat().st_mtime_ns for path in version.iterdir()}
-    assert sprites.build(folder, scale) == version
+    assert build_sprites(folder, scale) == version
     assert {path: path.stat().st_mtime_ns for path in version.iterdir()} == before
     assert len(sources.open_source(version, "train")) == 3
 
@@ -215,10 +220,17 @@ def test_it_is_built_once_and_is_a_source(built):
 def test_mistakes(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        sprites.build(tmp_path / "file" / "deeper")
-    assert sprites.main(["--out", str(tmp_path / "file" / "deeper")]) == 1
-    with pytest.raises(SystemExit):
-        sprites.main(["--out", str(tmp_path), "--side", "0"])
-    assert "--side is 0; it must be at least 1" in capsys.readouterr().err
+        build_sprites(tmp_path / "file" / "deeper")
+    for arguments, message in (
+        (["--out", str(tmp_path / "file" / "deeper")], "cannot be written"),
+        (["--out", str(tmp_path), "--side", "0"], "--side is 0; it must be at least 1"),
+        (["--out", str(tmp_path), "--sides", "9"], "unrecognized arguments: --sides 9"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command_line.run(main, ["sprites", *arguments])
+        told = capsys.readouterr().err
+        assert (stop.value.code, told.count("\n")) == (2, 1)
+        assert told.startswith("sprites: error: ")
+        assert message in told
     with pytest.raises(ValueError, match="no shape 'blob'"):
-        sprites._outline("blob")
+        outline("blob")

@@ -14,12 +14,15 @@ import pytest
 import tensorflow_datasets as tfds
 from tora_jax.configs import curate
 
-from tora_jax.data import pipeline, precompute, sources, sprites
+from tora_jax.data import pipeline, sources
+from tora_jax.data.precompute import cache
+from tora_jax.data.precompute.cache import Options, precompute
+from tora_jax.data.sprites.dataset import SpritesConfig, build_sprites
 from tora_jax.io.video import read_video
 
 BEFORE = Path(__file__).parent.parent / "golden" / "written_before"
-SPRITES = sprites.Scale(name="least", side=32, frames=5, clips={"train": 3})
-OPTIONS = precompute.Options(frames=5, height=32, width=32, motion="sparse", variants=2, max_tracks=2)
+SPRITES = SpritesConfig(name="least", side=32, frames=5, clips={"train": 3})
+OPTIONS = Options(frames=5, height=32, width=32, motion="sparse", variants=2, max_tracks=2)
 
 
 def records(folder):
@@ -57,7 +60,7 @@ def batch_of(folder, motion, models):
 
 
 def test_sprites(tiny_models, tmp_path):
-    folder = sprites.build(tmp_path, SPRITES)
+    folder = build_sprites(tmp_path, SPRITES)
     assert info(folder) == info(BEFORE / "sprites")
     for got, want in zip(records(folder), records(BEFORE / "sprites"), strict=True):
         assert got.keys() == want.keys()
@@ -70,7 +73,7 @@ def test_sprites(tiny_models, tmp_path):
 
 
 def test_precomputed_set(tiny_models, tmp_path):
-    folder = precompute.precompute(tiny_models, BEFORE / "sprites", tmp_path / "set", OPTIONS, progress=False)
+    folder = precompute(tiny_models, BEFORE / "sprites", tmp_path / "set", OPTIONS, progress=False)
     assert info(folder) == info(BEFORE / "precomputed")
     made, before = (json.loads((f / sources.MADE).read_text()) for f in (folder, BEFORE / "precomputed"))
     of_this_machine = ("source", "checksum")
@@ -93,13 +96,13 @@ def test_a_precomputed_set_is_not_made_again(tiny_models, tmp_path):
     shutil.copytree(BEFORE / "precomputed", folder)
     made = json.loads((folder / sources.MADE).read_text())
     source = BEFORE / "sprites"
-    made |= {"source": str(source.absolute()), "checksum": precompute._checksum(tiny_models, OPTIONS)}
+    made |= {"source": str(source.absolute()), "checksum": cache.checksum(tiny_models, OPTIONS)}
     (folder / sources.MADE).write_text(json.dumps(made))
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert precompute.precompute(tiny_models, source, folder, OPTIONS, progress=False) == folder
+    assert precompute(tiny_models, source, folder, OPTIONS, progress=False) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     with pytest.raises(ValueError, match="was made with seed 0, not 1"):
-        precompute.precompute(tiny_models, source, folder, dataclasses.replace(OPTIONS, seed=1), progress=False)
+        precompute(tiny_models, source, folder, dataclasses.replace(OPTIONS, seed=1), progress=False)
 
 
 def test_curated_shards():

@@ -13,7 +13,7 @@ from tora_jax.configs import sampling
 
 from tora_jax import command_line
 from tora_jax.checkpoints import release
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import make_clip
 from tora_jax.errors import UserError
 from tora_jax.evals import __main__ as evals
 from tora_jax.evals import fvd, metrics, report, tasks
@@ -38,7 +38,7 @@ def perfect(monkeypatch):
 
     def generate_batch(models, inputs, settings, *, seeds):
         size = settings.height, settings.num_frames, settings.fps
-        clips = [sprites.make_clip(i, "benchmark_one", 0, *size) for i in seeds]
+        clips = [make_clip(i, "benchmark_one", 0, *size) for i in seeds]
         assert [clip.caption for clip in clips] == [each.prompt for each in inputs]
         asked.extend((settings.num_frames, inputs[0].tracks is not None, i) for i in seeds)
         return [Result(clip.video, None, {}) for clip in clips]
@@ -173,7 +173,7 @@ def test_first_frames(config, monkeypatch, tmp_path):
     config |= {"first_frame": True, "cells": config["cells"][1:2], "batch": 5}
     results, _ = evals.evaluate(config, release.DEMO, tmp_path)
     for i, images in enumerate(given):
-        np.testing.assert_array_equal(images[0], sprites.make_clip(i, "benchmark_one", size=48, frames=9).video[0])
+        np.testing.assert_array_equal(images[0], make_clip(i, "benchmark_one", size=48, frames=9).video[0])
     assert results["cells"][0]["psnr_first"] > 30
     assert results["cells"][0]["motion"] < 0.5
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import make_clip
 from tora_jax.evals import quality
 
 
@@ -45,7 +45,7 @@ def test_ssim_by_the_formula():
 
 
 def test_flicker_is_what_changes_without_moving():
-    still = np.repeat(sprites.make_clip(0, "benchmark_one").video[:1], 8, 0)
+    still = np.repeat(make_clip(0, "benchmark_one").video[:1], 8, 0)
     assert quality.steadiness(still)["flicker"] < 0.1
     assert quality.steadiness(still)["motion"] < 0.1
     blinking = still.astype(int) + 10 * (np.arange(8) % 2)[:, None, None, None]

@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import SIZES, Sprite, make_clip
+from tora_jax.data.sprites.shapes import COLOURS, SHAPES
 from tora_jax.evals.sprite_metrics import centroid, name_colour, name_shape, path_error
 from tora_jax.io.video import read_video, write_video
 
@@ -15,7 +16,7 @@ COUNT = 24
 
 @functools.cache
 def clips(split, count=COUNT):
-    return [sprites.make_clip(i, split) for i in range(count)]
+    return [make_clip(i, split) for i in range(count)]
 
 
 def still(clip):
@@ -60,12 +61,13 @@ def test_through_blur_and_compression(compressed):
     assert np.mean(shapes) >= 0.95
 
 
-@pytest.mark.parametrize("shape", sprites.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_known(shape, monkeypatch):
     """In the smallest and the largest size, next to nothing of another colour."""
-    for index, size in enumerate(sprites.SIZES):
-        monkeypatch.setattr(sprites, "_sprite", lambda rng, colour, s=size: sprites.Sprite(shape, colour, "plain", s))
-        clip = sprites.make_clip(index, "benchmark_one")
+    for index, size in enumerate(SIZES):
+        drawn = functools.partial(Sprite, shape, fill="plain", size=size)
+        monkeypatch.setattr("tora_jax.data.sprites.clips._sprite", lambda _, colour, drawn=drawn: drawn(colour=colour))
+        clip = make_clip(index, "benchmark_one")
         assert name_shape(clip.video, clip.tracks[0], clip.sprites[0].colour) == shape
 
 
@@ -103,7 +105,7 @@ def test_paths_of_others_read_far_more():
 def test_nothing_there():
     clip = clips("benchmark_one")[0]
     colour, empty = clip.sprites[0].colour, clip.video[:, :1, :1].repeat(128, axis=1).repeat(128, axis=2)
-    places, found = centroid(empty, sprites.COLOURS[colour])
+    places, found = centroid(empty, COLOURS[colour])
     assert not found.any()
     np.testing.assert_array_equal(places, 0.5)
     assert path_error(empty, [colour], clip.tracks)["found"] == 0
@@ -113,7 +115,7 @@ def test_nothing_there():
 
 def test_an_object_that_is_gone_for_some_frames():
     clip = clips("benchmark_one")[0]
-    colour = sprites.COLOURS[clip.sprites[0].colour]
+    colour = COLOURS[clip.sprites[0].colour]
     video = clip.video.copy()
     video[6:9], video[14:] = still(clip)[:3], still(clip)[:3]
     places, found = centroid(video, colour)
@@ -128,7 +130,7 @@ def test_near_chooses_between_objects_of_a_colour():
     small = np.stack([cv2.resize(frame, (96, 128), interpolation=cv2.INTER_AREA) for frame in clip.video])
     both = np.concatenate([clip.video, small], axis=2)
     width = both.shape[2]
-    colour = sprites.COLOURS[clip.sprites[0].colour]
+    colour = COLOURS[clip.sprites[0].colour]
     left = clip.tracks[0] * np.float32([128 / width, 1])
     right = clip.tracks[0] * np.float32([96 / width, 1]) + np.float32([128 / width, 0])
     np.testing.assert_allclose(centroid(both, colour)[0], left, atol=0.006)

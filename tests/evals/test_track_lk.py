@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import make_clip
 from tora_jax.evals.track_lk import track_lk
 from tora_jax.evals.traj_error import traj_error
 
@@ -14,7 +14,7 @@ SIZE = (128, 128)
 @pytest.fixture(scope="module")
 def tracked():
     """100 clips of 128 pixels, half of them with one object, with the tracker's word on them."""
-    clips = [sprites.make_clip(i, split) for split in ("benchmark_one", "benchmark_two") for i in range(50)]
+    clips = [make_clip(i, split) for split in ("benchmark_one", "benchmark_two") for i in range(50)]
     return [(clip, *track_lk(clip.video, clip.tracks[:, 0])) for clip in clips]
 
 
@@ -59,7 +59,7 @@ def test_behind_each_other():
     """Clips of the test split: objects cover each other, and are found again."""
     off, seen_again = [], []
     for i in range(20):
-        clip = sprites.make_clip(i, "test")
+        clip = make_clip(i, "test")
         found, seen = track_lk(clip.video, clip.tracks[:, 0])
         both = seen & clip.visible & clip.visible[:, :1]
         off.append((np.abs(found - clip.tracks).sum(-1) * 128)[both])
@@ -69,7 +69,7 @@ def test_behind_each_other():
 
 
 def test_an_object_that_vanishes_is_lost_where_it_was():
-    clip = sprites.make_clip(0, "benchmark_one")
+    clip = make_clip(0, "benchmark_one")
     still = np.median(clip.video, axis=0).astype(np.uint8)
     video = clip.video.copy()
     video[9:] = still
@@ -98,7 +98,7 @@ def test_a_moving_camera(scale):
 
 
 def test_edges_of_the_signature():
-    video = sprites.make_clip(0, "benchmark_one").video
+    video = make_clip(0, "benchmark_one").video
     found, seen = track_lk(video, np.zeros((0, 2), np.float32))
     assert found.shape == (0, 17, 2)
     assert seen.shape == (0, 17)

@@ -11,14 +11,17 @@ from tora_jax.configs import common
 
 from tests import records, training_runs
 from tora_jax import sharding
-from tora_jax.data import pipeline, precompute, sprites
+from tora_jax.data import pipeline
+from tora_jax.data.precompute.cache import Options, precompute
+from tora_jax.data.sprites.clips import make_clip
+from tora_jax.data.sprites.dataset import SpritesConfig
 from tora_jax.errors import UserError
 from tora_jax.evals import validation
 from tora_jax.evals.quality import psnr
 from tora_jax.io.video import read_video, to_float
 from tora_jax.sampling.generate import Result
 
-SCALE = sprites.Scale(name="heldout", side=64, frames=9, fps=8.0)
+SCALE = SpritesConfig(name="heldout", side=64, frames=9, fps=8.0)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def perfect(monkeypatch):
 
     def generate_batch(models, inputs, settings, *, seeds):
         asked.update(vars(settings), params=dict(models.params))
-        clips = [sprites.make_clip(i, "benchmark_one", size=64, frames=9) for i in range(6)]
+        clips = [make_clip(i, "benchmark_one", size=64, frames=9) for i in range(6)]
         by_caption = {clip.caption: i for i, clip in enumerate(clips)}
         videos = [clips[(by_caption[each.prompt] + asked["off"]) % 6].video for each in inputs]
         return [Result(video, None, {}) for video in videos]
@@ -135,8 +138,8 @@ def test_tracks_of_clips_without_any_follow_the_flow(config, tmp_path):
 def test_where_held_out_clips_come_from(config, folder, tiny_models, tmp_path):
     """Precomputed sets hold no videos; what they were made from does."""
     moved = shutil.copytree(folder, tmp_path / "clips")
-    options = precompute.Options(frames=9, height=64, width=64)
-    cached = precompute.precompute(tiny_models, moved, tmp_path / "cached", options, progress=False)
+    options = Options(frames=9, height=64, width=64)
+    cached = precompute(tiny_models, moved, tmp_path / "cached", options, progress=False)
     want = validation.held_out_clips(config)
     assert [len(clip.colours) for clip in want] == [1] * 4
     config["data"]["sources"] = (str(cached),)

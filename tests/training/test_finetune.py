@@ -12,7 +12,7 @@ from tests import training_runs
 from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
-from tora_jax.data import precompute
+from tora_jax.data.precompute import __main__ as precompute
 from tora_jax.io.video import read_video
 from tora_jax.sampling import __main__ as sampling
 
@@ -33,7 +33,7 @@ def run(words: list[str]) -> None:
     """A command, inside this process."""
     words = [shrunk(word) for word in words]
     if words[:2] == ["-m", "tora_jax.data.precompute"]:
-        assert precompute.main(words[2:]) == 0
+        command_line.run(precompute.main, ["precompute", *words[2:]])
     else:
         script, *rest = words
         command_line.run(

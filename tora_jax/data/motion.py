@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from tora_jax.conditioning import motion_maps as flow
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import exact_flow
 
 KINDS = ("none", "dense", "sparse", "mixed")
 ORIGINS = ("given", "flow")  # of sparse tracks
@@ -27,7 +27,7 @@ def dense_flow(video: Video, labels: Labels | None = None, tracks: Tracks | None
     Exact from labels and tracks where both are given (objects that only translate), else OpenCV's DIS.
     """
     if labels is not None and tracks is not None:
-        return sprites.dense_flow(labels, tracks)
+        return exact_flow(labels, tracks)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     maps = np.zeros((*video.shape[:3], 2), np.float32)

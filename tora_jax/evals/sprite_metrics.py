@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from tora_jax.data import sprites
+from tora_jax.data.sprites.shapes import COLOURS, EXTENT, SHAPES, shape_mask
 
 Video = UInt8[np.ndarray, "t h w 3"]
 
@@ -50,7 +50,7 @@ def path_error(video: Video, colours: Sequence[str], tracks: Float[np.ndarray, "
     Nothing tells a model which of several objects takes which path, so the better assignment counts.
 
     Args:
-      colours: names of `sprites.COLOURS`, one for each path.
+      colours: names of `COLOURS`, one for each path.
       tracks: the given paths, (x, y) in 0..1 of the frame.
 
     Returns:
@@ -59,7 +59,7 @@ def path_error(video: Video, colours: Sequence[str], tracks: Float[np.ndarray, "
       found: the share of frames in which the objects are found.
     """
     height, width = video.shape[1:3]
-    places, found = zip(*(centroid(video, sprites.COLOURS[colour]) for colour in colours), strict=True)
+    places, found = zip(*(centroid(video, COLOURS[colour]) for colour in colours), strict=True)
     off = (np.stack(places)[:, None] - tracks) * (1, height / width)
     errors = np.linalg.norm(off, axis=-1).mean(-1)  # object x path
     count = range(len(tracks))
@@ -70,11 +70,11 @@ def path_error(video: Video, colours: Sequence[str], tracks: Float[np.ndarray, "
 
 
 def name_colour(video: Video, path: Float[np.ndarray, "t 2"]) -> str | None:
-    """Which colour of `sprites.COLOURS` the object on a path has; None where nothing there has any.
+    """Which colour of `COLOURS` the object on a path has; None where nothing there has any.
 
     Each pixel votes for the colour that it is most like, the more the stronger it is and the nearer to the path.
     """
-    shares = np.stack([_shares(video, colour) for colour in sprites.COLOURS.values()])
+    shares = np.stack([_shares(video, colour) for colour in COLOURS.values()])
     height, width = video.shape[1:3]
     y, x = np.mgrid[:height, :width]
     at = np.asarray(path, np.float64) * (width, height) - 0.5
@@ -83,16 +83,16 @@ def name_colour(video: Video, path: Float[np.ndarray, "t 2"]) -> str | None:
     best = shares.max(0) * weight
     votes = np.array([best[winner].sum() for winner in shares.argmax(0) == np.arange(len(shares))[:, None, None, None]])
     enough = MIN_STRENGTH * (MIN_SIDE * width) ** 2 * len(video)
-    return list(sprites.COLOURS)[votes.argmax()] if votes.max() >= enough else None
+    return list(COLOURS)[votes.argmax()] if votes.max() >= enough else None
 
 
 def name_shape(video: Video, path: Float[np.ndarray, "t 2"], colour: str) -> str | None:
-    """Which of `sprites.SHAPES` the object of a colour on a path has; None where there is no such object.
+    """Which of `SHAPES` the object of a colour on a path has; None where there is no such object.
 
     The object only slides, so its masks of all frames, laid on top of each other, make one that is sharper than each.
     It is correlated with all shapes in all sizes.
     """
-    shares = _shares(video, sprites.COLOURS[colour])
+    shares = _shares(video, COLOURS[colour])
     pieces = _pieces(shares, path)
     centres, found = _centres(pieces)
     if not found.any():
@@ -107,7 +107,7 @@ def name_shape(video: Video, path: Float[np.ndarray, "t 2"], colour: str) -> str
         flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
         mask += cv2.warpAffine(piece.astype(np.float32), matrix, (WINDOW_CELLS, WINDOW_CELLS), flags=flags)
     mask -= mask.mean()
-    return sprites.SHAPES[(_shapes() @ mask.ravel()).reshape(len(sprites.SHAPES), -1).max(-1).argmax()]
+    return SHAPES[(_shapes() @ mask.ravel()).reshape(len(SHAPES), -1).max(-1).argmax()]
 
 
 def _shares(video: Video, colour: tuple[int, int, int]) -> Float[np.ndarray, "t h w"]:
@@ -161,10 +161,10 @@ def _centres(pieces: Float[np.ndarray, "t h w"]) -> tuple[Float[np.ndarray, "t 2
 def _shapes() -> Float[np.ndarray, "shapes cells"]:
     """All shapes, in all SHAPE_WIDTHS, in the window of a mask; of mean 0 and length 1."""
     rows = []
-    for shape, width in itertools.product(sprites.SHAPES, SHAPE_WIDTHS):
-        drawn = sprites.shape_mask(shape)
+    for shape, width in itertools.product(SHAPES, SHAPE_WIDTHS):
+        drawn = shape_mask(shape)
         side = len(drawn)
-        scale = width / WINDOW_SIDE * WINDOW_CELLS / sprites.EXTENT
+        scale = width / WINDOW_SIDE * WINDOW_CELLS / EXTENT
         small = cv2.GaussianBlur(drawn, (0, 0), max(0.5 / scale, 1e-3))  # each cell sees all that it covers
         shift = (WINDOW_CELLS - 1) / 2 - scale * (side - 1) / 2
         matrix = np.array([[scale, 0, shift], [0, scale, shift]])

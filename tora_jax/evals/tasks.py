@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from tora_jax.conditioning import trajectory
-from tora_jax.data import sprites
+from tora_jax.data.sprites.clips import SIZES_OF_SPLITS, SPLITS, make_clip
 from tora_jax.errors import UserError
 from tora_jax.io.video import cover, read_image, resize_crop
 
@@ -48,14 +48,14 @@ class Sprites:
     """The first clips of a split of the synthetic set; they come from their seed, at any size and length."""
 
     def __init__(self, split: str, count: int = 0):
-        if split not in sprites.SPLITS:
-            raise UserError(f"benchmark.split is {split!r}; sprites have {', '.join(sprites.SPLITS)}")
-        self.split, self.names = split, tuple(f"{split}_{i:04}" for i in range(count or sprites.SIZES_OF_SPLITS[split]))
+        if split not in SPLITS:
+            raise UserError(f"benchmark.split is {split!r}; sprites have {', '.join(SPLITS)}")
+        self.split, self.names = split, tuple(f"{split}_{i:04}" for i in range(count or SIZES_OF_SPLITS[split]))
 
     def task(self, index: int, frames: int, height: int, width: int, fps: float) -> Task:
         if height != width:
             raise UserError(f"the sprites are square, and the size is {width}x{height}")
-        clip = sprites.make_clip(index, self.split, size=height, frames=frames, fps=fps)
+        clip = make_clip(index, self.split, size=height, frames=frames, fps=fps)
         colours = tuple(sprite.colour for sprite in clip.sprites)
         return Task(self.names[index], clip.caption, clip.tracks, clip.video, colours)
 

@@ -15,8 +15,8 @@ from safetensors.flax import save_file
 pytest.importorskip("scenedetect")
 
 from tests import moving
-from tora_jax.data import sprites
 from tora_jax.data.curate import camera, looks, tracks
+from tora_jax.data.sprites.clips import make_clip
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video, write_video
 from tora_jax.models.aesthetic import AestheticHead
@@ -271,7 +271,7 @@ def bits(one, other):
 def test_copies_hash_alike_and_others_do_not(tmp_path):
     codes = {}
     for index in range(6):
-        video = sprites.make_clip(index, size=128).video
+        video = make_clip(index, size=128).video
         codes[index] = looks.perceptual_hash(video[looks.spread(len(video))])
         assert len(codes[index]) * 8 == looks.BITS
         smaller = np.stack([cv2.resize(f, (80, 72), interpolation=cv2.INTER_AREA) for f in video])
