@@ -108,7 +108,7 @@ def main(argv: list[str], check_interrupt) -> None:
     }
 
     # ----- The step, and how its result is judged ---------------------------------------------------------------
-    parts = {part: getattr(models, part) for part in assembly.PARTS}
+    parts = models.parts
     train_step = training.jit_train_step(config, parts, optimizer, combine, state)
     key = jax.random.key(config["seed"])
     held_out = {**data, "crop": 0, "workers": 0}
@@ -166,7 +166,7 @@ def main(argv: list[str], check_interrupt) -> None:
     launch = shlex.join(["python", *argv])
     figures = json.dumps(judged, indent=2)
     readme = f"Trained by\n\n    {launch}\n\nSeed {config['seed']}. On held-out clips:\n\n{figures}\n"
-    sections = {name: config[name] for name in (*assembly.PARTS, "sampling")}
+    sections = assembly.sections(config)
     release.save(released, sections, params, assembly.tokenizer_path(args.weights), readme)
     print(f"wrote {released}")
 

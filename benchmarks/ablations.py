@@ -163,8 +163,9 @@ def with_motion(models: assembly.Models, motion: str, side: int, frames: int) ->
         return models
     channels = models.tora.in_channels
     compression, params = fit(motion, models.motion_vae, channels, side, frames)
-    params = {**models.params, "motion_vae": params}
-    return dataclasses.replace(models, motion_vae=compression, params=params, origin=f"{models.origin}, {motion}")
+    params = {**models.params, models.backbone.MOTION: params}
+    parts = {**models.parts, models.backbone.MOTION: compression}
+    return dataclasses.replace(models, parts=parts, params=params, origin=f"{models.origin}, {motion}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ class Run:
         """A release folder with given parameters, but for extractor and fusers, which are new."""
         taken = {path: leaf for path, leaf in optim.flatten(given).items() if not re.search(NEW, path)}
         params = optim.join({**optim.flatten(assembly.load(config, seed=seed).params), **taken}, {})
-        sections = {name: config[name] for name in (*assembly.PARTS, "sampling")}
+        sections = assembly.sections(config)
         release.save(folder, sections, params, assembly.tokenizer_path(self.weights), f"Untrained, seed {seed}.\n")
 
     def train_stage(self, cell: Cell, stage: str, weights: Path, workdir: Path, *flags: str) -> None:

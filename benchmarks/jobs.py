@@ -11,9 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from tora_jax import sharding
-from tora_jax.backbones import assembly
+from tora_jax.backbones import assembly, opensora
+from tora_jax.diffusion import sampler
 from tora_jax.training import lora, optim
 from tora_jax.training import step as training
+from tora_jax.typing import Step
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -55,7 +57,7 @@ def latent_shape(parts, num_frames: int, height: int, width: int) -> tuple[int, 
 
 def params_of(parts, mesh: Mesh, rules: sharding.Rules, part: str, dtype=None):
     """Shapes of a part's parameters where they lie on a mesh; `dtype` replaces float32."""
-    shapes = jax.eval_shape(functools.partial(assembly.init_params, parts), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(assembly.init_params, opensora, parts), jax.random.key(0))
     shapes = {part: shapes[part]}
     if dtype is not None:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
@@ -108,7 +110,7 @@ def motion(config, parts, mesh, rules, size, batch):
     """From coloured maps to the extractor's features, and shapes of its arguments."""
     params = params_of(parts, mesh, rules, "tora", jnp.bfloat16) | params_of(parts, mesh, rules, "motion_vae")
     maps = jax.ShapeDtypeStruct((batch, size["num_frames"], size["height"], size["width"], 3), jnp.float32)
-    return _models(parts).extract, (params, placed(maps, NamedSharding(mesh, PartitionSpec())))
+    return _models(parts).extract, (params, placed(maps, NamedSharding(mesh, PartitionSpec())), None)
 
 
 def sample(config, parts, mesh, rules, size, batch):
@@ -131,9 +133,10 @@ def sample(config, parts, mesh, rules, size, batch):
     features = jax.eval_shape(lambda params, motion: extract({"params": params}, motion), params, motion)
     by_time = nn.logical_to_mesh_axes((None, None, "time", None, None, None), rules)
     features = placed(features, NamedSharding(mesh, by_time))
-    scalars = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3,), (), ())]
-    x, conditions, scalars = placed((x, conditions, scalars), whole)
-    return _models(parts).step, (params, x, *scalars, conditions, features, None, None)
+    times, *weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3,), (), ()))
+    x, conditions, times, weights = placed((x, conditions, times, tuple(weights)), whole)
+    told = sampler.Told(conditions, features)
+    return sampler.step, (_models(parts).method("euler"), params, x, Step(times), weights, told, ())
 
 
 def decode(config, parts, mesh, rules, size, batch):
@@ -145,7 +148,7 @@ def decode(config, parts, mesh, rules, size, batch):
 
 
 def _models(parts) -> assembly.Models:
-    return assembly.Models(**parts, params={}, tokenizer=None, origin="")
+    return assembly.Models(opensora, parts, params={}, tokenizer=None, origin="")
 
 
 JOBS = {"train": train, "text": text, "motion": motion, "sample": sample, "decode": decode}

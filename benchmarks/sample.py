@@ -38,13 +38,13 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 def random_models(config: dict, dtype) -> assembly.Models:
     """The parts of a config with random weights of one dtype."""
-    parts = assembly.modules(config)
+    kind, parts = assembly.backbone(config), assembly.modules(config)
     mesh = sharding.make_mesh("")
-    shapes = jax.eval_shape(functools.partial(assembly.init_params, parts), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(assembly.init_params, kind, parts), jax.random.key(0))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
     params = jobs.filled(jobs.placed(shapes, sharding.param_shardings(shapes, mesh, ())))
     tokenizer = text.Tokenizer(assembly.tokenizer_path(None).read_bytes(), parts["tora"].caption_length)
-    return assembly.Models(**parts, params=params, tokenizer=tokenizer, origin="random weights")
+    return assembly.Models(kind, parts, params, tokenizer, "random weights")
 
 
 def main(argv: list[str], _) -> None:

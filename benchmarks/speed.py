@@ -87,7 +87,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
             continue
         used = models
         if dtype is not None:
-            used = dataclasses.replace(models, vae=models.vae.clone(dtype=jnp.dtype(dtype)))
+            used = dataclasses.replace(models, parts={**models.parts, "vae": models.vae.clone(dtype=jnp.dtype(dtype))})
         steps = max(round(settings.steps * share), 1)
         changed = dataclasses.replace(settings, steps=steps, **changes)
         found[name] = measure(used, clips, changed, options.batch) | {"steps": steps}

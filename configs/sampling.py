@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tora_jax.conditioning import resolutions, trajectory
-from tora_jax.diffusion.sampler import Savings
+from tora_jax.diffusion import solvers
+from tora_jax.diffusion.sampler import Acceleration
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
 
@@ -63,9 +64,9 @@ class Settings:
     camera_motion: str | None = setting(None, 'Appended to the prompt: "static", "pan left", "zoom in" ...')
 
     @property
-    def acceleration(self) -> Savings:
+    def acceleration(self) -> Acceleration:
         """What is left out to be faster."""
-        return Savings(**{name: getattr(self, name) for name in Savings._fields})
+        return Acceleration(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Acceleration)})
 
     @property
     def shared(self) -> Settings:
@@ -98,6 +99,7 @@ class Settings:
             raise UserError(f"fps is {self.fps}; give a number from 0.01 to 1000")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; give a whole number from 0 to 4294967295")
+        solvers.find(self.solver)
         self.acceleration.check()
 
 

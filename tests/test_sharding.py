@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.aot import sent
 from configs import common, tora
 from tora_jax import sharding
-from tora_jax.backbones import assembly
+from tora_jax.backbones import assembly, opensora
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
 from tora_jax.models.video_vae import VideoVAE
@@ -26,7 +26,7 @@ RULES = tuple(common.training()["rules"].items())
 @functools.cache
 def released_shapes():
     parts = assembly.modules(tora.get_config().to_dict())
-    return jax.eval_shape(functools.partial(assembly.init_params, parts), jax.random.key(0))
+    return jax.eval_shape(functools.partial(assembly.init_params, opensora, parts), jax.random.key(0))
 
 
 class TestParameters:

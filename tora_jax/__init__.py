@@ -63,8 +63,9 @@ def generate(
         Negative frames count from the end; a clip there ends at it.
       settings: as the flags of sample.py (docs/sampling.md): num_frames, height, width, fps, steps, guidance,
         trajectory_guidance, negative_prompt, seed, segment, overlap, aesthetic_score, motion_score, camera_motion;
-        also `progress`, a function called after each step with the number of steps done and the estimate of the clean
-        latents [1, t, h, w, c], or None: what it raises stops the generation.
+        also `progress`, a function called after each step with the number of steps done and with a function that gives
+        the estimate of the clean latents [1, t, h, w, c], if it is called at once; what `progress` raises stops the
+        generation.
 
     Returns:
       video: uint8 [frames, height, width, 3]; motion: the trajectory map in the same form, None without a trajectory;

@@ -15,7 +15,7 @@ from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.data.sprites.clips import exact_flow, make_clip
 from tora_jax.io.files import tuples
-from tora_jax.models.motion_fuser import FORMS
+from tora_jax.models.motion_fuser import FUSERS
 from tora_jax.models.video_vae import VideoVAE
 
 
@@ -29,7 +29,7 @@ def test_cells():
         errors = list(ablations.table(name).PAPER.values())
         assert rows[-1].name == "default"
         assert errors == sorted(errors, reverse=True)  # the worst first: `verdict` reads them so
-    assert {cell.config()["tora"]["fuser"] for cell in cells.values()} == set(FORMS)
+    assert {cell.config()["tora"]["fuser"] for cell in cells.values()} == set(FUSERS)
 
 
 def test_all_cells_have_one_budget():

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from tests.parity.golden import assert_close
-from tora_jax.models.motion_fuser import FORMS, PLACEMENTS
+from tora_jax.models.motion_fuser import FUSERS, PLACEMENTS
 from tora_jax.models.stdit import SIZES, STDiT, parse_variant
 from tora_jax.models.tora import Tora
 
@@ -62,7 +62,7 @@ def plain(params):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("fuser", FORMS)
+@pytest.mark.parametrize("fuser", FUSERS)
 class TestFusers:
     def test_untrained_changes_nothing(self, fuser, placement):
         """Bit for bit, around blocks with random weights."""

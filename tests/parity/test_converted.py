@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from benchmarks import checkpoints
 from tests.converting import CASES, main, stdit_variant, write_source
+from tests.diffusion.stepping import Stepper
 from tests.parity import golden, test_clip, test_rectified_flow, test_stdit, test_vae
 from tora_jax.checkpoints import release
-from tora_jax.diffusion import rectified_flow
 from tora_jax.models.stdit import STDiT
 from tora_jax.models.t5 import T5Encoder
 
@@ -83,14 +83,11 @@ def test_open_sora_end_to_end(tmp_path):
     assert main(["stdit3", str(source), str(tmp_path / "stdit3"), "--variant", variant]) == 0
     setup.params = release.load_part(tmp_path / "stdit3", "stdit")
 
-    @jax.jit
-    def step(x, times):
-        return rectified_flow.sampling_step(setup.passes, x, times, c["cfg_scale"])
-
-    x, times = test_stdit.channels_last(setup.data["in/z0"]), test_rectified_flow.times_of(setup)
-    for i, want in enumerate(setup.data["out/z_steps"]):
+    step = Stepper(jax.jit(setup.passes), test_rectified_flow.times_of(setup), guidance=c["cfg_scale"])
+    x = test_stdit.channels_last(setup.data["in/z0"])
+    for want in setup.data["out/z_steps"]:
         golden.assert_close(x, test_stdit.channels_last(want), 1e-4)
-        x = step(x, times[i : i + 3])
+        x = step(x, passes=2)
     last = test_stdit.channels_last(setup.data["out/z"])
     golden.assert_close(x, last, 1e-4)
 

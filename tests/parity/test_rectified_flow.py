@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.diffusion.stepping import Stepper
 from tests.parity import golden
 from tests.parity.test_stdit import arguments, channels_last, load_params, model_of
-from tora_jax.diffusion import rectified_flow
+from tora_jax.diffusion.loss import training_loss
+from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.models.video_vae import VideoVAE
 
 FILES = ["rflow_t2v", "rflow_frame_mask"]
@@ -55,7 +57,7 @@ def setup(request):
 
 def times_of(setup):
     c = setup.config
-    return rectified_flow.sampling_times(c["steps"], c["height"], c["width"], setup.frames, c["use_timestep_transform"])
+    return RectifiedFlow().times(c["steps"], c["height"], c["width"], setup.frames, c["use_timestep_transform"])
 
 
 def test_timesteps(setup):
@@ -70,7 +72,7 @@ def test_timestep_transform(setup):
     assert names
     for name in names:
         height, width, frames = map(int, re.findall(r"\d+", name))
-        got = rectified_flow.transform_timesteps(t, height, width, VideoVAE(None, {}).latent_frames(frames))
+        got = RectifiedFlow().shift(t, height, width, VideoVAE(None, {}).latent_frames(frames))
         golden.assert_close(got, tables[name], 1e-5)
 
 
@@ -80,22 +82,18 @@ def test_every_step(setup):
     data, times = setup.data, np.concatenate([[1000], setup.data["out/t_steps"][:, 0], [0]]).astype(np.float32)
     edit = None if data.get("in/frame_mask") is None else jnp.asarray(data["in/frame_mask"])
 
-    @jax.jit
-    def step(x, times, noise):
-        seen = []
+    seen = []
+    passes = jax.jit(setup.passes)
 
-        def predict(x, timestep, frame_mask):
-            seen.append(x)
-            return setup.passes(x, timestep, frame_mask)
+    def predict(x, timestep, frame_mask):
+        seen.append(x)
+        return passes(x, timestep, frame_mask)
 
-        guidance = setup.config["cfg_scale"]
-        return rectified_flow.sampling_step(predict, x, times, guidance, edit=edit, noise=noise), seen[0]
-
+    step = Stepper(predict, times, guidance=setup.config["cfg_scale"], edit=edit)
     x = channels_last(data["in/z0"])
     for i, want in enumerate(data["out/z_steps"]):
-        noise = None if edit is None else channels_last(data["in/noise_steps"][i])
-        x, seen = step(x, times[i : i + 3], noise)
-        golden.assert_close(seen, channels_last(want), 1e-4)
+        x = step(x, None if edit is None else channels_last(data["in/noise_steps"][i]), passes=2)
+        golden.assert_close(seen[i], channels_last(want), 1e-4)
     golden.assert_close(x, channels_last(data["out/z"]), 1e-4)
 
 
@@ -103,7 +101,8 @@ def test_every_step(setup):
 def test_loss(setup, masked):
     data = setup.data
     mask = jnp.asarray(data["in/train_mask"], bool) if masked else None
-    got = rectified_flow.training_loss(
+    got = training_loss(
+        RectifiedFlow(),
         lambda x, t: setup.apply(x, t, mask),
         channels_last(data["in/train_x"]),
         channels_last(data["in/train_noise"]),

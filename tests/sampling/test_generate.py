@@ -11,7 +11,7 @@ from tora_jax.configs.sampling import Settings
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import text, trajectory
-from tora_jax.diffusion import rectified_flow
+from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
 from tora_jax.sampling.conditions import Inputs
@@ -271,8 +271,8 @@ def told(models, time_scale=1.0, **changes):
 
 def test_the_time_scale_of_the_weights_holds_in_sampling(tiny_models, tracks):
     calls = told(tiny_models, time_scale=5.0, prompt="", tracks=tracks, height=37)
-    times = rectified_flow.sampling_times(2, 37, 48, 2, scale=5.0)
-    assert times[2] > 1.5 * rectified_flow.sampling_times(2, 37, 48, 2)[2]
+    times = RectifiedFlow(5.0).times(2, 37, 48, 2)
+    assert times[2] > 1.5 * RectifiedFlow().times(2, 37, 48, 2)[2]
     for call, time in zip(calls, times[1:-1], strict=True):
         np.testing.assert_allclose(call["timestep"], time)
 
@@ -280,7 +280,7 @@ def test_the_time_scale_of_the_weights_holds_in_sampling(tiny_models, tracks):
 def test_what_the_denoiser_is_told(tiny_models, tracks):
     prompt = "two green stars"
     calls = told(tiny_models, prompt=prompt, tracks=tracks, trajectory_guidance=2.0, fps=10.0, height=37)
-    times = rectified_flow.sampling_times(2, 37, 48, 2)
+    times = RectifiedFlow().times(2, 37, 48, 2)
     _, mask = tiny_models.tokenizer([text.clean(prompt)])
     assert len(calls) == SIZE["steps"]
     for call, time in zip(calls, times[1:-1], strict=True):

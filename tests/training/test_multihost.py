@@ -48,7 +48,7 @@ def weights(tmp_path_factory):
         lambda leaf: (leaf + 0.05 * rng.normal(size=leaf.shape)).astype(leaf.dtype), params["tora"]
     )
     folder = tmp_path_factory.mktemp("release") / "shaken"
-    sections = {name: config[name] for name in (*assembly.PARTS, "sampling")}
+    sections = assembly.sections(config)
     release.save(folder, sections, params, assembly.tokenizer_path(None), "Random numbers.\n")
     return folder
 

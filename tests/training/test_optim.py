@@ -9,7 +9,7 @@ from flax import traverse_util
 from tora_jax.configs import common
 
 from tora_jax import sharding
-from tora_jax.backbones import assembly
+from tora_jax.backbones import assembly, opensora
 from tora_jax.errors import UserError
 from tora_jax.training import optim
 
@@ -84,7 +84,7 @@ class TestSelection:
 
     def test_buffers_of_the_whole_chain(self, tiny_config):
         parts = assembly.modules(tiny_config)
-        shapes = jax.eval_shape(lambda key: assembly.init_params(parts, key), jax.random.key(0))
+        shapes = jax.eval_shape(lambda key: assembly.init_params(opensora, parts, key), jax.random.key(0))
         frozen = {path for path, chosen in optim.select(shapes, [".*"]).items() if not chosen}
         assert frozen == {
             "tora/stdit/null_caption",

@@ -13,6 +13,7 @@ import pytest
 from tora_jax.configs import common, tora
 
 from tora_jax import sharding
+from tora_jax.backbones import opensora
 from tora_jax.data import placement
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
@@ -30,7 +31,7 @@ STAGE_1 = tuple(tora.get_config("stage=1").train)
 
 @pytest.fixture(scope="module")
 def parts(tiny_models):
-    return {part: getattr(tiny_models, part) for part in ("tora", "vae", "motion_vae", "t5")}
+    return tiny_models.parts
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def train(parts, params, patterns, optimizer, batches, spec: str = "", **options
     state = training.init_state(trained, optimizer)
     state = jax.device_put(state, sharding.param_shardings(state, mesh, RULES))
     frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh, RULES))
-    step = training.make_train_step(training.tora_loss(parts, LOSS), optimizer, **options)
+    step = training.make_train_step(training.tora_loss(opensora, parts, LOSS), optimizer, **options)
     step = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
     steps = []
     with sharding.use(mesh, RULES):
@@ -127,7 +128,7 @@ def test_stage_1_starts_from_the_base_model(parts, tiny_models):
     trained, _ = optim.split(tiny_models.params, STAGE_1)
     batch = make_batch(0)
     _, [(loss, gradients)] = train(parts, tiny_models.params, STAGE_1, adamw(trained), [batch])
-    base = training.tora_loss(parts, LOSS)
+    base = training.tora_loss(opensora, parts, LOSS)
     batch = on_device(batch)
     keys = training.sample_keys(jax.random.key(0), 0, batch)
     without, _ = jax.jit(base)(tiny_models.params, without_motion(batch), keys)
@@ -149,7 +150,7 @@ def test_the_time_scale_of_the_weights_holds_in_training(parts, params):
         recorder = Recorder(parts["tora"].stdit, time_scale=scale)
         batch = on_device(make_batch(0))
         keys = training.sample_keys(jax.random.key(0), 0, batch)
-        training.tora_loss({**parts, "tora": recorder}, LOSS)(params, batch, keys)
+        training.tora_loss(opensora, {**parts, "tora": recorder}, LOSS)(params, batch, keys)
         return seen[0] / 1000
 
     one = timesteps(1.0)
@@ -174,7 +175,7 @@ def test_weight_beside_the_paths(parts, params):
 
     def losses(batch, weight, drop):
         config = {**LOSS, "path_weight": weight, "drop_motion": drop}
-        return np.asarray(training.tora_loss(parts, config)(params, batch, keys)[0])
+        return np.asarray(training.tora_loss(opensora, parts, config)(params, batch, keys)[0])
 
     assert (losses(batch, 5.0, 0.0) > losses(batch, 0.0, 0.0)).all()
     np.testing.assert_array_equal(losses(batch, 5.0, 1.0), losses(batch, 0.0, 1.0))
@@ -266,7 +267,7 @@ def test_coarse_frames(cell, expected):
 
 def test_mistakes(parts, params):
     with pytest.raises(UserError, match="job 'flow': there are vae, motion_vae, tora"):
-        training.loss_of("flow", parts, LOSS)
-    loss = training.loss_of("motion_vae", parts, common.vae_loss("joint"))
+        training.loss_of(opensora, "flow", parts, LOSS)
+    loss = training.loss_of(opensora, "motion_vae", parts, common.vae_loss("joint"))
     with pytest.raises(UserError, match="the batches hold no maps: motion_vae trains on clips"):
         loss(params, on_device(make_batch(0)), jax.random.split(jax.random.key(0), BATCH))

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +62,8 @@ def save(folder: str | Path, config: dict, params: dict[str, Any], tokenizer: Pa
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         aside.chmod(0o755)
-        for part in PARTS:
-            save_file(traverse_util.flatten_dict(params[part], sep="/"), aside / f"{part}.safetensors")
+        for part, tree in params.items():
+            save_file(traverse_util.flatten_dict(tree, sep="/"), aside / f"{part}.safetensors")
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (aside / "README.md").write_text(readme)
         shutil.copyfile(tokenizer, aside / "tokenizer.model")
@@ -106,17 +106,20 @@ def part_config(folder: str | Path, part: str) -> dict[str, Any]:
     return dict(config[part])
 
 
-def load(folder: str | Path, keep: Callable[[Any], Any] = lambda params: params) -> Release:
+def load(
+    folder: str | Path, keep: Callable[[Any], Any] = lambda params: params, parts: Iterable[str] = PARTS
+) -> Release:
     """Reads a release folder.
 
     Args:
       keep: is given the parameters of each part before the next is read, and returns what is kept of them.
+      parts: of the backbone.
 
     Raises:
       UserError: when something is missing or broken; the message names the file.
     """
     folder, config = Path(folder), read_config(folder)
-    params = {part: keep(load_part(folder, part)) for part in PARTS}
+    params = {part: keep(load_part(folder, part)) for part in parts}
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer}: missing; copy the sentencepiece model of the text encoder there")

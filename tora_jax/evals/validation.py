@@ -84,7 +84,7 @@ def _first(open_split, mesh: Mesh, count: int) -> Iterator[dict[str, jax.Array]]
 def _psnr(config: Mapping[str, Any], models: Models) -> Callable:
     """Of the reconstruction from the posteriors' means: by both VAEs, or by the spatial one while it trains alone."""
     part = config["job"]
-    vae, pixels = getattr(models, part), {"vae": "video", "motion_vae": "maps"}[part]
+    vae, pixels = models.parts[part], {"vae": "video", "motion_vae": "maps"}[part]
     spatial_only = not (config["loss"]["video"] or config["loss"]["identity"])
 
     def one(params, batch):
@@ -106,11 +106,10 @@ def _psnr(config: Mapping[str, Any], models: Models) -> Callable:
 
 
 def _tora(config: Mapping[str, Any], models: Models) -> Callable:
-    parts = {part: getattr(models, part) for part in ("tora", "vae", "motion_vae", "t5")}
-
     def one(params, batch):
         keys = training.sample_keys(jax.random.key(config["seed"]), 0, batch)
-        return {f"loss_at_{t:g}": training.tora_loss_at(parts, t)(params, batch, keys)[0].mean() for t in TIMESTEPS}
+        losses = {t: training.tora_loss_at(models.backbone, models.parts, t) for t in TIMESTEPS}
+        return {f"loss_at_{t:g}": loss(params, batch, keys)[0].mean() for t, loss in losses.items()}
 
     return one
 
@@ -204,7 +203,7 @@ def latent_statistics(
 ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
     """A trained VAE's parameters -> `shift` and `scale` that normalise its latents on held-out clips."""
     part = config["job"]
-    vae, pixels = getattr(models, part), {"vae": "video", "motion_vae": "maps"}[part]
+    vae, pixels = models.parts[part], {"vae": "video", "motion_vae": "maps"}[part]
 
     @jax.jit
     def moments(params, batch):  # of drawn frames, as training has them

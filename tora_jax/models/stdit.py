@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from tora_jax.models import layers
 from tora_jax.models.layers import Dtype, layer_norm, modulate
-from tora_jax.models.motion_fuser import FRAMES, MotionFuser
+from tora_jax.models.motion_fuser import FRAMES, FUSERS, fuse
 
 ZEROS = nn.initializers.zeros
 
@@ -142,8 +142,8 @@ class BlockPair(nn.Module):
     def __call__(self, x, features, has_motion, text, text_mask, modulation, valid):
         for kind in ("spatial", "temporal"):
             if features is not None and self.placement in (kind, "both"):
-                fuser = MotionFuser(self.fuser, self.num_heads, self.dtype, name=f"{kind}_fuser")
-                x = fuser(x, features, has_motion)
+                fuser = FUSERS[self.fuser](self.num_heads, self.dtype, name=f"{kind}_fuser")
+                x = fuse(fuser, x, features, has_motion)
             block = STDiTBlock(self.num_heads, kind == "temporal", self.qk_norm, self.attention, self.dtype, name=kind)
             x = block(x, text, text_mask, modulation, valid)
         return x, None
@@ -187,7 +187,7 @@ class STDiT(nn.Module):
       caption_channels, caption_length: of the text encoder's output; the length is that of the null caption.
       qk_norm: RMS norm of queries and keys.
       base_resolution: pixels a side at which position embeddings are not stretched (`input_sq_size`).
-      fuser: a form of `MotionFuser`, or None for plain Open-Sora.
+      fuser: a name in FUSERS, or None for plain Open-Sora.
       placement: the blocks that get a fuser before them: "temporal" (best in the paper), "spatial" or "both".
       remat: rematerialisation policy for a pair of blocks, a name in `jax.checkpoint_policies` or "none".
       attention: a backend of `attention`; "auto" = the kernel of the devices.
@@ -237,8 +237,8 @@ class STDiT(nn.Module):
           frame_mask: True = a frame to generate; False = a clean, given frame, treated as timestep 0. None is
             the same as all True.
           features: motion features of the extractor, already on the patch grid; their batch divides b, see
-            `MotionFuser`. None = no trajectory at all.
-          has_motion: see `MotionFuser`.
+            `fuse`. None = no trajectory at all.
+          has_motion: see `fuse`.
           residual: what the blocks added at another step, in their place.
 
         Returns:

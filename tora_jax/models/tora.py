@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tora_jax.diffusion.rectified_flow import NUM_TIMESTEPS
-from tora_jax.models.motion_fuser import FORMS, PLACEMENTS
+from tora_jax.models.motion_fuser import FUSERS, PLACEMENTS
 from tora_jax.models.stdit import STDiT, parse_variant
 from tora_jax.models.trajectory_extractor import TrajectoryExtractor
 
@@ -33,10 +33,10 @@ class Tora(nn.Module):
 
     Attributes:
       stdit: fields of `STDiT` but for its fuser and placement.
-      fuser, placement: see `MotionFuser` and `STDiT`.
+      fuser, placement: see `FUSERS` and `STDiT`.
       motion_features: channels of the extractor.
       data_std: see above; None = the output is the velocity, as that of the released weights.
-      time_scale: `scale` of `rectified_flow.transform_timesteps`, in training and in sampling; over 0.
+      time_scale: of `RectifiedFlow`, in training and in sampling; over 0.
     """
 
     stdit: Mapping[str, Any]
@@ -76,8 +76,8 @@ class Tora(nn.Module):
         return STDiT(**self.stdit, parent=None)
 
     def setup(self):
-        if self.fuser not in FORMS:
-            raise ValueError(f"unknown fuser {self.fuser!r}; choose one of {', '.join(FORMS)}")
+        if self.fuser not in FUSERS:
+            raise ValueError(f"unknown fuser {self.fuser!r}; choose one of {', '.join(FUSERS)}")
         if self.placement not in PLACEMENTS:
             raise ValueError(f"unknown placement {self.placement!r}; choose one of {', '.join(PLACEMENTS)}")
         if self.data_std is not None and self.data_std <= 0:

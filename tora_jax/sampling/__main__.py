@@ -91,7 +91,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
             batch_file.run(models, jobs, folder, args.batch_size, mesh, args.quiet, check_interrupt)
         return
 
-    def progress(step: int, _: jax.Array | None) -> None:
+    def progress(step: int, _: Callable) -> None:
         bar.update(step - bar.n)
         check_interrupt()
 

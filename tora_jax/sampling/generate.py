@@ -21,12 +21,12 @@ from jaxtyping import Array, Float, UInt8
 from tora_jax import sharding
 from tora_jax.backbones.assembly import Models
 from tora_jax.configs.sampling import Settings
-from tora_jax.diffusion import rectified_flow, sampler
+from tora_jax.diffusion import sampler
 from tora_jax.errors import UserError
 from tora_jax.sampling import conditions
 from tora_jax.sampling.conditions import Inputs
 
-Progress = Callable[[int, Array | None], None]
+Progress = Callable[[int, Callable[[], Array]], None]  # see `sampler.run`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,8 @@ def generate_batch(
       seeds: of each video's noise. The same seed gives the same pixels on the same machine.
       mesh: the videos are shared out over it, whose "data" axis divides their number; the parameters lie on it
         already (`place`).
-      progress: called after each step with the number of steps done and the estimate of the clean latents, where the
-        sampler has one; an exception from it (or Ctrl-C) stops the generation.
+      progress: called after each step with the number of steps done and a function that gives the estimate of the clean
+        latents, see `sampler.run`; an exception from it (or Ctrl-C) stops the generation.
 
     Raises:
       UserError: for a value out of its range.
@@ -80,17 +80,18 @@ def generate_batch(
     part = functools.partial(timed, seconds)
     spread = (lambda tree: tree) if mesh is None else functools.partial(_spread, mesh)
 
+    backbone, keys = models.backbone, jnp.stack([jax.random.key(seed) for seed in seeds])
+
     with part("text"):
-        told = jax.block_until_ready(spread(conditions.denoiser_inputs(models, inputs, settings)))
+        told = jax.block_until_ready(spread(backbone.conditions(models, inputs, settings)))
     motion, features = [None] * len(inputs), None
     if inputs[0].tracks is not None:
         with part("motion"):
             motion, maps = conditions.trajectory_maps(inputs, size)
-            features = jax.block_until_ready(models.extract(models.params, spread(jnp.asarray(maps))))
-    given = [{}] * len(inputs)
-    if any(each.images for each in inputs):
-        with part("images"):
-            given = [conditions.given_latents(models, each.images, num_frames) for each in inputs]
+            features = jax.block_until_ready(models.extract(models.params, *spread((jnp.asarray(maps), keys))))
+    with part("images") if any(each.images for each in inputs) else contextlib.nullcontext():
+        given, more = backbone.given(models, inputs, settings, keys)
+        told |= spread(more)
 
     with part("sample"):
         frames = models.vae.latent_frames(num_frames)
@@ -98,12 +99,11 @@ def generate_batch(
         start, noise = _noise(seeds, shape, spread)
         x, edit = spread(_place(start, given, [each.prefix for each in inputs]))
         del start
-        times = rectified_flow.sampling_times(
-            settings.steps, settings.height, settings.width, frames, scale=models.tora.time_scale
-        )
-        weights = settings.guidance, settings.trajectory_guidance
-        tell = progress and (lambda step: progress(step, None))
-        x = sampler.run(models, x, times, weights, told, features, edit, noise, settings.acceleration, tell)
+        method = models.method(settings.solver)
+        times = method.process.times(settings.steps, settings.height, settings.width, frames)
+        told, weights = sampler.Told(told, features, edit), backbone.guidance(settings, times)
+        params = models.params["tora"]
+        x = sampler.run(method, params, x, times, told, weights, noise, settings.acceleration, progress)
         del told, features  # the decoder may need the room
 
     with part("decode"):
@@ -123,7 +123,7 @@ def _noise(
     keys = [jax.random.split(jax.random.key(seed)) for seed in seeds]
 
     def at_step(step: int) -> Array:
-        return spread(jnp.concatenate([rectified_flow.step_noise(key, step, shape) for _, key in keys]))
+        return spread(jnp.concatenate([sampler.step_noise(key, step, shape) for _, key in keys]))
 
     return jnp.concatenate([jax.random.normal(start, shape) for start, _ in keys]), at_step
 

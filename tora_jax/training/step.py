@@ -7,6 +7,7 @@ key a sample, so that the same step gives the same numbers on any mesh.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tora_jax.diffusion import rectified_flow
+from tora_jax.backbones import assembly
+from tora_jax.diffusion.loss import training_loss
 from tora_jax.errors import UserError
 from tora_jax.io.video import to_float
 from tora_jax.models.video_vae import Gaussian
@@ -100,7 +102,7 @@ def jit_train_step(
       state: of arrays or shapes with shardings, where the next one shall lie, too; it is donated.
     """
     step = make_train_step(
-        loss_of(config["job"], parts, config["loss"]),
+        loss_of(assembly.backbone(config), config["job"], parts, config["loss"]),
         optimizer,
         combine=combine,
         ema=config["ema"],
@@ -109,7 +111,7 @@ def jit_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 
 
-def loss_of(job: str, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
+def loss_of(backbone: ModuleType, job: str, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
     """The loss of a job.
 
     Raises:
@@ -117,7 +119,7 @@ def loss_of(job: str, parts: Mapping[str, nn.Module], config: Mapping[str, Any])
     """
     if job not in JOBS:
         raise UserError(f"job {job!r}: there are {', '.join(JOBS)}")
-    return tora_loss(parts, config) if job == "tora" else vae_loss(parts[job], job, config)
+    return tora_loss(backbone, parts, config) if job == "tora" else vae_loss(parts[job], job, config)
 
 
 def used_parts(job: str, made: Mapping[str, Any] | None) -> set[str]:
@@ -234,10 +236,11 @@ def _kl(posterior: Gaussian) -> Float[Array, "b"]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def tora_loss(parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
-    """Rectified flow with captions, motion and given frames, dropped now and then.
+def tora_loss(backbone: ModuleType, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
+    """The denoiser's loss with captions, motion and given frames, dropped now and then.
 
     Args:
+      backbone: a module of `backbones`.
       parts: "tora", and for batches that hold pixels or tokens "vae", "motion_vae" and "t5".
       config: timesteps ("logit_normal" or "uniform"), transform (shift them by size and length), drop_text,
         drop_motion (probabilities), path_weight (of the error beside the paths, more than elsewhere; see `near_paths`).
@@ -246,19 +249,17 @@ def tora_loss(parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss
     def loss(params, batch, keys):
         draws = dict(zip(("x", "motion", "noise", "time", "text", "drop"), _split(keys, 6), strict=True))
         x = _latents(parts, params, batch, draws["x"], "vae", "video", "latent")
-        motion = _latents(parts, params, batch, draws["motion"], "motion_vae", "maps", "motion")
-        t = jax.vmap(lambda key: rectified_flow.sample_timesteps(key, 1, config["timesteps"])[0])(draws["time"])
-        if config["transform"]:
-            scale = parts["tora"].time_scale
-            t = rectified_flow.transform_timesteps(t, batch["height"], batch["width"], x.shape[1], scale)
+        motion = _latents(parts, params, batch, draws["motion"], backbone.MOTION, "maps", "motion")
+        process, size = backbone.process(parts), (batch["height"], batch["width"], x.shape[1])
+        t = process.draw_timesteps(draws["time"], *size, config["timesteps"], config["transform"])
         has_motion = None if motion is None else ~_happens(draws["drop"], config["drop_motion"])
         weight = None
         if motion is not None and config["path_weight"]:
             weight = 1 + config["path_weight"] * near_paths(motion) * has_motion[:, None, None, None]
         drop_text = _happens(draws["text"], config["drop_text"])
-        predict = tora_predict(parts, params, batch, motion, drop_text=drop_text, has_motion=has_motion)
+        predict = backbone.predictor(parts, params, batch, motion, drop_text=drop_text, has_motion=has_motion)
         noise = _normal(draws["noise"], x.shape)
-        return rectified_flow.training_loss(predict, x, noise, t, batch["frame_mask"], weight), {}
+        return training_loss(process, predict, x, noise, t, batch["frame_mask"], weight), {}
 
     return loss
 
@@ -275,32 +276,19 @@ def near_paths(motion: Float[Array, "b t h w c"]) -> Float[Array, "b t h w"]:
     return moved / (moved + moved.mean((1, 2, 3), keepdims=True) + 1e-6)
 
 
-def tora_loss_at(parts: Mapping[str, nn.Module], timestep: float) -> Loss:
+def tora_loss_at(backbone: ModuleType, parts: Mapping[str, nn.Module], timestep: float) -> Loss:
     """The loss at one timestep with nothing dropped, for evaluation."""
 
     def loss(params, batch, keys):
         first, second, third = _split(keys, 3)
         x = _latents(parts, params, batch, first, "vae", "video", "latent")
-        motion = _latents(parts, params, batch, second, "motion_vae", "maps", "motion")
-        predict = tora_predict(parts, params, batch, motion)
+        motion = _latents(parts, params, batch, second, backbone.MOTION, "maps", "motion")
+        predict = backbone.predictor(parts, params, batch, motion)
         t = jnp.full(len(x), timestep)
-        return rectified_flow.training_loss(predict, x, _normal(third, x.shape), t, batch["frame_mask"]), {}
+        process = backbone.process(parts)
+        return training_loss(process, predict, x, _normal(third, x.shape), t, batch["frame_mask"]), {}
 
     return loss
-
-
-def tora_predict(parts, params, batch, motion, **dropped) -> Callable[[Array, Array], Array]:
-    """(noisy latents, timesteps) -> the denoiser's output under a batch's conditions."""
-    if "text" in batch:
-        text = batch["text"]
-    else:
-        text = parts["t5"].apply({"params": params["t5"]}, batch["ids"], batch["text_mask"])
-    conditions = {name: batch[name] for name in ("text_mask", "fps", "height", "width", "frame_mask")}
-
-    def predict(x: Array, t: Array) -> Array:
-        return parts["tora"].apply({"params": params["tora"]}, x, t, text, motion, **conditions, **dropped)
-
-    return predict
 
 
 def _split(keys: Array, count: int) -> list[Array]:

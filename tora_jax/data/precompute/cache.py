@@ -165,7 +165,7 @@ def _holds(folder: Path, made: Mapping[str, Any]) -> bool:
 
 def checksum(models: assembly.Models, options: Options) -> str:
     """A digest of the first numbers of each tensor, which tells apart weights of one name that were trained further."""
-    used = ["vae", *(["motion_vae"] * (options.motion != "none")), *(["t5"] * (options.text == "embedding"))]
+    used = ["vae", *([models.backbone.MOTION] * (options.motion != "none")), *(["t5"] * (options.text == "embedding"))]
     digest = hashlib.sha256()
     for path, leaf in traverse_util.flatten_dict({part: models.params[part] for part in used}, sep="/").items():
         digest.update(path.encode() + np.asarray(leaf.reshape(-1)[:256], np.float32).tobytes())

@@ -48,8 +48,9 @@ def make_encoder(models: assembly.Models, seed: int = 0) -> Encode:
     [b, k, t4, h8, w8, c]. Samples depend on the seed and the clip's number. As many of this process's devices as divide
     b take an equal share of the clips each.
     """
-    parts = ("vae", "motion_vae")
-    run = {part: jax.jit(functools.partial(posterior, getattr(models, part))) for part in parts}
+    motion = models.backbone.MOTION
+    parts = ("vae", motion)
+    run = {part: jax.jit(functools.partial(posterior, models.parts[part])) for part in parts}
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
     @functools.cache
@@ -68,9 +69,7 @@ def make_encoder(models: assembly.Models, seed: int = 0) -> Encode:
         if maps is not None:
             b, k = maps.shape[:2]
             keys = jax.vmap(fold, in_axes=(0, None))(keys, jnp.arange(1, k + 1)).reshape(-1)
-            both = run["motion_vae"](
-                params["motion_vae"], *jax.device_put((maps.reshape(b * k, *maps.shape[2:]), keys), spread)
-            )
+            both = run[motion](params[motion], *jax.device_put((maps.reshape(b * k, *maps.shape[2:]), keys), spread))
             encoded["motion_mean"], encoded["motion_std"] = (x.reshape(b, k, *x.shape[1:]) for x in both)
         return encoded
 
