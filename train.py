@@ -82,7 +82,7 @@ def main(argv: list[str], check_interrupt) -> None:
             trained = lora.init(params, config["lora"]["kernels"], rank, jax.random.key(config["seed"]))
             frozen, combine = optim.flatten(params), functools.partial(lora.merge, alpha=alpha)
         else:
-            trained, frozen = optim.split(params, config["train"])
+            trained, frozen = optim.split(params, config["train"], models.backbone.BUFFERS)
             combine = optim.join
         optimizer = optim.make(config["optim"], trained, config["steps"])
         state = training.init_state(trained, optimizer)

@@ -1,9 +1,13 @@
 """What a fork adds by one line to a table works through the public functions, without any other change."""
 
+import dataclasses
 import math
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
+import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -15,9 +19,12 @@ from convert_weights.mapping import Layout, affine
 from convert_weights.typing import CheckpointType
 from tests import training_runs
 from tests.converting import main
+from tora_jax import generate, load
 from tora_jax.checkpoints import release
 from tora_jax.data.sources import SOURCES
+from tora_jax.diffusion.solvers import SOLVERS
 from tora_jax.io.video import probe
+from tora_jax.models.motion_fuser import FUSERS
 
 # ---------------------------------------------------------------- a type of checkpoint
 
@@ -115,3 +122,69 @@ def test_a_source(tmp_path, monkeypatch):
     assert [(outcome.code, outcome.stderr) for outcome in outcomes] == [(0, "")] * 2
     assert outcomes[0].metrics == outcomes[1].metrics
     assert math.isfinite(outcomes[1].metrics[0]["loss"])
+
+
+# ---------------------------------------------------------------- a solver, a fuser
+
+
+@dataclasses.dataclass(frozen=True)
+class Heavy:
+    """Euler's steps with the velocity of the step before mixed in, and a little noise."""
+
+    noisy: ClassVar[bool] = True
+    mass: float = 0.1
+
+    def init(self, x):
+        return jnp.zeros_like(x)
+
+    def coefficients(self, process, times, step):
+        return {"mass": np.float32(self.mass if step else 0), "spread": np.float32(0.01 * (times[step + 2] > 0))}
+
+    def step(self, process, x, prediction, at, memory):
+        velocity = prediction + at.coefficients["mass"] * (memory - prediction)
+        end = x + velocity * (at.times[1] - at.times[2]) / 1000
+        return end + at.coefficients["spread"] * at.noise, velocity
+
+    def clean(self, process, x, end, at, memory):
+        return process.clean(x, memory, jnp.broadcast_to(at.times[1], len(x)))
+
+
+def test_a_solver(tiny_models, monkeypatch):
+    """It samples, alone and with steps that leave something out, and shows where it goes."""
+    monkeypatch.setitem(SOLVERS, "heavy", Heavy())
+    settings = {"num_frames": 5, "height": 32, "width": 32, "steps": 3, "trajectories": "circle"}
+    shown = []
+    made = generate(tiny_models, solver="heavy", **settings, progress=lambda step, clean: shown.append(clean()))
+    assert np.isfinite(made.latents).all()
+    assert (made.latents != generate(tiny_models, **settings).latents).any()
+    np.testing.assert_allclose(shown[-1][0], made.latents, atol=1e-5)
+    faster = generate(tiny_models, solver="heavy", guidance_every=2, cache_every=2, **settings)
+    assert np.isfinite(faster.latents).all()
+
+
+class Gate(nn.Module):
+    """h = h (1 + gate(f)), one number for each token."""
+
+    num_heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, hidden, features):
+        gate = nn.Dense(1, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="gate")(features)
+        repeats = hidden.shape[0] // features.shape[0]
+        return hidden * (1 + einops.repeat(gate, "b t h w c -> (r b) t (h w) c", r=repeats))
+
+
+def test_a_fuser(tiny_config, monkeypatch):
+    """Untrained it changes nothing; with weights the trajectory changes the video."""
+    monkeypatch.setitem(FUSERS, "gate", Gate)
+    models = load(config={**tiny_config, "tora": {**tiny_config["tora"], "fuser": "gate"}})
+    params = models.params["tora"]
+    assert params["stdit"]["blocks"]["temporal_fuser"]["gate"]["kernel"].shape == (1, 8, 1)
+    rng = np.random.default_rng(0)
+    stirred = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+    models = dataclasses.replace(models, params={**models.params, "tora": stirred})
+    settings = {"num_frames": 5, "height": 32, "width": 32, "steps": 2}
+    moved, plain = (generate(models, trajectories=path, **settings).latents for path in ("circle", None))
+    assert np.isfinite(moved).all()
+    assert (moved != plain).any()

@@ -8,6 +8,7 @@ The parts of a config:
   SECTIONS: section of a config -> the module whose fields it has; OWN: fields that the section above sets instead;
     OPTIONAL: sections that may be None.
   MOTION: the part that encodes trajectory maps.
+  BUFFERS: regex of the paths of parameters that never train.
   dummies: the smallest inputs of each part.
   check_fit: whether the parts speak of the same latents, captions and tokens.
   process: the `typing.Process` of the weights.
@@ -58,6 +59,8 @@ SECTIONS = {
 OWN = {"tora.stdit": {"fuser", "placement"}}
 OPTIONAL = {"vae.spatial", "motion_vae.spatial"}  # None = the causal VAE works on pixels
 MOTION = "motion_vae"
+# The reference keeps the null caption as a buffer; shift and scale of the VAEs are statistics of their latents.
+BUFFERS = r"(.*/)?null_caption|(vae|motion_vae)/(shift|scale)"
 
 IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
 

@@ -16,10 +16,8 @@ import optax.contrib
 from flax import traverse_util
 from jaxtyping import Array
 
+from tora_jax.backbones import opensora
 from tora_jax.errors import UserError
-
-# The reference keeps the null caption as a buffer; shift and scale of the VAEs are statistics of their latents.
-NEVER = re.compile(r"(.*/)?null_caption|(vae|motion_vae)/(shift|scale)")
 
 
 def match(paths: Iterable[str], rules: Sequence[tuple[str, Any]], default: Any, what: str) -> dict[str, Any]:
@@ -60,29 +58,32 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.flatten_dict(params, sep="/")
 
 
-def select(params: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, bool]:
+def select(params: Mapping[str, Any], patterns: Sequence[str], buffers: str = opensora.BUFFERS) -> dict[str, bool]:
     """Which leaves train, by path.
 
     Args:
       params: nested dict of arrays or shapes.
-      patterns: regexes of what trains; one that starts with "!" freezes. What none fits is frozen, and so is NEVER.
+      patterns: regexes of what trains; one that starts with "!" freezes. What none fits is frozen.
+      buffers: regex of what never trains, of the backbone.
 
     Raises:
       UserError: when a pattern never has its way, or nothing trains.
     """
     flat = flatten(params)
-    chosen = _choose((path for path in flat if not NEVER.fullmatch(path)), patterns, "train")
+    chosen = _choose((path for path in flat if not re.fullmatch(buffers, path)), patterns, "train")
     if not any(chosen.values()):
         raise UserError(f"train: {list(patterns)} leaves nothing to train")
     return {path: chosen.get(path, False) for path in flat}
 
 
-def split(params: Mapping[str, Any], patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(
+    params: Mapping[str, Any], patterns: Sequence[str], buffers: str = opensora.BUFFERS
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Cuts a tree into what `select` chooses and the rest: two flat dicts, path -> leaf, for `join`.
 
     Gradients, the optimizer's state and the average exist for the first alone; the second cannot change.
     """
-    chosen = select(params, patterns)
+    chosen = select(params, patterns, buffers)
     flat = flatten(params)
     return ({k: v for k, v in flat.items() if chosen[k]}, {k: v for k, v in flat.items() if not chosen[k]})
 
