@@ -22,6 +22,7 @@ from tests.converting import main
 from tora_jax import generate, load
 from tora_jax.checkpoints import release
 from tora_jax.data.sources import SOURCES
+from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.diffusion.solvers import SOLVERS
 from tora_jax.io.video import probe
 from tora_jax.models.motion_fuser import FUSERS
@@ -131,6 +132,7 @@ def test_a_source(tmp_path, monkeypatch):
 class Heavy:
     """Euler's steps with the velocity of the step before mixed in, and a little noise."""
 
+    process: ClassVar[type] = RectifiedFlow
     noisy: ClassVar[bool] = True
     mass: float = 0.1
 

@@ -115,9 +115,11 @@ class Solver(Protocol):
     """Steps from noise to data. A frozen dataclass: the steps are compiled for it.
 
     Attributes:
+      process: the class of the processes that it solves.
       noisy: whether every step needs fresh noise.
     """
 
+    process: type
     noisy: bool
 
     def init(self, x: Float[Array, "b t h w c"]) -> Any:

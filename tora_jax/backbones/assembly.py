@@ -86,9 +86,10 @@ class Models:
         """What the sampler's steps are compiled for.
 
         Raises:
-          UserError: there is no such solver.
+          UserError: there is no such solver for these weights.
         """
-        return sampler.Method(self.denoise, self.backbone.process(self.parts), solvers.find(solver))
+        process = self.backbone.process(self.parts)
+        return sampler.Method(self.denoise, process, solvers.find(solver, process))
 
     @functools.cached_property
     def decode(self) -> Callable:

@@ -18,6 +18,7 @@ What the compiled functions of `assembly.Models` are made of:
 
 What sampling asks for:
   conditions: what the denoiser is told of captions and sizes, for all passes.
+  motion_map: the colours of a trajectory.
   given: what is made of given frames: latents in their places, and more conditions.
   guidance: the weights of guidance at each step.
 
@@ -34,10 +35,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
-from tora_jax.conditioning import text
+from tora_jax.conditioning import motion_maps, text
 from tora_jax.conditioning.images import Given
+from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.errors import UserError
 from tora_jax.models.autoencoder_kl import AutoencoderKL
@@ -182,6 +184,19 @@ def conditions(models: Any, inputs: Sequence[Any], settings: Any) -> dict[str, A
     return told | {name: jnp.full(len(rows), value, jnp.float32) for name, value in sizes.items()}
 
 
+def motion_map(
+    tracks: Tracks, size: tuple[int, int], max_norm: float | None
+) -> tuple[UInt8[np.ndarray, "t h w 3"], Float[np.ndarray, "t h w 3"]]:
+    """The map of a trajectory: as a picture, and as `extract` takes it, in -1..1.
+
+    Args:
+      size: height and width in pixels.
+      max_norm: the displacement in pixels that has full colour; None = the map's own largest.
+    """
+    displacements = motion_maps.displacement_maps(np.asarray(tracks), *size)
+    return motion_maps.flow_to_rgb(displacements, max_norm), motion_maps.flow_to_color(displacements, max_norm)
+
+
 def given(
     models: Any, inputs: Sequence[Any], settings: Any, keys: Array
 ) -> tuple[list[dict[int, tuple[Array, float]]], dict[str, Array]]:
@@ -228,7 +243,7 @@ def _placed(models: Any, images: Mapping[int, Given], num_frames: int) -> dict[i
     return placed
 
 
-def guidance(settings: Any, times: Float[np.ndarray, "_"]) -> Float[np.ndarray, "steps 2"]:
+def guidance(models: Any, settings: Any, times: Float[np.ndarray, "_"]) -> Float[np.ndarray, "steps 2"]:
     """The weights of `guidance.guide` at each step: here the same at all."""
     return np.tile(np.float32([settings.guidance, settings.trajectory_guidance]), (len(times) - 2, 1))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tora_jax.diffusion.rectified_flow import NUM_TIMESTEPS
+from tora_jax.diffusion.rectified_flow import NUM_TIMESTEPS, RectifiedFlow
 from tora_jax.errors import UserError
 from tora_jax.typing import Process, Solver, Step
 
@@ -21,6 +21,7 @@ from tora_jax.typing import Process, Solver, Step
 class Euler:
     """First order: the velocity at the start of the step holds for all of it."""
 
+    process: ClassVar[type] = RectifiedFlow
     noisy: ClassVar[bool] = False
 
     def init(self, x: Array) -> tuple:
@@ -44,6 +45,7 @@ class AdamsBashforth2:
     was that of a frame without noise.
     """
 
+    process: ClassVar[type] = RectifiedFlow
     noisy: ClassVar[bool] = False
 
     def init(self, x: Array) -> Array:
@@ -75,12 +77,16 @@ def _length(at: Step) -> Float[Array, ""]:
 SOLVERS: dict[str, Solver] = {"euler": Euler(), "ab2": AdamsBashforth2()}
 
 
-def find(name: str) -> Solver:
+def find(name: str, process: Process | None = None) -> Solver:
     """The solver of that name.
+
+    Args:
+      process: that it must solve; None = any.
 
     Raises:
       UserError: there is none.
     """
-    if name not in SOLVERS:
-        raise UserError(f"solver is {name!r}; choose {' or '.join(SOLVERS)}")
+    known = [each for each, solver in SOLVERS.items() if process is None or isinstance(process, solver.process)]
+    if name not in known:
+        raise UserError(f"solver is {name!r}; choose {' or '.join(known)}")
     return SOLVERS[name]

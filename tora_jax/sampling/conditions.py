@@ -1,7 +1,4 @@
-"""What a person gives for each video, and the trajectory maps of it.
-
-What the denoiser is told of it is the backbone's: `conditions` and `given` there.
-"""
+"""What a person gives for each video. What the denoiser is told of it is up to the backbone."""
 
 from __future__ import annotations
 
@@ -10,9 +7,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
-from tora_jax.conditioning import motion_maps
 from tora_jax.conditioning.images import Given, Images
 from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.errors import UserError
@@ -69,12 +65,3 @@ def checked(inputs: Sequence[Inputs], seeds: Sequence[int], num_frames: int, siz
                 raise UserError(f"the edit ratio for frame {frame} is {edit}; it must be from 0 (keep) to 1 (generate)")
         found.append(each._replace(images=images))
     return found
-
-
-def trajectory_maps(
-    inputs: Sequence[Inputs], size: tuple[int, int]
-) -> tuple[list[UInt8[np.ndarray, "t h w 3"]], Float[np.ndarray, "b t h w 3"]]:
-    """The maps of the tracks: as pictures, and as the motion VAE takes them, in -1..1."""
-    maps = [(motion_maps.displacement_maps(np.asarray(each.tracks), *size), each.max_norm) for each in inputs]
-    pictures = [motion_maps.flow_to_rgb(*each) for each in maps]
-    return pictures, np.stack([motion_maps.flow_to_color(*each) for each in maps])

@@ -87,8 +87,10 @@ def generate_batch(
     motion, features = [None] * len(inputs), None
     if inputs[0].tracks is not None:
         with part("motion"):
-            motion, maps = conditions.trajectory_maps(inputs, size)
-            features = jax.block_until_ready(models.extract(models.params, *spread((jnp.asarray(maps), keys))))
+            maps = [backbone.motion_map(each.tracks, size, each.max_norm) for each in inputs]
+            motion, colors = [picture for picture, _ in maps], jnp.asarray(np.stack([color for _, color in maps]))
+            features = jax.block_until_ready(models.extract(models.params, *spread((colors, keys))))
+            del maps, colors
     with part("images") if any(each.images for each in inputs) else contextlib.nullcontext():
         given, more = backbone.given(models, inputs, settings, keys)
         told |= spread(more)
@@ -101,7 +103,7 @@ def generate_batch(
         del start
         method = models.method(settings.solver)
         times = method.process.times(settings.steps, settings.height, settings.width, frames)
-        told, weights = sampler.Told(told, features, edit), backbone.guidance(settings, times)
+        told, weights = sampler.Told(told, features, edit), backbone.guidance(models, settings, times)
         params = models.params["tora"]
         x = sampler.run(method, params, x, times, told, weights, noise, settings.acceleration, progress)
         del told, features  # the decoder may need the room
