@@ -7,7 +7,8 @@ interpreter, the environment (JAX_PLATFORMS is cpu unless set), the compilation 
 of REV's small model, or of --weights. So small weights that ship later are no difference of the code.
 
 Prints a JSON document: for each case whether all is equal, which files differ and by how much, and the seconds of both
-sides from start to exit. A program's first run compiles it, so for speed take --repeat 3: medians of runs in turns.
+sides from start to exit, on the wall and of all cores together, which other work on the machine changes less. A
+program's first run compiles it, so for speed take --repeat 3: medians of runs in turns.
 Exit code 0: all cases are equal, those of --except aside; 1: one is not.
 """
 
@@ -95,7 +96,8 @@ def sample(flags: str) -> Case:
 
 
 def training(config: str) -> Case:
-    flags = "--workdir {out} --quiet --config.steps=5 --config.data.sources=('{data}',)"
+    steps = "--config.steps=5 --config.eval_every=5 --config.save_every=5"
+    flags = f"--workdir {{out}} --quiet {steps} --config.data.sources=('{{data}}',)"
     return Case((f"train.py --config configs/{config} {flags}",), ("metrics.jsonl", "samples/*", "release/*"))
 
 
@@ -173,35 +175,42 @@ def make_inputs(cases: Sequence[Case], folder: Path, there: Path) -> dict[str, s
 # ----------------------------------------------------------------------------------------------------------
 
 
-def run_case(tree: Path, case: Case, out: str, inputs: Mapping[str, str]) -> tuple[float, str]:
-    """Runs a case's commands: seconds, and what went wrong."""
+def run_case(tree: Path, case: Case, out: str, inputs: Mapping[str, str]) -> tuple[dict[str, float], str]:
+    """Runs a case's commands: what they took, and what went wrong."""
     shutil.rmtree(tree / out, ignore_errors=True)
     (tree / out).mkdir(parents=True)
-    start, wrong = time.perf_counter(), ""
+    before, wrong = clocks(), ""
     try:
         for command in case.commands:
             trees.run(tree, command, {**TEXTS, **inputs, "out": out})
     except UserError as error:
         wrong = str(error)
-    return time.perf_counter() - start, wrong
+    return {name: after - before[name] for name, after in clocks().items()}, wrong
+
+
+def clocks() -> dict[str, float]:
+    """Seconds of the wall, and of all cores together in processes that have ended."""
+    times = os.times()
+    return {"seconds": time.perf_counter(), "cpu_seconds": times.children_user + times.children_system}
 
 
 def compare_case(name: str, sides: Mapping[str, Path], inputs: Mapping[str, str], repeat: int) -> dict[str, Any]:
     """Runs both sides in turns and compares the files of the last turn."""
     out = f"outputs/{name}"  # the same for both, since commands are noted in what they write
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    taken: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     differs = []
     for turn in range(repeat):
-        wrong = {}
         for side in sorted(sides, reverse=turn % 2 == 0):  # REV compiles first
-            spent, wrong[side] = run_case(sides[side], CASES[name], out, inputs)
-            seconds[side].append(spent)
-        differs += [{"file": "", "how": [f"{side}: {text}"]} for side, text in wrong.items() if text]
-    differs += differences(*(sides[side] / out for side in ("here", "there")), CASES[name].files)
-    median = {side: statistics.median(each) for side, each in seconds.items()}
-    ratio = round(median["here"] / median["there"], 3)
-    rounded = {side: round(value, 2) for side, value in median.items()}
-    return {"equal": not differs, "differs": differs, "seconds": {**rounded, "ratio": ratio}}
+            times, wrong = run_case(sides[side], CASES[name], out, inputs)
+            taken[side].append(times)
+            differs += [{"file": "", "how": [f"{side}: {wrong}"]}] if wrong else []
+    differs += differences(sides["here"] / out, sides["there"] / out, CASES[name].files)
+    figures = {}
+    for clock in clocks():
+        medians = {side: statistics.median(times[clock] for times in turns) for side, turns in taken.items()}
+        medians["ratio"] = medians["here"] / medians["there"]
+        figures[clock] = {key: round(value, 3) for key, value in medians.items()}
+    return {"equal": not differs, "differs": differs, **figures}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -244,7 +253,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         inputs["weights"] = str(weights.absolute())
         for name in args.only:
             results[name] = compare_case(name, sides, inputs, args.repeat)
-            spent = "{here} s here, {there} s there".format(**results[name]["seconds"])
+            spent = "{here:.1f} s here, {there:.1f} s there".format(**results[name]["seconds"])
             print(f"{name}: {'equal' if results[name]['equal'] else 'DIFFERENT'}, {spent}", file=sys.stderr)
             check_interrupt()
     equal = all(result["equal"] for name, result in results.items() if name not in args.excepted)
