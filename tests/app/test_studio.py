@@ -16,7 +16,7 @@ from PIL import Image
 from tora_jax.app import studio as app
 from tora_jax.conditioning import images, trajectory
 from tora_jax.errors import UserError
-from tora_jax.io import video as video_io
+from tora_jax.io import video
 from tora_jax.sampling import segments
 from tora_jax.sampling.generate import Result
 
@@ -162,13 +162,13 @@ def test_uploads_that_are_refused(studio, quick, tmp_path, name):
 
 def test_clips_that_are_too_large(studio, quick, tmp_path, monkeypatch):
     path = tmp_path / "clip.mp4"
-    video_io.write_video(path, np.zeros((5, 32, 48, 3), np.uint8), 8)
+    video.write_video(path, np.zeros((5, 32, 48, 3), np.uint8), 8)
     monkeypatch.setattr(images, "MAX_CLIP_PIXELS", 4 * 32 * 48)
     with pytest.raises(UserError, match=r"^clip\.mp4: 5 frames of 48x32 are too much"):
         generate(studio, files={0: str(path)})
     monkeypatch.setattr(images, "MAX_CLIP_PIXELS", 5 * 32 * 48)
     generate(studio, files={0: str(path)})
-    monkeypatch.setattr(video_io, "MAX_PIXELS", 32 * 48 - 1)
+    monkeypatch.setattr(video, "MAX_PIXELS", 32 * 48 - 1)
     with pytest.raises(UserError, match=r"^clip\.mp4: has frames of over"):
         generate(studio, files={0: str(path)})
 
@@ -200,7 +200,7 @@ def test_the_preview_lasts_as_long_as_the_video(studio):
     length = 40
     picture = Image.open(io.BytesIO(base64.b64decode(studio.preview(DRAWN, "48x32", length).partition(",")[2])))
     assert picture.n_frames < length
-    each = 1000 * length / studio.defaults["fps"] / app.PREVIEW_FRAMES
+    each = 1000 * length / studio.defaults.fps / app.PREVIEW_FRAMES
     picture.load()
     assert picture.info["duration"] == pytest.approx(each, abs=1)
 

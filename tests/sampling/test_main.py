@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tora_jax import command_line as command
+from tora_jax import command_line
 from tora_jax.io.video import read_video
 from tora_jax.sampling import __main__ as sampling
 
@@ -293,7 +293,7 @@ def test_ctrl_c_inside_garbage_collection_is_neither_lost_nor_shown():
     """JAX has a callback there, out of which Python lets no exception."""
     script = """
 import gc, os, signal
-from tora_jax import command
+from tora_jax import command_line
 
 def body(argv, check_interrupt):
     def press(phase, info):
@@ -304,7 +304,7 @@ def body(argv, check_interrupt):
     gc.collect()
     check_interrupt()
 
-command.run(body, ["work.py"], "go on")
+command_line.run(body, ["work.py"], "go on")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (130, "\nwork.py: stopped; go on\n")
@@ -329,7 +329,7 @@ def test_a_failed_device_is_told_with_what_helps(error, memory, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        command.run(body, ["train.py"], "go on with --config.resume")
+        command_line.run(body, ["train.py"], "go on with --config.resume")
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert ("need less memory" in line) == memory
