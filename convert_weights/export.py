@@ -1,4 +1,4 @@
-"""The way back: our parameters as a PyTorch-named, PyTorch-shaped safetensors file."""
+"""Writes our parameters as a PyTorch-named, PyTorch-shaped safetensors file: the inverse of a conversion."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Ours(NamedTuple):
       name: for messages.
       tensors: parameter path -> tensor.
       fields: of the model, as `CheckpointType.init` takes them.
-      record: what `Part.record` kept, or empty.
-      left: paths in the same file that are not of this model (extractor and fusers).
+      record: of `Part.record`, or empty.
+      left: paths of the same file that belong to other models (extractor and fusers).
     """
 
     name: str
@@ -46,10 +46,10 @@ class Ours(NamedTuple):
 
 @contextlib.contextmanager
 def open_ours(name: str, kind: CheckpointType, scratch: Path) -> Iterator[Ours]:
-    """Finds a kind's parameters in a release folder, in one file of it, or in an Orbax folder.
+    """Finds a checkpoint type's parameters in a release folder, in one file of it, or in an Orbax folder.
 
     Args:
-      scratch: a folder in which the part of an Orbax checkpoint may lie meanwhile.
+      scratch: a folder for a temporary copy of an Orbax checkpoint's part.
 
     Raises:
       UserError: when they are not there, or do not fit the folder's config.json.
@@ -81,7 +81,7 @@ def open_ours(name: str, kind: CheckpointType, scratch: Path) -> Iterator[Ours]:
 
 
 def _from_orbax(folder: Path, part: str, file: Path) -> None:
-    """Copies a part leaf by leaf into a safetensors file, from which layers can be read one at a time."""
+    """Copies a part leaf by leaf into a safetensors file: layers can then be read one at a time."""
     tree = weights.shapes(folder)
     if part not in tree:
         raise UserError(f"{folder}: holds {', '.join(tree)}, but no {part}")
@@ -112,14 +112,14 @@ def _check(name: str, got: Mapping[str, Shape], want: Mapping[str, Shape]) -> No
 
 
 def plan(kind: CheckpointType, ours: Ours) -> list[Move]:
-    """The moves of the checkpoint that these parameters came from, or of one as PyTorch's module would save it."""
+    """The moves back to the recorded checkpoint; without a record, to one as PyTorch's module would save it."""
     shapes = {path: tensor.shape for path, tensor in ours.tensors.items()}
     source = {key: tuple(shape) for key, shape in ours.record.get("keys", {}).items()} or _names(kind, ours, shapes)
     return mapping.plan(kind.table, kind.untie(source), shapes)
 
 
 def _names(kind: CheckpointType, ours: Ours, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Source names and shapes out of the table alone: the first rule of several for one leaf."""
+    """Source names and shapes by the table alone. Of several rules for one leaf the first one counts."""
     source: dict[str, Shape] = {}
     rules = [(rule, mapping.pattern(rule.target)) for rule in kind.table]
     for path, shape in shapes.items():
@@ -147,7 +147,7 @@ def _source_shape(rule: Rule, shape: Shape, fields: Fields) -> Shape:
 
 
 def write(target: str, kind: CheckpointType, ours: Ours, cast: stream.Cast) -> dict[str, Any]:
-    """Writes the file, streamed, in the order and with the metadata that PyTorch's own tools give it.
+    """Streams the file, in the order and with the metadata of PyTorch's own tools.
 
     Returns:
       A report.
@@ -188,7 +188,7 @@ def write(target: str, kind: CheckpointType, ours: Ours, cast: stream.Cast) -> d
 
 
 def _constants(kind: CheckpointType, ours: Ours) -> dict[str, np.ndarray]:
-    """Tensors that PyTorch's module has and our model computes: those of the source, or computed here."""
+    """Tensors of PyTorch's module that our model computes: recorded ones, or computed here."""
     if "carried" in ours.record:
         return {
             key: np.frombuffer(base64.b64decode(kept["data"]), safetensors_io.DTYPES[kept["dtype"]]).reshape(

@@ -1,4 +1,4 @@
-"""The engine that turns PyTorch checkpoints into our parameter trees, and back.
+"""Maps PyTorch checkpoints to our parameter trees, and back, by tables.
 
 A table is a list of `Rule`s. A rule names a source tensor (a PyTorch state-dict key), a target leaf (a
 parameter path joined by "/") and a `Layout`. `{name}` in the source stands for an index:
@@ -8,7 +8,7 @@ parameter path joined by "/") and a `Layout`. `{name}` in the source stands for 
     `nn.scan` wants it:                                `blocks.{i}.fc.weight -> blocks/fc/kernel`
 
 Tables are strict: each source key is used once or matches IGNORED, each target leaf is filled once and with
-the right shape. Whatever is off is raised together, as one list.
+the right shape. All mismatches are raised together, as one list.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def norm(source: str, target: str) -> list[Rule]:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """One target leaf and the source tensors that fill it; `stacked`: they stand on a new leading axis."""
+    """One target leaf and its source tensors; `stacked`: on a new leading axis."""
 
     target: str
     sources: tuple[str, ...]
@@ -154,7 +154,7 @@ def match(
     target: Mapping[str, Shape],
     ignored: Iterable[str] = (),
 ) -> tuple[list[Move], list[str]]:
-    """`plan` that goes on after a problem: what fits, and a line for all that does not."""
+    """As `plan`, without raising: the moves that fit, and a line for each problem."""
     rules = [(rule, pattern(rule.source)) for rule in table]
     skip = [re.compile(p) for p in ignored]
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""One checkpoint on its way into a release: what fits, what does not, and what is kept of the rest."""
+"""Plans the conversion of one checkpoint: what fits, what does not, and what is kept of the rest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from convert_weights.mapping import ConversionError, Move
 from convert_weights.sources import Source
 from convert_weights.typing import CheckpointType, Fields
 
-MOST_BYTES_CARRIED = 1 << 16  # of a tensor that our model computes itself, kept for the way back
-MOST_PROBLEMS_SHOWN = 30  # in one message; --dry_run shows all
+MAX_BYTES_CARRIED = 1 << 16  # of a tensor that our model computes itself, kept for an export
+MAX_PROBLEMS_SHOWN = 30  # in one message; --dry_run shows all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Part:
         return self.kind.section(self.fields)
 
     def check(self) -> None:
-        """Reads what the plan rests on beside shapes.
+        """Checks what shapes cannot tell.
 
         Raises:
           ConversionError: when there is a problem, tied names hold two tensors, or the type's own check fails.
         """
         if self.problems:
-            message, *details = self.complaint(MOST_PROBLEMS_SHOWN)
+            message, *details = self.complaint(MAX_PROBLEMS_SHOWN)
             raise ConversionError(message, details)
         try:
             if len(self.tied) == 2:
@@ -72,7 +72,7 @@ class Part:
         return [f"{self.source.name}: does not fit {self.kind.name}: {count} {noun}:", *lines]
 
     def record(self) -> dict[str, Any]:
-        """What the way back needs: the names and shapes of the source, and the tensors that only it has."""
+        """What an export needs: names and shapes of the source, and its tensors that our model does without."""
         ignored = {key: np.ascontiguousarray(self.source.read(key)) for key in self.ignored if self._is_small(key)}
         return {
             "table": self.kind.name,
@@ -89,7 +89,7 @@ class Part:
 
     def _is_small(self, key: str) -> bool:
         size = np.prod(self.source.shapes[key], dtype=np.int64) * self.source.dtypes[key].itemsize
-        return size <= MOST_BYTES_CARRIED
+        return size <= MAX_BYTES_CARRIED
 
     def report(self) -> dict[str, Any]:
         """What --report says of it."""
@@ -117,7 +117,7 @@ def plan_part(kind: CheckpointType, source: Source, variant: str | None, dtype: 
       dtype: that all will be cast to; None = every byte stays.
 
     Raises:
-      UserError: when it is no such checkpoint, or of another variant.
+      UserError: it is no such checkpoint, or of another variant.
     """
     name, fields = variants.infer(kind, source, variant)
     shapes, problems = dict(source.shapes), []

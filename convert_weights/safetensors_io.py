@@ -1,8 +1,11 @@
-"""The safetensors format, tensor by tensor: headers without the data, reads of one tensor or one layer of it, and
-a writer that never holds more than it is handed.
+"""Reads and writes safetensors files tensor by tensor, or layer by layer: memory holds one part at a time.
 
 A file is eight bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), and the tensors
 one after the other. Every byte of the header is checked here, because the files come from other people.
+
+The library's `safe_open` would read the same bytes, but it maps the file: when the file gets shorter or its disk fails
+meanwhile, a SIGBUS ends the process in place of a message. It also takes twice as long for a tensor, and cannot slice
+one without elements (safetensors 0.8). So the reads here are plain ones.
 """
 
 from __future__ import annotations
@@ -39,12 +42,12 @@ DTYPES = {
     }.items()
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000  # the format's own limit
-BLOCK = 1 << 26  # bytes in one system call; larger ones are cut short by the kernel at 2 GiB
+MAX_HEADER = 100_000_000  # the format's own limit
+BYTES_AT_ONCE = 1 << 26  # bytes in one system call; larger ones are cut short by the kernel at 2 GiB
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: `begin` counts from the start of the file."""
+    """The place of a tensor; `begin` counts bytes from the start of the file."""
 
     file: Path
     begin: int
@@ -60,7 +63,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, from its header alone.
 
     Raises:
-      UserError: when the file is no safetensors file, truncated, or its header is broken in any way.
+      UserError: the file is no safetensors file, truncated, or its header is broken in any way.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -68,7 +71,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(start[:8], "little")
         if size > 8 and start[8:] != b"{":
             raise UserError(f"{path}: not a safetensors file (wrong magic); is it the file you meant?")
-        if 8 + length > size or length < 2 or length > LONGEST_HEADER:
+        if 8 + length > size or length < 2 or length > MAX_HEADER:
             raise UserError(f"{path}: truncated or broken: the header should have {length} bytes, the file has {size}")
         header = start[8:] + file.read(length - 1)
     try:
@@ -91,7 +94,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _tensor(path: Path, name: str, entry: object, data: int) -> tuple[Tensor, int]:
-    """The tensor of one header entry, and the place where it ends."""
+    """The tensor of one header entry, and the byte after it."""
     try:
         fields = {key: entry[key] for key in ("dtype", "shape", "data_offsets")}
         whole = all(type(n) is int and n >= 0 for n in (*fields["shape"], *fields["data_offsets"]))
@@ -120,10 +123,10 @@ def _check_places(path: Path, tensors: dict[str, tuple[Tensor, int]], data: int,
 
 
 def read(tensor: Tensor, layer: int | None = None) -> np.ndarray:
-    """A tensor, or one layer of its leading axis.
+    """Reads a tensor, or one layer of its leading axis.
 
     Raises:
-      UserError: when the file ends early.
+      UserError: the file ends early.
     """
     shape = tensor.shape if layer is None else tensor.shape[1:]
     array = np.empty(shape, tensor.dtype)
@@ -133,7 +136,7 @@ def read(tensor: Tensor, layer: int | None = None) -> np.ndarray:
         file.seek(begin)
         at = 0
         while at < array.nbytes:
-            count = file.readinto(view[at : at + BLOCK])
+            count = file.readinto(view[at : at + BYTES_AT_ONCE])
             if not count:
                 raise UserError(f"{tensor.file}: truncated while it was read")
             at += count
@@ -141,7 +144,7 @@ def read(tensor: Tensor, layer: int | None = None) -> np.ndarray:
 
 
 class Spec(NamedTuple):
-    """What the header says of a tensor that is to be written."""
+    """The header entry of a tensor to write."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -183,4 +186,4 @@ def write(path: Path, specs: Mapping[str, Spec], parts: Iterable[np.ndarray], me
 def _write_all(file, data) -> None:
     view = memoryview(data)
     while len(view):
-        view = view[file.write(view[:BLOCK]) :]
+        view = view[file.write(view[:BYTES_AT_ONCE]) :]

@@ -1,6 +1,6 @@
-"""Where a checkpoint lies: one file, a folder with shards and their index, or a hub id in the local cache.
+"""Finds and opens checkpoints: a file, a folder with shards and their index, or a hub id in the local cache.
 
-Nothing here uses the network, and nothing unpickles unless it is allowed.
+Nothing here uses the network. Pickles are read only on request.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ TOKENIZERS = ("tokenizer.model", "spiece.model")
 
 
 class Source(NamedTuple):
-    """A checkpoint that is not read yet.
+    """A checkpoint, unread.
 
     Attributes:
       name: for messages.
-      files: those that hold the tensors.
+      files: of the tensors.
       shapes, dtypes: tensor name -> shape, dtype.
       read: tensor name -> array.
       config: config.json of the folder; empty where there is none.
@@ -57,7 +57,7 @@ def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "
       allowing_command: the command that allows pickles, for the message that refuses them.
 
     Raises:
-      UserError: when it is not there, not whole, or not safe to read.
+      UserError: it is missing, broken, or not safe to read.
     """
     path = _locate(name)
     files, index = _of_folder(path) if path.is_dir() else ((path,), None)
@@ -125,7 +125,7 @@ def _locate(name: str) -> Path:
 
 
 def _hub_cache() -> Path:
-    """The hub client's folder, by its own variables."""
+    """The hub client's folder, by the client's own environment variables."""
     if "HF_HUB_CACHE" in os.environ:
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
@@ -193,10 +193,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, name: str) -> dict[str, Any]:
-    """An object in JSON; `name` says in messages where it stands.
+    """Parses a JSON object; `name` is its source in messages.
 
     Raises:
-      UserError: when it is something else.
+      UserError: it is something else.
     """
     try:
         value = json.loads(text)
@@ -213,7 +213,7 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
 
 
 def _unpack(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a msgpack file; paths joined by "/", without "params" on top. Code cannot be in there."""
+    """The arrays of a msgpack file; paths joined by "/", without "params" on top. Such a file cannot hold code."""
     try:
         tree = serialization.msgpack_restore(path.read_bytes())
         flat = traverse_util.flatten_dict(tree.get("params", tree), sep="/")

@@ -1,4 +1,4 @@
-"""Tensors on their way: read, turned, checked, cast, one layer of one leaf at a time."""
+"""Reads, checks, casts and transposes tensors, one layer of one leaf at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ELEMENTS_CHECKED_TOGETHER = 1 << 19
 
 
 class Leaf(NamedTuple):
-    """One parameter that is to be written; calling `parts` reads it, a stacked one layer by layer."""
+    """One parameter to write. Calling `parts` reads it; a stacked one has a part for each layer."""
 
     path: str
     dtype: np.dtype
@@ -42,12 +42,12 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass
 class Cast:
-    """What happens to the numbers on the way.
+    """What is done to the numbers of a tensor.
 
     Attributes:
-      dtype: to cast to; None = every byte stays.
-      allow_nonfinite: go on where a tensor holds NaN or Inf.
-      nonfinite: names of the tensors where that was so.
+      dtype: of the result; None = every byte stays.
+      allow_nonfinite: accept tensors with NaN or Inf.
+      nonfinite: names of the tensors with NaN or Inf so far.
     """
 
     dtype: np.dtype | None = None
@@ -100,7 +100,7 @@ def turn(array: np.ndarray) -> np.ndarray:
 
 
 def forward(layout: Layout, array: np.ndarray) -> np.ndarray:
-    """`Layout.forward` by way of `turn`: every layout that moves axes puts the source's first one last."""
+    """`Layout.forward` by `turn`: every layout with axes puts the source's first axis last."""
     if not layout.axes:
         return layout.forward(array)
     count, *rest = array.shape
@@ -120,7 +120,7 @@ def backward(layout: Layout, array: np.ndarray, source_shape: tuple[int, ...]) -
 
 
 def dtype_problems(source: Source, moves: Sequence[Move], dtype: np.dtype | None) -> list[str]:
-    """A line for each tensor that is no floating-point one, and for each leaf that would mix dtypes."""
+    """A line for each tensor that is not floating point, and for each leaf of several dtypes."""
     problems = []
     for move in moves:
         found = {key: source.dtypes[key] for key in move.sources}
@@ -132,7 +132,7 @@ def dtype_problems(source: Source, moves: Sequence[Move], dtype: np.dtype | None
 
 
 def leaves(source: Source, moves: Sequence[Move], cast: Cast, prefix: str = "") -> list[Leaf]:
-    """The parameters that a plan fills, unread."""
+    """The parameters of a plan, unread."""
 
     def leaf(move: Move) -> Leaf:
         def part(key: str) -> np.ndarray:
@@ -147,7 +147,7 @@ def leaves(source: Source, moves: Sequence[Move], cast: Cast, prefix: str = "") 
 
 
 def whole(leaf: Leaf) -> np.ndarray:
-    """The leaf as one array, aligned so that JAX on the CPU takes it without a copy."""
+    """The leaf as one array, aligned: JAX on the CPU then needs no copy."""
     memory = np.empty(leaf.nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     out = memory[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)

@@ -1,4 +1,4 @@
-"""The sizes of a checkpoint's model: of a released variant, as the user says, or as the shapes tell."""
+"""The sizes of a checkpoint's model: by a released variant, by the user, or by the shapes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def infer(kind: CheckpointType, source: Source, variant: str | None) -> tuple[st
       variant: what the user says; None = by the shapes alone.
 
     Raises:
-      UserError: when it is no such checkpoint, of another variant, or does not tell a field.
+      UserError: it is no such checkpoint, of another variant, or does not tell a field.
     """
     rules = [mapping.pattern(rule.source) for rule in kind.table]
     if not any(rule.fullmatch(key) for rule in rules for key in source.shapes):
@@ -75,7 +75,7 @@ def infer(kind: CheckpointType, source: Source, variant: str | None) -> tuple[st
     fits = (all(told.get(k, v) == v for k, v in _flat(fields).items()) for fields in kind.released.values())
     name = next((name for name, fit in zip(kind.released, fits, strict=True) if fit), None)
     if name is not None:
-        # Sizes that a damaged checkpoint does not show are the released ones: they are then reported as missing.
+        # Sizes missing in a damaged checkpoint are the released ones: its tensors are then reported as missing.
         inferred = _flat(kind.released[name]) | inferred
     beside = {k: v for k, path in kind.config_names.items() if (v := _lookup(source.config, path)) is not None}
     fields = inferred | beside | given

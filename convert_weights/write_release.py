@@ -1,4 +1,4 @@
-"""One release folder out of one checkpoint, or out of all that Tora starts from."""
+"""Writes a release folder from one checkpoint, or from all checkpoints that Tora starts from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ReleaseWriter:
 
     Attributes:
       target: the folder, which is not there yet.
-      cast: what happens to the numbers.
+      cast: what is done to the numbers.
       tokenizer: a file to copy beside the weights, or None.
       orbax: as an Orbax checkpoint, in place of safetensors.
       mesh: that an Orbax checkpoint is sharded over, such as "fsdp=4".
@@ -102,7 +102,7 @@ class ReleaseWriter:
     ) -> int:
         nbytes = sum(leaf.nbytes for part in leaves.values() for leaf in part)
         if self.mesh is not None:
-            sharding.make_mesh(self.mesh)  # a wrong mesh is told before the work
+            sharding.make_mesh(self.mesh)  # a wrong mesh fails before the work
         with writers.aside(self.target, nbytes) as folder:
             folder.mkdir()
             if self.orbax:
@@ -120,7 +120,7 @@ class ReleaseWriter:
 
 
 def _config(parts: Mapping[str, Part], motion: Part) -> dict[str, Any]:
-    """configs/tora.py with the sizes of the checkpoints."""
+    """The config of configs/tora.py with the sizes of the checkpoints."""
     config = tora_config.get_config().to_dict()
     config["tora"]["stdit"] |= parts["stdit"].section()
     config["vae"] = parts["vae"].section()
@@ -141,7 +141,7 @@ def _fresh(model: Tora, have: Set[str], dtype: np.dtype | None) -> list[Leaf]:
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         params = model.init(key, latents, one, caption, latents, fps=one, height=one, width=one)["params"]
-        # The compiler drops what is not returned: the base weights are never made.
+        # The compiler drops all that is not returned: the base weights are never made.
         return {path: leaf for path, leaf in mapping.flatten(params).items() if path not in have}
 
     quick = {"xla_backend_optimization_level": 0}  # runs once: fast to compile beats fast to run

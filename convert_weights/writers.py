@@ -23,11 +23,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def aside(target: str | Path, nbytes: int) -> Iterator[Path]:
-    """A path to write to, which becomes `target` when all went well and vanishes when not.
+    """Yields a path to write to. It becomes `target` when all went well, else it is removed.
 
     Args:
       target: a file or a folder that is not there yet.
-      nbytes: that will be written, to see beforehand that they fit.
+      nbytes: size of what will be written, compared with the free space first.
 
     Raises:
       UserError: when the target exists, or cannot be written, or the disk is full.
@@ -56,7 +56,7 @@ def aside(target: str | Path, nbytes: int) -> Iterator[Path]:
 
 
 def _system_error(error: BaseException | None) -> str | None:
-    """What the system says of a full disk. Orbax hides the errno in texts and in causes."""
+    """The system's message on a full disk, or None. Orbax hides the errno in texts and in causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return error.strerror
@@ -67,13 +67,13 @@ def _system_error(error: BaseException | None) -> str | None:
 
 
 def readable(nbytes: int) -> str:
-    """Bytes for people."""
+    """A number of bytes with its unit."""
     unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB")) if nbytes >= u), (10**3, "kB"))
     return f"{nbytes / unit:.1f} {name}"
 
 
 def write_safetensors(path: Path, leaves: Sequence[Leaf]) -> None:
-    """One safetensors file of a release folder, streamed."""
+    """Streams leaves into one safetensors file of a release folder."""
     by_path = {leaf.path: leaf for leaf in leaves}
     specs = {path: safetensors_io.Spec(leaf.dtype, leaf.shape) for path, leaf in by_path.items()}
     specs = {path: specs[path] for path in safetensors_io.file_order(specs)}
@@ -81,7 +81,7 @@ def write_safetensors(path: Path, leaves: Sequence[Leaf]) -> None:
 
 
 def write_orbax(folder: Path, parts: Mapping[str, Sequence[Leaf]], mesh: str | None) -> None:
-    """An Orbax checkpoint of all parts, leaf by leaf, sharded over a mesh where one is named."""
+    """Writes an Orbax checkpoint of all parts, leaf by leaf; `mesh`: to shard it over, such as "fsdp=4"."""
     arrays = ((f"{part}/{leaf.path}", stream.whole(leaf)) for part, leaves in parts.items() for leaf in leaves)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each thread that meets a full disk

@@ -46,7 +46,7 @@ def untie(source: Mapping) -> dict:
 
     Args:
       source: state-dict key -> array, or key -> shape when only the headers were read. A streaming converter
-        plans on shapes and compares the two tensors of `TIED` itself when it has both.
+        plans on shapes first and calls it again with the two tensors of `TIED`.
 
     Returns:
       The same mapping without `encoder.embed_tokens.weight` if it has `shared.weight` too; else unchanged.

@@ -24,7 +24,7 @@ Similarity = Callable[[Video, str], float]
 
 
 def load(folder: str | Path) -> Similarity:
-    """The similarity by weights that `python -m convert_weights clip` wrote.
+    """Loads the similarity from a folder of `python -m convert_weights clip`.
 
     Raises:
       UserError: the folder or its tokenizer is missing or broken.

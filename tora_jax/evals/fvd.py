@@ -26,7 +26,7 @@ Features = Callable[[Video], Float[np.ndarray, "d"]]
 
 
 def load(folder: str | Path) -> Features:
-    """The features by weights that `python -m convert_weights i3d` wrote.
+    """Loads the features from a folder of `python -m convert_weights i3d`.
 
     Raises:
       UserError: the folder is missing or broken.
@@ -43,9 +43,9 @@ def load(folder: str | Path) -> Features:
 
 
 def resize(video: Video, side: int = SIZE) -> Float[np.ndarray, "t side side 3"]:
-    """Pixels in [-1, 1], resized as TensorFlow 1 does: what every published FVD used.
+    """Pixels in [-1, 1], resized as TensorFlow 1 does, as for every published FVD.
 
-    That is bilinear without antialiasing, and pixel i of the result is read at i * (old side / new side): the
+    Bilinear without antialiasing, and pixel i of the result is read at i * (old side / new side): the
     upper left corners agree, not the centres (`tf.image.resize_bilinear`, align_corners=False).
     """
     x = to_float(video)

@@ -1,4 +1,4 @@
-"""All metrics of one video. Those that need weights are left out where there are none, and say so."""
+"""Computes all metrics of one video. Metrics without their weights are left out, with the reason."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ TRACKERS = ("lk", "raft", "tapnext")
 
 
 class Metrics:
-    """What a config asks for, loaded.
+    """The metrics of a config, with their weights loaded.
 
     Attributes:
-      asked: all that changes a figure; a record that was made otherwise is made again.
-      left_out: metric -> why it is not there.
+      asked: the options that change a figure; a record of other options is made again.
+      left_out: metric -> why it is missing.
 
     Raises:
       UserError: weights that are named are missing or broken, or there is no such tracker.

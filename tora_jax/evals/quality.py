@@ -1,4 +1,4 @@
-"""Measures of pixels: PSNR and SSIM against a video that is known, flicker and motion of a video alone."""
+"""Metrics of pixels: PSNR and SSIM against a true video; flicker and motion of a video alone."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ssim(video: Video, truth: Video) -> float:
 
 
 def steadiness(video: Video) -> dict[str, float]:
-    """How much a video flickers, and how much moves in it, both by its optical flow (DIS).
+    """Flicker and motion of a video, both by its optical flow (DIS).
 
     Returns:
       flicker: mean absolute difference, 0..255, between a frame and the next one brought back along the flow: what

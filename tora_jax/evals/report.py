@@ -1,4 +1,4 @@
-"""What an evaluation leaves: JSON, CSV, a Markdown table beside the paper's numbers, plots, stills and a page."""
+"""Writes the results of an evaluation: JSON, CSV, a table with the paper's numbers, plots, stills and a page."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _csv(rows) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: a row for each size, then the paper's own numbers, then what is not there and why."""
+    """Markdown: a row for each size, then the paper's own numbers, then missing metrics with the reason."""
     cells = results["cells"]
     shown = {name: column for name, column in COLUMNS.items() if any(cell.get(name) is not None for cell in cells)}
     head = ["frames, size", "clips", *(heading for heading, _ in shown.values())]

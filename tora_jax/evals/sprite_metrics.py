@@ -31,7 +31,7 @@ MASK_BLUR = 1.5  # cells: a deviation, of the blur of a mask
 def centroid(
     video: Video, colour: tuple[int, int, int], near: Float[np.ndarray, "t 2"] | None = None
 ) -> tuple[Float[np.ndarray, "t 2"], Bool[np.ndarray, "t"]]:
-    """Where the object of a colour is: the centre of mass of the largest connected piece of that colour.
+    """The place of the object of a colour: the centre of mass of the largest connected piece of that colour.
 
     Args:
       colour: RGB, 0..255.
@@ -45,7 +45,7 @@ def centroid(
 
 
 def path_error(video: Video, colours: Sequence[str], tracks: Float[np.ndarray, "n t 2"]) -> dict[str, float]:
-    """How far objects are from the paths that they were given.
+    """The distance of objects from their given paths.
 
     Nothing tells a model which of several objects takes which path, so the better assignment counts.
 

@@ -1,4 +1,4 @@
-"""What videos are asked for, and judged against: prompts, trajectories and, where they are known, the true clips.
+"""Tasks of an evaluation: prompts, trajectories and, where known, true clips to compare with.
 
 A benchmark has
   names: of its tasks, fit for files.
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 
 
 class Sprites:
-    """The first clips of a split of the synthetic set; they come from their seed, at any size and length."""
+    """The first clips of a split of the synthetic set, drawn from their seeds at any size and length."""
 
     def __init__(self, split: str, count: int = 0):
         if split not in SPLITS:

@@ -27,7 +27,7 @@ TAPNEXT_SIDE = 256  # pixels; its position embedding has this size
 
 
 def raft_tracker(model: RAFT, params: Mapping[str, Any]) -> Tracker:
-    """Points carried by RAFT's flow from each frame to the next.
+    """A tracker that carries points along RAFT's flow from each frame to the next.
 
     A point is lost for good where the flow back does not return it to about where it came from (the usual bound,
     |forward + back|^2 < 0.01 (|forward|^2 + |back|^2) + 0.5), because what covers it carries it along.

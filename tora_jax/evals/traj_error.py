@@ -1,6 +1,6 @@
-"""TrajError: how far the points of a generated video are from the paths that they were to follow, in pixels.
+"""TrajError: the distance in pixels of a generated video's points from their given paths.
 
-A tracker takes a video and points of its first frame, and says where they are in every frame. Three have this
+A tracker takes a video and points of its first frame, and gives their places in every frame. Three have this
 signature: OpenCV's pyramidal Lucas-Kanade (track_lk.py), RAFT's flow chained from frame to frame and TAPNext
 (track_networks.py).
 """
@@ -24,7 +24,7 @@ PIXELS_WITHIN = (1, 2, 4, 8)
 
 
 def traj_error(given: Tracks, tracked: Tracks, visible: Visible, size: tuple[int, int]) -> dict[str, float]:
-    """Compares the paths that were given with the tracks that a tracker found from their start points.
+    """Compares given paths with the tracks that a tracker found from their start points.
 
     Args:
       given, tracked: (x, y) in 0..1 of the frame.

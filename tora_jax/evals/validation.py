@@ -1,4 +1,4 @@
-"""Quality on held-out clips while a job trains: losses or PSNR, and videos that are sampled along held-out tracks."""
+"""Judges a training on held-out clips: losses or PSNR, and videos sampled along held-out tracks."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def make(
     mesh: Mesh,
     folder: Path,
 ) -> Judge:
-    """What a job is judged by: the losses at fixed timesteps for "tora", the PSNR for the autoencoders.
+    """The judge of a job: losses at fixed timesteps for "tora", PSNR for the autoencoders.
 
-    Their mean, or the PSNR below 0, is the "objective": the lower the better. `sampled` goes with "tora".
+    The "objective" is the losses' mean, or the PSNR times -1: the lower the better. `sampled` goes with "tora".
 
     Args:
       config: of a job.
@@ -115,7 +115,7 @@ def _tora(config: Mapping[str, Any], models: Models) -> Callable:
 
 
 class Clip(NamedTuple):
-    """What is asked for: a caption, tracks, and of sprites their colours."""
+    """A task of `sampled`: caption, tracks, and the colours of sprites."""
 
     caption: str
     tracks: traj_error.Tracks
