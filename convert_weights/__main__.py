@@ -49,7 +49,6 @@ def _convert(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args.command = f"python -m convert_weights {shlex.join([*argv[1:], '--allow_pickle'])}"
     start = time.perf_counter()
     report = _run(args)
-    check_interrupt()
     _tell(args, report, time.perf_counter() - start)
 
 
