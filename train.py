@@ -12,20 +12,15 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 import contextlib
 import functools
 import json
-import math
-import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from tensorboardX import SummaryWriter
 from tora_jax.configs import common
-from tqdm import tqdm
 
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
@@ -34,10 +29,11 @@ from tora_jax.checkpoints.manager import Manager
 from tora_jax.data import pipeline, placement
 from tora_jax.errors import UserError
 from tora_jax.evals import validation
-from tora_jax.io.files import tuples, write_atomic
-from tora_jax.io.video import read_video
-from tora_jax.training import lora, optim
-from tora_jax.training import step as training
+from tora_jax.io.files import tuples
+from tora_jax.training import lora
+from tora_jax.training.job import Job
+from tora_jax.training.log import Log
+from tora_jax.training.step import init_state, jit_train_step
 
 USAGE = """Trains one part of the chain; configs/*.py have the launch lines.
 
@@ -77,22 +73,17 @@ def main(argv: list[str], check_interrupt) -> None:
         params = dict(models.params)
         if config["from_video_vae"]:
             params["motion_vae"] = params["vae"]
-        rank, alpha = config["lora"]["rank"], config["lora"]["alpha"]
-        if rank:
-            trained = lora.init(params, config["lora"]["kernels"], rank, jax.random.key(config["seed"]))
-            frozen, combine = optim.flatten(params), functools.partial(lora.merge, alpha=alpha)
-        else:
-            trained, frozen = optim.split(params, config["train"], models.backbone.BUFFERS)
-            combine = optim.join
-        optimizer = optim.make(config["optim"], trained, config["steps"])
-        state = training.init_state(trained, optimizer)
+        job = Job(config, models.backbone, models.parts)
+        trained, frozen = job.split(params)
+        optimizer = job.optimizer(trained)
+        state = init_state(trained, optimizer)
 
     # ----- Data -------------------------------------------------------------------------------------------------
     open_split = functools.partial(
         pipeline.batches,
         seed=config["seed"],
         shard=placement.shard_of(mesh),
-        tokenizer=models.tokenizer if config["job"] == "tora" else None,
+        tokenizer=models.tokenizer if job.name == "tora" else None,
         latent_frames=models.vae.latent_frames,
     )
     data = config["data"]
@@ -101,15 +92,14 @@ def main(argv: list[str], check_interrupt) -> None:
 
     # ----- On the mesh ------------------------------------------------------------------------------------------
     state = jax.device_put(state, sharding.param_shardings(state, mesh, rules))
-    used = training.used_parts(config["job"], opened.made)
+    used = job.used_parts(opened.made)
     frozen = {  # the rest stays in the host's memory: a compiled function takes only what it uses
         path: jax.device_put(frozen[path], place) if path.partition("/")[0] in used else np.asarray(frozen[path])
         for path, place in sharding.param_shardings(frozen, mesh, rules).items()
     }
 
     # ----- The step, and how its result is judged ---------------------------------------------------------------
-    parts = models.parts
-    train_step = training.jit_train_step(config, parts, optimizer, combine, state)
+    train_step = jit_train_step(job, optimizer, state)
     key = jax.random.key(config["seed"])
     held_out = {**data, "crop": 0, "workers": 0}
     open_held_out = functools.partial(open_split, held_out, data["validation"], training=False)
@@ -133,13 +123,13 @@ def main(argv: list[str], check_interrupt) -> None:
         for step in range(start + 1, config["steps"] + 1):
             batch = next(batches)
             state, metrics = train_step(state, frozen, batch, key)
-            log.add(step, metrics, training.count_tokens(batch, config["job"], parts))
+            log.add(step, metrics, job.count_tokens(batch))
             final, stop = step == config["steps"], manager.preempted(step)
             if final or stop or step % config["log_every"] == 0:
                 log.flush()
             judged = {}
             if final or step % config["eval_every"] == 0:
-                judged = log.write(step, judge(combine(state.ema, frozen), step))
+                judged = log.write(step, judge(job.combine(state.ema, frozen), step))
                 log.show(step, samples)
             # The checkpoint is written before the next batch is drawn, so that the data goes on exactly there.
             if final or stop or judged or step % config["save_every"] == 0:
@@ -151,87 +141,24 @@ def main(argv: list[str], check_interrupt) -> None:
         if step < config["steps"]:
             print(f"stopped by a signal at step {step}; go on with --config.resume", file=sys.stderr)
             return
-        judged = judged or judge(combine(state.ema, frozen), step)  # killed between the last step and the release
+        judged = judged or judge(job.combine(state.ema, frozen), step)  # killed between the last step and the release
 
     # ----- The release folder -----------------------------------------------------------------------------------
-    params = sharding.to_host(combine(state.ema, frozen))
-    if config["job"] != "tora":
+    params = sharding.to_host(job.combine(state.ema, frozen))
+    if job.name != "tora":
         normalise = validation.latent_statistics(config, models, open_held_out, mesh)
-        params[config["job"]].update(normalise(params[config["job"]]))
-    adapter = sharding.to_host(state.ema) if rank else None
+        params[job.name].update(normalise(params[job.name]))
+    adapter = sharding.to_host(state.ema) if job.adapts else None
     if not first:
         return
-    if rank:
-        lora.save(workdir / "adapter.safetensors", adapter, alpha)
+    if job.adapts:
+        lora.save(workdir / "adapter.safetensors", adapter, config["lora"]["alpha"])
     launch = shlex.join(["python", *argv])
     figures = json.dumps(judged, indent=2)
     readme = f"Trained by\n\n    {launch}\n\nSeed {config['seed']}. On held-out clips:\n\n{figures}\n"
     sections = assembly.sections(config)
     release.save(released, sections, params, assembly.tokenizer_path(args.weights), readme)
     print(f"wrote {released}")
-
-
-class Log:
-    """metrics.jsonl with every step, TensorBoard, and a progress bar; of several processes, the first one's.
-
-    Values stay on the device until `flush`, so that steps are not waited for one by one.
-    """
-
-    def __init__(self, folder: Path, start: int, total: int, quiet: bool, first: bool):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        if first:
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            with write_atomic(path) as aside:  # what came after the checkpoint comes again
-                aside.write_text("".join(kept))
-        self._file = (path if first else Path(os.devnull)).open("a")
-        # With a bounded queue the training would wait for ever once a full disk has ended the thread that writes.
-        self._board = SummaryWriter(str(folder), purge_step=start + 1, max_queue=0, write_to_disk=first)
-        self._bar = tqdm(total=total, initial=start, unit="step", disable=quiet or not first, mininterval=1)
-        self._waiting: list[tuple[int, dict, int]] = []
-        self._since = time.perf_counter()
-
-    def add(self, step: int, metrics: dict, tokens: int) -> None:
-        self._waiting.append((step, metrics, tokens))
-
-    def flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for step, metrics, _ in waiting:
-            values = self.write(step, jax.device_get(metrics))
-            if not math.isfinite(values["loss"]):  # such a step is never saved
-                raise UserError(f"the loss of step {step} is {values['loss']}; go on from before with a lower lr")
-        self._file.flush()
-        if waiting:
-            seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
-            speed = {"steps": len(waiting) / seconds, "tokens": sum(tokens for *_, tokens in waiting) / seconds}
-            for name, value in speed.items():
-                self._board.add_scalar(f"{name}_per_second", value, step)
-            self._bar.set_postfix_str(f"loss {values['loss']:.4g}, {speed['tokens']:.3g} tokens/s", refresh=False)
-            self._bar.update(step - self._bar.n)
-
-    def write(self, step: int, values: dict) -> dict[str, float]:
-        values = {name: float(value) for name, value in values.items()}
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        return values
-
-    def show(self, step: int, folder: Path) -> None:
-        """Eight frames of each clip that was sampled at this step."""
-        for path in sorted(folder.glob(f"{step:06}_*.mp4")):
-            frames, _ = read_video(path)
-            chosen = frames[np.linspace(0, len(frames) - 1, 8).round().astype(int)]
-            self._board.add_images(f"clip{path.stem.partition('_')[2]}", chosen, step, dataformats="NHWC")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.flush()
-        self._file.close()
-        self._board.close()
-        self._bar.close()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from ml_collections import config_flags
 from tora_jax import sharding
 from tora_jax.backbones import assembly, opensora
 from tora_jax.diffusion import sampler
-from tora_jax.training import lora, optim
-from tora_jax.training import step as training
+from tora_jax.training import optim
+from tora_jax.training.job import Job
+from tora_jax.training.step import init_state, jit_train_step
 from tora_jax.typing import Step
 
 
@@ -74,15 +75,11 @@ def placed(shapes, shardings):
 def train(config, parts, mesh, rules, size, batch):
     """train.py's step, and shapes of its arguments."""
     params = params_of(parts, mesh, rules, "tora")
-    if config["lora"]["rank"]:
-        rank, alpha = config["lora"]["rank"], config["lora"]["alpha"]
-        make = functools.partial(lora.init, patterns=config["lora"]["kernels"], rank=rank, key=jax.random.key(0))
-        trained, frozen = jax.eval_shape(make, params), optim.flatten(params)
-        combine = functools.partial(lora.merge, alpha=alpha)
-    else:
-        (trained, frozen), combine = optim.split(params, config["train"]), optim.join
-    optimizer = optim.make(config["optim"], trained, config["steps"])
-    state = jax.eval_shape(lambda trained: training.init_state(trained, optimizer), trained)
+    job = Job(config, opensora, parts)
+    trained, rest = jax.eval_shape(job.split, params)
+    frozen = {path: leaf for path, leaf in optim.flatten(params).items() if path in rest}  # with their shardings
+    optimizer = job.optimizer(trained)
+    state = jax.eval_shape(lambda trained: init_state(trained, optimizer), trained)
     state = placed(state, sharding.param_shardings(state, mesh, rules))
     frames, height, width, channels = latent_shape(parts, **size)
     tora = parts["tora"]
@@ -95,7 +92,7 @@ def train(config, parts, mesh, rules, size, batch):
     clips |= {name: jax.ShapeDtypeStruct((batch,), jnp.float32) for name in ("fps", "height", "width")}
     clips = placed(clips, sharding.batch_sharding(mesh, rules, batch))
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
-    return training.jit_train_step(config, parts, optimizer, combine, state), (state, frozen, clips, key)
+    return jit_train_step(job, optimizer, state), (state, frozen, clips, key)
 
 
 def text(config, parts, mesh, rules, size, batch):

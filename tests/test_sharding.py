@@ -71,7 +71,7 @@ class TestParameters:
 
     def test_state_lies_like_its_parameters(self):
         mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
-        trained, frozen = optim.split(released_shapes(), ["tora/.*"])
+        trained, frozen = optim.split(released_shapes(), ["tora/.*"], opensora.BUFFERS)
         state = {"opt": jax.eval_shape(optax.adamw(1e-3).init, trained), "ema": trained, "rng": jax.random.key(0)}
         want = sharding.param_shardings(trained, mesh, RULES)
         got = sharding.param_shardings(state, mesh, RULES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
 
 
 @runtime_checkable
@@ -84,7 +84,7 @@ class Process(Protocol):
         """The sampler's timesteps [start, t_0, ..., t_{n-1}, end], falling; step i goes from t_i to the next one."""
 
     def draw_timesteps(
-        self, keys: PRNGKeyArray, height: Array, width: Array, latent_frames: int, method: str, transform: bool
+        self, keys: Key[Array, "b"], height: Array, width: Array, latent_frames: int, method: str, transform: bool
     ) -> Float[Array, "b"]:
         """Random timesteps of a training batch, one for each key.
 

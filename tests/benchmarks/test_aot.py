@@ -12,7 +12,6 @@ from configs import tora
 from tests import training_runs
 from tora_jax import sharding
 from tora_jax.io.files import tuples
-from tora_jax.training import step as training
 
 ROOT = Path(__file__).parent.parent.parent
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
@@ -85,8 +84,8 @@ def test_for_tpus(topology, code):
 @pytest.mark.slow
 def test_one_compilation_for_each_bucket(tmp_path, monkeypatch):
     """A run over two sizes of clips compiles its step twice, and not again when it goes on."""
-    made, make = [], training.jit_train_step
-    monkeypatch.setattr(training, "jit_train_step", lambda *args: made.append(make(*args)) or made[-1])
+    made, make = [], training_runs.train.jit_train_step
+    monkeypatch.setattr(training_runs.train, "jit_train_step", lambda *args: made.append(make(*args)) or made[-1])
     clips = training_runs.write_records(tmp_path / "clips")
     bucket = "{'frames':%d,'height':32,'width':32,'fps':0.0,'batch':2,'weight':1.0}"
     options = (training_runs.source(clips), f"--config.data.buckets=({bucket % 5},{bucket % 4})")

@@ -10,6 +10,7 @@ from tora_jax.configs import common
 
 from tora_jax import sharding
 from tora_jax.backbones import assembly, opensora
+from tora_jax.backbones.opensora import BUFFERS
 from tora_jax.errors import UserError
 from tora_jax.training import optim
 
@@ -38,7 +39,7 @@ TREE = {
 
 
 def trained_paths(patterns):
-    return {path for path, chosen in optim.select(TREE, patterns).items() if chosen}
+    return {path for path, chosen in optim.select(TREE, patterns, BUFFERS).items() if chosen}
 
 
 class TestSelection:
@@ -57,7 +58,7 @@ class TestSelection:
         everything = trained_paths([".*"])
         assert {"vae/conv/scale", "tora/stdit/blocks/spatial/kernel"} < everything
         assert not everything & {"tora/stdit/null_caption", "vae/shift", "vae/scale"}
-        assert "tora/stdit/null_caption" in optim.select(TREE, [".*"])
+        assert "tora/stdit/null_caption" in optim.select(TREE, [".*"], BUFFERS)
 
     @pytest.mark.parametrize(
         ("patterns", "message"),
@@ -72,7 +73,7 @@ class TestSelection:
     )
     def test_mistakes(self, patterns, message):
         with pytest.raises(UserError, match="train: .*" + message.replace("(", r"\(")):
-            optim.split(TREE, patterns)
+            optim.split(TREE, patterns, BUFFERS)
 
     def test_split_and_join(self):
         trained, frozen = optim.split(TREE, ["tora/extractor/.*"])
@@ -85,7 +86,7 @@ class TestSelection:
     def test_buffers_of_the_whole_chain(self, tiny_config):
         parts = assembly.modules(tiny_config)
         shapes = jax.eval_shape(lambda key: assembly.init_params(opensora, parts, key), jax.random.key(0))
-        frozen = {path for path, chosen in optim.select(shapes, [".*"]).items() if not chosen}
+        frozen = {path for path, chosen in optim.select(shapes, [".*"], BUFFERS).items() if not chosen}
         assert frozen == {
             "tora/stdit/null_caption",
             *(f"{part}/{name}" for part in ("vae", "motion_vae") for name in ("shift", "scale")),

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 NUM_TIMESTEPS = 1000.0
 
@@ -86,7 +86,7 @@ class RectifiedFlow:
         return np.concatenate([[NUM_TIMESTEPS], t, [0]]).astype(np.float32)
 
     def draw_timesteps(
-        self, keys: PRNGKeyArray, height: Array, width: Array, latent_frames: int, method: str, transform: bool
+        self, keys: Key[Array, "b"], height: Array, width: Array, latent_frames: int, method: str, transform: bool
     ) -> Float[Array, "b"]:
         """Random training timesteps, one for each key.
 

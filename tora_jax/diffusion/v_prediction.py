@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 START = 1000.0  # before the first step: no timestep of the table, as in `rectified_flow`
 CLEAN = -1.0
@@ -128,7 +128,7 @@ class VPrediction:
         return Levels(float(read), float(levels[step - 1]) if step else None, float(levels[step]), float(end))
 
     def draw_timesteps(
-        self, keys: PRNGKeyArray, height: Array, width: Array, latent_frames: int, method: str, transform: bool
+        self, keys: Key[Array, "b"], height: Array, width: Array, latent_frames: int, method: str, transform: bool
     ) -> Float[Array, "b"]:
         """Random training timesteps, one for each key: whole numbers, all as likely, as the released training has them.
 

@@ -25,7 +25,7 @@ from tora_jax.io import overlay
 from tora_jax.io.video import to_float, write_video
 from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
-from tora_jax.training import step as training
+from tora_jax.training import losses
 
 TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
 PAPER_SIZE = (512, 512)  # width and height in whose pixels the paper's TrajError counts
@@ -107,9 +107,9 @@ def _psnr(config: Mapping[str, Any], models: Models) -> Callable:
 
 def _tora(config: Mapping[str, Any], models: Models) -> Callable:
     def one(params, batch):
-        keys = training.sample_keys(jax.random.key(config["seed"]), 0, batch)
-        losses = {t: training.tora_loss_at(models.backbone, models.parts, t) for t in TIMESTEPS}
-        return {f"loss_at_{t:g}": loss(params, batch, keys)[0].mean() for t, loss in losses.items()}
+        keys = losses.sample_keys(jax.random.key(config["seed"]), 0, batch)
+        at = {t: losses.tora_loss_at(models.backbone, models.parts, t) for t in TIMESTEPS}
+        return {f"loss_at_{t:g}": loss(params, batch, keys)[0].mean() for t, loss in at.items()}
 
     return one
 

@@ -16,7 +16,6 @@ import optax.contrib
 from flax import traverse_util
 from jaxtyping import Array
 
-from tora_jax.backbones import opensora
 from tora_jax.errors import UserError
 
 
@@ -58,13 +57,13 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.flatten_dict(params, sep="/")
 
 
-def select(params: Mapping[str, Any], patterns: Sequence[str], buffers: str = opensora.BUFFERS) -> dict[str, bool]:
+def select(params: Mapping[str, Any], patterns: Sequence[str], buffers: str = "") -> dict[str, bool]:
     """Which leaves train, by path.
 
     Args:
       params: nested dict of arrays or shapes.
       patterns: regexes of what trains; one that starts with "!" freezes. What none fits is frozen.
-      buffers: regex of what never trains, of the backbone.
+      buffers: regex of what never trains, `BUFFERS` of a backbone.
 
     Raises:
       UserError: when a pattern never has its way, or nothing trains.
@@ -77,7 +76,7 @@ def select(params: Mapping[str, Any], patterns: Sequence[str], buffers: str = op
 
 
 def split(
-    params: Mapping[str, Any], patterns: Sequence[str], buffers: str = opensora.BUFFERS
+    params: Mapping[str, Any], patterns: Sequence[str], buffers: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Cuts a tree into what `select` chooses and the rest: two flat dicts, path -> leaf, for `join`.
 

@@ -1,32 +1,19 @@
-"""The training step, and what the three jobs minimise.
-
-A job's loss is a function (params, batch, keys) -> (loss of each sample, metrics). Everything random comes from one
-key a sample, so that the same step gives the same numbers on any mesh.
-"""
+"""The training step, and the state that it changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from tora_jax.backbones import assembly
-from tora_jax.diffusion.loss import training_loss
-from tora_jax.errors import UserError
-from tora_jax.io.video import to_float
-from tora_jax.models.video_vae import Gaussian
 from tora_jax.training import optim
-
-JOBS = ("vae", "motion_vae", "tora")
-
-Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
+from tora_jax.training.job import Job
+from tora_jax.training.losses import Loss, sample_keys
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -89,217 +76,13 @@ def make_train_step(
     return train_step
 
 
-def jit_train_step(
-    config: Mapping[str, Any],
-    parts: Mapping[str, nn.Module],
-    optimizer: optax.GradientTransformation,
-    combine: Callable[[Any, Any], Any],
-    state: TrainState,
-) -> Callable:
-    """`make_train_step` of a job's config, to be called where `sharding.use` holds.
+def jit_train_step(job: Job, optimizer: optax.GradientTransformation, state: TrainState) -> Callable:
+    """`make_train_step` of a job, to be called where `sharding.use` holds.
 
     Args:
       state: of arrays or shapes with shardings, where the next one shall lie, too; it is donated.
     """
     step = make_train_step(
-        loss_of(assembly.backbone(config), config["job"], parts, config["loss"]),
-        optimizer,
-        combine=combine,
-        ema=config["ema"],
-        accumulate=config["accumulate"],
+        job.loss(), optimizer, combine=job.combine, ema=job.config["ema"], accumulate=job.config["accumulate"]
     )
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
-
-
-def loss_of(backbone: ModuleType, job: str, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
-    """The loss of a job.
-
-    Raises:
-      UserError: there is no such job.
-    """
-    if job not in JOBS:
-        raise UserError(f"job {job!r}: there are {', '.join(JOBS)}")
-    return tora_loss(backbone, parts, config) if job == "tora" else vae_loss(parts[job], job, config)
-
-
-def used_parts(job: str, made: Mapping[str, Any] | None) -> set[str]:
-    """The parts that a step computes with.
-
-    Args:
-      made: what the batches were precomputed with; None = they come from clips.
-    """
-    if job != "tora":
-        return {job}
-    vaes, t5 = made is None, made is None or made["text"] == "ids"
-    return {"tora", *(("vae", "motion_vae") if vaes else ()), *(("t5",) if t5 else ())}
-
-
-def count_tokens(batch: Mapping[str, Array], job: str, parts: Mapping[str, nn.Module]) -> int:
-    """What a step works on: the patches that ST-DiT sees, or the latent cells of an autoencoder."""
-    samples, frames = batch["frame_mask"].shape
-    if "latent_mean" in batch:
-        height, width = batch["latent_mean"].shape[2:4]
-    else:
-        pixels = batch["maps" if job == "motion_vae" else "video"]
-        height, width = (side // parts["vae"].space_factor for side in pixels.shape[2:4])
-    patch = parts["tora"].patch if job == "tora" else 1
-    return samples * frames * -(-height // patch) * -(-width // patch)
-
-
-def sample_keys(key: PRNGKeyArray, step: Array | int, batch: Mapping[str, Array]) -> Array:
-    """One key for each sample of a batch."""
-    return jax.random.split(jax.random.fold_in(key, step), len(jax.tree.leaves(batch)[0]))
-
-
-def _normal(keys: Array, shape: tuple[int, ...]) -> Array:
-    return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(keys)
-
-
-def _happens(keys: Array, probability: float) -> Array:
-    return jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The autoencoders
-# ----------------------------------------------------------------------------------------------------------
-
-
-def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
-    """Reconstruction and KL of the video VAE, or of the motion VAE on maps.
-
-    Args:
-      part: "vae", whose batches hold "video", or "motion_vae", whose batches hold "maps".
-      config: weights of the terms; one of weight 0 is not computed.
-        l1, l2: of |d| and d^2 in every reconstruction, means over its elements;
-        frame: of the frames that the spatial VAE alone reconstructs;
-        coarse: of frames of half the size, decoded from means of 2x2 of their latents: what is smooth in pixels becomes
-            smooth in latents, which a denoiser learns sooner (Skorokhodov et al. 2025, "Improving the diffusability of
-            autoencoders", section 4);
-        identity: of the causal VAE's clip against the spatial VAE's (the reference's identity loss);
-        video: of the pixels after both;
-        kl_spatial, kl: of the posteriors, means over their elements.
-      The three phases are frame, then identity, then all together.
-    """
-    pixels = {"vae": "video", "motion_vae": "maps"}[part]
-
-    def distance(x: Array, y: Array) -> Array:
-        d = (x - y).reshape(len(x), -1)
-        return config["l1"] * jnp.abs(d).mean(1) + config["l2"] * jnp.square(d).mean(1)
-
-    def loss(params, batch, keys):
-        def run(method: str, *args):
-            return vae.apply({"params": params[part]}, *args, method=method)
-
-        if pixels not in batch:
-            raise UserError(f"the batches hold no {pixels}: {part} trains on clips that are not precomputed")
-        video = to_float(batch[pixels])
-        moments = run("moments", video, keys[0])
-        terms = {}
-        if config["kl_spatial"]:
-            terms["kl_spatial"] = _kl(moments.spatial)
-        if config["kl"]:
-            terms["kl"] = _kl(moments.latent)
-        if config["frame"]:
-            terms["frame"] = distance(run("decode_frames", moments.clip), video)
-        if config["coarse"]:
-            coarse = run("decode_frames", _halve(moments.clip))
-            height, width = coarse.shape[2:4]  # without what an odd number of latent cells leaves over
-            terms["coarse"] = distance(coarse, _halve(video)[:, :, :height, :width])
-        if config["identity"] or config["video"]:
-            latent = moments.latent.mean + jnp.exp(0.5 * moments.latent.logvar) * _normal(
-                keys, moments.latent.mean.shape
-            )
-            clip = run("decode_clip", latent, video.shape[1])
-        if config["identity"]:
-            terms["identity"] = distance(clip, moments.clip)
-        if config["video"]:
-            terms["video"] = distance(run("decode_frames", clip), video)
-        total = sum(config[name] * value for name, value in terms.items())
-        return total, {name: value.mean() for name, value in terms.items()}
-
-    return loss
-
-
-def _halve(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:
-    return nn.avg_pool(x, (1, 2, 2), strides=(1, 2, 2))
-
-
-def _kl(posterior: Gaussian) -> Float[Array, "b"]:
-    """Divergence from the standard normal, mean over the elements of a sample."""
-    mean, logvar = posterior
-    terms = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
-    return terms.reshape(len(mean), -1).mean(1)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Tora
-# ----------------------------------------------------------------------------------------------------------
-
-
-def tora_loss(backbone: ModuleType, parts: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Loss:
-    """The denoiser's loss with captions, motion and given frames, dropped now and then.
-
-    Args:
-      backbone: a module of `backbones`.
-      parts: "tora", and for batches that hold pixels or tokens "vae", "motion_vae" and "t5".
-      config: timesteps ("logit_normal" or "uniform"), transform (shift them by size and length), drop_text,
-        drop_motion (probabilities), path_weight (of the error beside the paths, more than elsewhere; see `near_paths`).
-    """
-
-    def loss(params, batch, keys):
-        draws = dict(zip(("x", "motion", "noise", "time", "text", "drop"), _split(keys, 6), strict=True))
-        x = _latents(parts, params, batch, draws["x"], "vae", "video", "latent")
-        motion = _latents(parts, params, batch, draws["motion"], backbone.MOTION, "maps", "motion")
-        process, size = backbone.process(parts), (batch["height"], batch["width"], x.shape[1])
-        t = process.draw_timesteps(draws["time"], *size, config["timesteps"], config["transform"])
-        has_motion = None if motion is None else ~_happens(draws["drop"], config["drop_motion"])
-        weight = None
-        if motion is not None and config["path_weight"]:
-            weight = 1 + config["path_weight"] * near_paths(motion) * has_motion[:, None, None, None]
-        drop_text = _happens(draws["text"], config["drop_text"])
-        predict = backbone.predictor(parts, params, batch, motion, drop_text=drop_text, has_motion=has_motion)
-        noise = _normal(draws["noise"], x.shape)
-        return training_loss(process, predict, x, noise, t, batch["frame_mask"], weight), {}
-
-    return loss
-
-
-def near_paths(motion: Float[Array, "b t h w c"]) -> Float[Array, "b t h w"]:
-    """Where something moves: about 1 in cells that touch, in space or time, one whose motion latent is not that of
-    most of its frame; 0 elsewhere.
-
-    It takes the conditions alone, so that a loss with this as its weight has its minimum where the plain one has it.
-    """
-    still = jnp.median(motion[:, :, ::2, ::2], (2, 3), keepdims=True)  # a quarter tells it: sorting is slow
-    moved = jnp.square(motion - still).mean(-1)
-    moved = nn.max_pool(moved[..., None], (3, 3, 3), padding="SAME")[..., 0]
-    return moved / (moved + moved.mean((1, 2, 3), keepdims=True) + 1e-6)
-
-
-def tora_loss_at(backbone: ModuleType, parts: Mapping[str, nn.Module], timestep: float) -> Loss:
-    """The loss at one timestep with nothing dropped, for evaluation."""
-
-    def loss(params, batch, keys):
-        first, second, third = _split(keys, 3)
-        x = _latents(parts, params, batch, first, "vae", "video", "latent")
-        motion = _latents(parts, params, batch, second, backbone.MOTION, "maps", "motion")
-        predict = backbone.predictor(parts, params, batch, motion)
-        t = jnp.full(len(x), timestep)
-        process = backbone.process(parts)
-        return training_loss(process, predict, x, _normal(third, x.shape), t, batch["frame_mask"]), {}
-
-    return loss
-
-
-def _split(keys: Array, count: int) -> list[Array]:
-    return list(jax.vmap(lambda key: jax.random.split(key, count))(keys).swapaxes(0, 1))
-
-
-def _latents(parts, params, batch, keys, part: str, pixels: str, cached: str) -> Array | None:
-    """A draw from the posterior, cached or from pixels; None where the batch holds neither (no motion)."""
-    if f"{cached}_mean" in batch:
-        mean, std = (batch[f"{cached}_{name}"].astype(jnp.float32) for name in ("mean", "std"))
-        return mean + std * _normal(keys, mean.shape)
-    if pixels in batch:
-        return parts[part].apply({"params": params[part]}, to_float(batch[pixels]), keys[0], method="encode")
-    return None
