@@ -1,7 +1,5 @@
 """How fast curation is: seconds of video per second, without RAFT, CLIP and a caption server.
 
-from tora_jax import command_line
-
   python -m benchmarks.curate --workers 1 2       on videos that it draws: 480p, 24 frames a second, three scenes each
   python -m benchmarks.curate --videos DIR --workers 1 2
   python -m benchmarks.curate --draw DIR --height 144 --codec mpeg4       only draws them, for other measurements
@@ -26,6 +24,8 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+
+from tora_jax import command_line
 
 FPS = 24
 SCENES = 3

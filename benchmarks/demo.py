@@ -19,6 +19,7 @@ path in % of the frame's width; "tracker" has the same of a tracker (`evals/traj
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """How long the first run takes: `sample.py` without arguments, with an empty and with a warm compilation cache.
 
-from tora_jax import command_line
-
   python -m benchmarks.first_run [--repeats 3]
 
 Prints one JSON line: seconds from start to exit, cold once and warm as the median of the repeats.
@@ -16,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tora_jax import command_line
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,6 +14,7 @@ Parts:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable

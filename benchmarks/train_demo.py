@@ -1,8 +1,5 @@
 """Trains the small model from nothing: python -m benchmarks.train_demo --out DIR.
 
-from tora_jax import command_line
-from tora_jax.errors import UserError
-
 Runs the commands of docs/demo.md one after the other, each in a process of its own. Stopped at any point, it goes on
 from the last checkpoint when it is started again. Prints the seconds of each stage as JSON.
 """
@@ -18,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+
+from tora_jax import command_line
+from tora_jax.errors import UserError
 
 # This process and train.py's share a GPU; JAX would give most of its memory to the first.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
