@@ -116,7 +116,7 @@ def test_curated_shards():
 def test_curation(tmp_path, monkeypatch, begun):
     """It goes on from the stages' files of a run of then, and writes the same ones."""
     pytest.importorskip("apache_beam")
-    from tora_jax.data.curate import stages
+    from tora_jax.data.curate import pipeline as curation
 
     monkeypatch.chdir(tmp_path)  # the records name the video as it was given
     shutil.copytree(BEFORE / "videos", "videos")
@@ -126,7 +126,7 @@ def test_curation(tmp_path, monkeypatch, begun):
     options = curate.get_config().to_dict()
     options["shards"]["validation"] = 0.0
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
-    stats = stages.run(["videos/*.mp4"], str(output), options)
+    stats = curation.run(["videos/*.mp4"], str(output), options)
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
     assert stats == json.loads((BEFORE / "curated" / "stats.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tora_jax.errors import UserError
+from tora_jax.io import chat_server
 
 # After the instructions of Open-Sora v1.2 (opensora/utils/inference_utils.py, refine_prompt_by_openai), in short.
 INSTRUCTIONS = (
@@ -15,6 +16,7 @@ INSTRUCTIONS = (
     "prompt alone, in English."
 )
 TIMEOUT = 60.0  # seconds
+TOKENS = 300  # of an answer, at most
 
 
 def rewrite(prompts: Sequence[str], server: str, model: str = "") -> list[str]:
@@ -31,10 +33,7 @@ def rewrite(prompts: Sequence[str], server: str, model: str = "") -> list[str]:
         import openai
     except ImportError:
         raise UserError("--rewrite_url needs the openai package: pip install openai") from None
-    try:
-        client = openai.OpenAI(base_url=server, timeout=TIMEOUT)
-    except openai.OpenAIError:  # no key in the environment: local servers want none
-        client = openai.OpenAI(base_url=server, timeout=TIMEOUT, api_key="none")
+    client = chat_server.connect(server, TIMEOUT)
     try:
         model = model or client.models.list().data[0].id
         return [_ask(client, model, prompt) for prompt in prompts]
@@ -44,8 +43,7 @@ def rewrite(prompts: Sequence[str], server: str, model: str = "") -> list[str]:
 
 def _ask(client, model: str, prompt: str) -> str:
     messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": prompt}]
-    answer = client.chat.completions.create(model=model, messages=messages, temperature=0.0, max_tokens=300)
-    text = " ".join((answer.choices[0].message.content or "").split())
+    text = chat_server.ask(client, model, messages, TOKENS)
     if not text:
         raise ValueError("an empty answer")
     return text

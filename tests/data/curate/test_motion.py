@@ -15,7 +15,7 @@ from safetensors.flax import save_file
 pytest.importorskip("scenedetect")
 
 from tests import moving
-from tora_jax.data.curate import camera, looks, tracks
+from tora_jax.data.curate import appearance, camera, tracks
 from tora_jax.data.sprites.clips import make_clip
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video, write_video
@@ -272,22 +272,22 @@ def test_copies_hash_alike_and_others_do_not(tmp_path):
     codes = {}
     for index in range(6):
         video = make_clip(index, size=128).video
-        codes[index] = looks.perceptual_hash(video[looks.spread(len(video))])
-        assert len(codes[index]) * 8 == looks.BITS
+        codes[index] = appearance.perceptual_hash(video[appearance.spread(len(video))])
+        assert len(codes[index]) * 8 == appearance.BITS
         smaller = np.stack([cv2.resize(f, (80, 72), interpolation=cv2.INTER_AREA) for f in video])
         darker = (video * 0.8 + 10).astype(np.uint8)
         for name, changed in (("smaller", smaller), ("darker", darker)):
             write_video(tmp_path / "a.mp4", changed, 8)
-            frames, info = looks.read_frames(tmp_path / "a.mp4", looks.spread, 256)
-            assert (len(frames), info) == (looks.FRAMES, (len(video), *changed.shape[1:3], 8))
-            assert bits(looks.perceptual_hash(frames), codes[index]) <= 16, name
+            frames, info = appearance.read_frames(tmp_path / "a.mp4", appearance.spread, 256)
+            assert (len(frames), info) == (appearance.FRAMES, (len(video), *changed.shape[1:3], 8))
+            assert bits(appearance.perceptual_hash(frames), codes[index]) <= 16, name
     for i in codes:
         assert all(bits(codes[i], codes[j]) > 32 for j in codes if i != j)
 
 
 def test_frames_are_spread():
-    assert looks.spread(8) == [1, 3, 5, 7]
-    assert looks.spread(2) == [0, 0, 1, 1]
+    assert appearance.spread(8) == [1, 3, 5, 7]
+    assert appearance.spread(2) == [0, 0, 1, 1]
 
 
 def small_clip():
@@ -303,7 +303,7 @@ def test_aesthetic_score():
     params = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
     head_params = jax.jit(head.init)(jax.random.key(1), jnp.zeros((1, 6)))["params"]
     frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    got = looks.clip_judge(model, params, head, head_params)(frames)
+    got = appearance.clip_judge(model, params, head, head_params)(frames)
     pixels = (frames / 255 - np.array([0.4815, 0.4578, 0.4082])) / np.array([0.2686, 0.2613, 0.2758])
     encode = jax.jit(functools.partial(model.apply, method=CLIP.encode_image))
     embedded = encode({"params": params}, jnp.asarray(pixels, jnp.float32))

@@ -24,11 +24,12 @@ from tora_jax.configs import curate
 
 from tests import moving, odd_videos, training_runs
 from tests import records as shared
-from tests.data.curate.test_rules import Server
-from tora_jax import command_line as command
-from tora_jax.data import pipeline, sources
+from tests.data.curate.test_captions import Server
+from tora_jax import command_line
+from tora_jax.data import array_record, sources
 from tora_jax.data.curate import __main__ as main
-from tora_jax.data.curate import files, report, rules, shards, stages
+from tora_jax.data.curate import camera, filters, pipeline, report, shards, stages, work
+from tora_jax.data.pipeline import batches
 from tora_jax.errors import UserError
 from tora_jax.io import video as video_io
 
@@ -46,7 +47,7 @@ def options(**changes):
 
 
 def run(videos, output, **changes):
-    return stages.run([f"{videos}/**/*.*"], str(output), options(**changes))
+    return pipeline.run([f"{videos}/**/*.*"], str(output), options(**changes))
 
 
 def records(stats, split="train"):
@@ -167,7 +168,7 @@ def test_records(whole):
     assert max(errors) < 10
     names = sorted(path.name for path in Path(stats["data"]).iterdir())
     told = ["dataset_info.json", "features.json", "sizes-train.npy"]
-    assert names == [shards.shard_name("train", i, 2) for i in range(2)] + told
+    assert names == [array_record.shard_name(shards.NAME, "train", i, 2) for i in range(2)] + told
 
 
 @pytest.mark.parametrize("split", ["train", "train[2:5]"])
@@ -196,7 +197,7 @@ def test_the_loader_reads_them(whole, motion):
         "prefetch": 1,
         "damaged_share": 0.0,
     }
-    iterator = pipeline.batches(config, "train", seed=0, latent_frames=shared.latent_frames)
+    iterator = batches(config, "train", seed=0, latent_frames=shared.latent_frames)
     moved = 0
     for _ in range(4):
         batch = next(iterator)
@@ -249,8 +250,8 @@ def test_other_rules_and_more_videos_use_what_is_there(videos, whole, tmp_path):
 
 def test_splits_by_source(videos, whole, tmp_path):
     """Clips of a source go into one split; the shares are about as told."""
-    keys = [files.digest(str(i)) for i in range(2000)]
-    share = np.mean([files.chance("split " + key) < 0.1 for key in keys])
+    keys = [work.digest(str(i)) for i in range(2000)]
+    share = np.mean([work.chance("split " + key) < 0.1 for key in keys])
     assert share == pytest.approx(0.1, abs=0.02)
     folder = tmp_path / "videos"
     folder.mkdir()
@@ -258,7 +259,7 @@ def test_splits_by_source(videos, whole, tmp_path):
         (folder / name).write_bytes((videos[0] / name).read_bytes())
     stats = run(folder, tmp_path / "output", shards__validation=0.5)
     train, validation = records(stats, "train"), records(stats, "validation")
-    chances = [files.chance("split " + files.content_key(str(path))) for path in folder.iterdir()]
+    chances = [work.chance("split " + work.content_key(str(path))) for path in folder.iterdir()]
     assert len(train) == sum(chance >= 0.5 for chance in chances)
     assert len(validation) == sum(chance < 0.5 for chance in chances)
 
@@ -283,7 +284,7 @@ class StopError(Exception):
 @pytest.mark.parametrize("seed", range(3))
 def test_it_goes_on_where_it_failed(videos, whole, tmp_path, monkeypatch, seed):
     """Fails three times while it writes some file, then runs through: the records of an undisturbed run."""
-    rng, write = random.Random(seed), files.write
+    rng, write = random.Random(seed), work.write
     total = len(work_files(whole[0])) + 6
     for _ in range(3):
         left = rng.randrange(total)
@@ -295,14 +296,14 @@ def test_it_goes_on_where_it_failed(videos, whole, tmp_path, monkeypatch, seed):
                 raise StopError("StopError")
             write(path, fill)
 
-        monkeypatch.setattr(files, "write", failing)
+        monkeypatch.setattr(work, "write", failing)
         before = work_files(tmp_path)
         with pytest.raises((StopError, RuntimeError), match="StopError"):
             run(videos[0], tmp_path)
         after = work_files(tmp_path)
         assert {path: after[path] for path in before} == before
         total -= len(after) - len(before)
-    monkeypatch.setattr(files, "write", write)
+    monkeypatch.setattr(work, "write", write)
     before = work_files(tmp_path)
     stats = run(videos[0], tmp_path)
     after = work_files(tmp_path)
@@ -314,14 +315,14 @@ def test_it_goes_on_where_it_failed(videos, whole, tmp_path, monkeypatch, seed):
 @pytest.mark.slow
 def test_killed_ten_times(videos, whole, tmp_path):
     """The real command with two processes, killed at random moments."""
-    command_line = [sys.executable, "-m", "tora_jax.data.curate", f"--config={ROOT}/configs/curate.py"]
-    command_line += [f"--input={videos[0]}/**/*.*", f"--output={tmp_path}", "--workers=2"]
-    command_line += ["--config.shards.validation=0.0", "--config.shards.clips=3"]
+    command = [sys.executable, "-m", "tora_jax.data.curate", f"--config={ROOT}/configs/curate.py"]
+    command += [f"--input={videos[0]}/**/*.*", f"--output={tmp_path}", "--workers=2"]
+    command += ["--config.shards.validation=0.0", "--config.shards.clips=3"]
     rng, kills, longest = random.Random(0), 0, 20.0
     while kills < 10:
         before = work_files(tmp_path)
         started = time.monotonic()
-        process = subprocess.Popen(command_line, start_new_session=True, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
         try:
             process.communicate(timeout=rng.uniform(2.0, longest))
             assert process.returncode == 0
@@ -333,15 +334,15 @@ def test_killed_ten_times(videos, whole, tmp_path):
             kills += 1
         after = work_files(tmp_path)
         assert {path: after[path] for path in before} == before
-    subprocess.run(command_line, check=True)
-    stats = files.read_json(str(tmp_path / "stats.json"))
+    subprocess.run(command, check=True)
+    stats = work.read_json(str(tmp_path / "stats.json"))
     assert {**stats, "data": ""} == {**whole[1], "data": ""}
     equal(records(stats), records(whole[1]))
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_same(videos, whole, tmp_path):
-    stats = stages.run([f"{videos[0]}/**/*.*"], str(tmp_path), options(), workers=2)
+    stats = pipeline.run([f"{videos[0]}/**/*.*"], str(tmp_path), options(), workers=2)
     assert {**stats, "data": ""} == {**whole[1], "data": ""}
     equal(records(stats), records(whole[1]))
 
@@ -350,7 +351,7 @@ def test_two_processes_make_the_same(videos, whole, tmp_path):
 def test_the_portable_job_service_makes_the_same(videos, whole, tmp_path):
     """Beam's interface to Flink and Spark, with the server that Beam brings along."""
     flags = ("--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK")
-    stats = stages.run([f"{videos[0]}/**/*.*"], str(tmp_path), options(), beam_flags=flags)
+    stats = pipeline.run([f"{videos[0]}/**/*.*"], str(tmp_path), options(), beam_flags=flags)
     assert {**stats, "data": ""} == {**whole[1], "data": ""}
     equal(records(stats), records(whole[1]))
 
@@ -360,8 +361,8 @@ def test_the_portable_job_service_makes_the_same(videos, whole, tmp_path):
 
 @pytest.mark.slow
 def test_both_stages_train_from_these_shards(videos, whole, tmp_path):
-    keys = [files.content_key(record["source"].decode()) for record in records(whole[1]).values()]
-    half = float(np.median([files.chance("split " + key) for key in keys]))
+    keys = [work.content_key(record["source"].decode()) for record in records(whole[1]).values()]
+    half = float(np.median([work.chance("split " + key) for key in keys]))
     stats = run(videos[0], tmp_path / "clips", shards__validation=half)
     assert [len(records(stats, split)) for split in ("train", "validation")] == [3, 3]
     source = (training_runs.source(tmp_path / "clips"), "--config.steps=20")
@@ -432,15 +433,15 @@ def test_captions_from_a_server_are_kept(videos, tmp_path):
 
 
 def test_a_stage_alone(videos, tmp_path):
-    work = files.Work(str(tmp_path), options())
+    files = work.WorkFiles(str(tmp_path), options())
     path = str(videos[0] / "good.mp4")
-    source = stages.Source(files.content_key(path), path)
-    with beam.Pipeline(stages._local_runner(1)) as pipe:
-        _ = pipe | beam.Create([source]) | stages.Stage("probe", work) | stages.Stage("clips", work)
+    source = stages.Source(work.content_key(path), path)
+    with beam.Pipeline(pipeline._local_runner(1)) as pipe:
+        _ = pipe | beam.Create([source]) | stages.Stage("probe", files) | stages.Stage("clips", files)
     assert {path.parent.name.partition("-")[0] for path in work_files(tmp_path)} == {"probe", "clips"}
-    clip = stages.read_clip(work, source.key, 0)
+    clip = work.read_clip(files, source.key, 0)
     assert video_io.read_video(clip, strict=True)[0].shape == (17, 144, 192, 3)
-    scores, arrays = stages.measure(clip, stages.camera.make_flow("dis"), options()["motion"], np.random.default_rng(0))
+    scores, arrays = stages.measure(clip, camera.make_flow("dis"), options()["motion"], np.random.default_rng(0))
     assert (scores["frames"], scores["fps"], scores["camera"]) == (17, 8.0, "static")
     assert arrays["tracks"].shape[1:] == (17, 2)
 
@@ -451,8 +452,8 @@ def test_copies_as_a_transform():
     row = {"height": 480, "width": 640, "seconds": 4.0, "reason": ""}
     rows = [{**row, "name": name, "hash": h.hex()} for name, h in (("a", code), ("b", code), ("c", other), ("d", code))]
     want = [("a", ""), ("b", "copy"), ("c", ""), ("d", "copy")]
-    with beam.Pipeline(stages._local_runner(1)) as pipe:
-        marked = pipe | beam.Create(rows) | stages.Copies(4) | beam.Map(lambda row: (row["name"], row["reason"]))
+    with beam.Pipeline(pipeline._local_runner(1)) as pipe:
+        marked = pipe | beam.Create(rows) | filters.Copies(4) | beam.Map(lambda row: (row["name"], row["reason"]))
         assert_that(marked, equal_to(want))
 
 
@@ -471,8 +472,8 @@ def test_names_on_the_page_are_harmless():
 
 def test_all_reasons_have_their_place_on_the_page():
     row = {"name": "a", "path": "b/c.mp4", "seconds": 1.0, "camera": "static"}
-    page = report.page(report.stats([], "x"), [(reason, row, b"") for reason in rules.REASONS])
-    assert all(f"<h2>{reason}: 1 of 0</h2>" in page for reason in rules.REASONS)
+    page = report.page(report.stats([], "x"), [(reason, row, b"") for reason in filters.REASONS])
+    assert all(f"<h2>{reason}: 1 of 0</h2>" in page for reason in filters.REASONS)
 
 
 # ---------------------------------------------------------------- the command
@@ -481,7 +482,7 @@ def test_all_reasons_have_their_place_on_the_page():
 def call(capsys, *arguments):
     code = 0
     try:
-        command.run(main.main, ["curate", f"--config={ROOT}/configs/curate.py", *map(str, arguments)])
+        command_line.run(main.main, ["curate", f"--config={ROOT}/configs/curate.py", *map(str, arguments)])
     except SystemExit as stop:
         code = stop.code
     out = capsys.readouterr()

@@ -14,7 +14,7 @@ pytest.importorskip("scenedetect")
 import tensorflow_datasets as tfds
 from tora_jax.configs import curate
 
-from tora_jax.data.curate import probe, stages
+from tora_jax.data.curate import pipeline, probe
 from tora_jax.io.video import read_video
 
 pytestmark = pytest.mark.network
@@ -41,7 +41,7 @@ def videos(tmp_path_factory):
 def stats(videos, tmp_path_factory):
     options = curate.get_config().to_dict()
     options["shards"]["validation"] = 0.0
-    return stages.run([f"{videos}/*.mp4"], str(tmp_path_factory.mktemp("output")), options)
+    return pipeline.run([f"{videos}/*.mp4"], str(tmp_path_factory.mktemp("output")), options)
 
 
 @pytest.mark.parametrize(("name", "scenes"), [("bikes", 6), ("bigbuckbunny", 1), ("carphone_pristine", 1)])

@@ -40,10 +40,10 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}; give at least 1")
     logging.getLogger().setLevel(logging.ERROR)  # Beam tells all that it does, from its import on
-    from tora_jax.data.curate import stages
+    from tora_jax.data.curate import pipeline
 
     options = tuples(args.config.to_dict())
-    stats = stages.run(args.input, args.output, options, args.workers, tuple(filter(None, rest.split("\0"))))
+    stats = pipeline.run(args.input, args.output, options, args.workers, tuple(filter(None, rest.split("\0"))))
     found, clips = stats["files"], stats["clips"]
     print(
         f"{found['used']} of {found['total']} files used, {clips['kept']} of {clips['total']} clips kept, "
@@ -52,4 +52,4 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, sys.argv)
+    command_line.run(main, ["curate", *sys.argv[1:]], "run again to go on")

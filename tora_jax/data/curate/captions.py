@@ -1,4 +1,4 @@
-"""Captions: from a file beside the video or its name, or from a vision-language model behind an OpenAI-like server."""
+"""Captions: from a file beside the video, from its name, or from a vision-language model behind a server."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import base64
 import functools
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import Any
 
+import apache_beam as beam
 import numpy as np
 from apache_beam.io.filesystems import FileSystems
 from jaxtyping import UInt8
 from PIL import Image
 
-from tora_jax.data.curate import files
+from tora_jax.conditioning import text
+from tora_jax.data.curate import appearance, work
+from tora_jax.data.curate.filters import ClipFacts
+from tora_jax.data.curate.work import WorkFiles
 from tora_jax.errors import UserError
+from tora_jax.io import chat_server
 
 QUALITY = 85  # of the JPEGs
 Pictures = UInt8[np.ndarray, "t h w 3"]
@@ -29,7 +34,7 @@ def of_file(path: str) -> str:
     if video.parent.name == "videos":
         places.append(path[: len(path) - len(video.name) - len("videos/")] + f"labels/{video.stem}.txt")
     for place in places:
-        if files.exists(place):
+        if work.exists(place):
             with FileSystems.open(place) as file:
                 return file.read().decode("utf-8", "replace").strip()
     return " ".join(re.sub(r"[_\-.]+", " ", video.stem).split())
@@ -38,30 +43,22 @@ def of_file(path: str) -> str:
 class Captioner:
     """Asks a server for the caption of a clip.
 
-    Any server with OpenAI's chat completions and images does, such as vLLM with a Qwen-VL model. The key, if it wants
-    one, is taken from OPENAI_API_KEY.
+    Any server with OpenAI's chat completions and images does, such as vLLM with a Qwen-VL model.
 
     Args:
-      server: address, such as "http://localhost:8000/v1".
+      server, timeout, retries: see `chat_server.connect`.
       model: its name there.
-      prompt: what is asked, above the frames.
-      retries: of a call that fails by the server's or the network's fault; the waits grow from half a second to eight.
-      timeout: seconds that a call may take.
+      prompt: the question, above the frames.
       tokens: length of the answer, at most.
     """
 
     def __init__(self, server: str, model: str, prompt: str, retries: int, timeout: float, tokens: int):
-        self._options: Mapping[str, Any] = {"base_url": server, "max_retries": retries, "timeout": timeout}
+        self._server, self._retries, self._timeout = server, retries, timeout
         self._model, self._prompt, self._tokens = model, prompt, tokens
 
     @functools.cached_property
     def _client(self):
-        import openai  # takes a second, and runs without captions do without
-
-        try:
-            return openai.OpenAI(**self._options)
-        except openai.OpenAIError:  # no key in the environment: local servers want none
-            return openai.OpenAI(**self._options, api_key="none")
+        return chat_server.connect(self._server, self._timeout, self._retries)
 
     def __call__(self, frames: Pictures) -> str:
         """The caption; "" if the server refuses this clip.
@@ -73,25 +70,50 @@ class Captioner:
 
         content = [{"type": "text", "text": self._prompt}]
         content += [{"type": "image_url", "image_url": {"url": _jpeg(frame)}} for frame in frames]
-        server = self._options["base_url"]
         try:
-            answer = self._client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": content}],
-                max_tokens=self._tokens,
-                temperature=0.0,
-            )
+            return chat_server.ask(self._client, self._model, [{"role": "user", "content": content}], self._tokens)
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             return ""
         except openai.APIStatusError as error:
-            raise UserError(f"captions: {server} answers {error.status_code} ({error.message})") from error
+            raise UserError(f"captions: {self._server} answers {error.status_code} ({error.message})") from error
         except openai.OpenAIError as error:
-            raise UserError(f"captions: {server} cannot be reached ({error}); start it and run again") from error
-        text = (answer.choices[0].message.content or "") if answer.choices else ""
-        return " ".join(text.split())
+            raise UserError(f"captions: {self._server} cannot be reached ({error}); start it and run again") from error
 
 
 def _jpeg(frame: UInt8[np.ndarray, "h w 3"]) -> str:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+class AddCaptions(beam.DoFn):
+    """Clips -> the same with `caption`, or with a reason."""
+
+    def __init__(self, files: WorkFiles):
+        self._files, self._options = files, files.options["captions"]
+
+    def setup(self) -> None:
+        names = ("server", "model", "prompt", "retries", "timeout", "tokens")
+        self._ask = Captioner(**{name: self._options[name] for name in names})
+
+    def process(self, clips: Sequence[ClipFacts]) -> Iterator[ClipFacts]:
+        with ThreadPoolExecutor(max(len(clips), 1)) as pool:
+            for clip, caption in zip(clips, pool.map(self._caption, clips), strict=True):
+                if not caption:
+                    yield {**clip, "reason": "no caption"}
+                    continue
+                if self._options["scores"]:
+                    caption = text.append_scores(caption, clip["aesthetic"], clip["flow"], clip["camera"])
+                yield {**clip, "caption": caption}
+
+    def _caption(self, clip: ClipFacts) -> str:
+        if not self._options["server"]:
+            return of_file(clip["path"])
+        video = work.read_clip(self._files, clip["key"], clip["index"])
+        path = self._files.path("captions", work.digest(video))
+        if work.exists(path):
+            return work.read_json(path)
+        frames, _ = appearance.read_frames(video, appearance.spread, self._options["short"])
+        caption = self._ask(frames)
+        work.write_json(path, caption)
+        return caption

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from tora_jax.data.curate.rules import REASONS, Row
+from tora_jax.data.curate.filters import REASONS, ClipFacts
 
 SHORT = 90  # pixels of a picture's shorter side
 # Score -> the range of its histogram; what lies outside is counted at the ends.
@@ -55,22 +55,22 @@ def count_file(facts: Mapping[str, Any]) -> Counted:
             yield ("files", "traits", trait), 1
 
 
-def count_clip(row: Row) -> Counted:
+def count_clip(clip: ClipFacts) -> Counted:
     """Of a clip and its fate."""
     yield ("clips", "total"), 1
-    yield ("clips", "seconds"), row["seconds"]
-    yield ("clips", "copied" if row["copied"] else "encoded"), 1
-    fate = "dropped" if row["reason"] else "kept"
-    if row["reason"]:
-        yield ("clips", "dropped", row["reason"]), 1
+    yield ("clips", "seconds"), clip["seconds"]
+    yield ("clips", "copied" if clip["copied"] else "encoded"), 1
+    fate = "dropped" if clip["reason"] else "kept"
+    if clip["reason"]:
+        yield ("clips", "dropped", clip["reason"]), 1
     else:
         yield ("clips", "kept"), 1
-        yield ("clips", "kept seconds"), row["seconds"]
-    if "camera" in row:
-        yield ("cameras", fate, row["camera"]), 1
+        yield ("clips", "kept seconds"), clip["seconds"]
+    if "camera" in clip:
+        yield ("cameras", fate, clip["camera"]), 1
     for name, (low, high) in RANGES.items():
-        if row.get(name) is not None:
-            place = int(np.clip((row[name] - low) / (high - low) * BINS, 0, BINS - 1))
+        if clip.get(name) is not None:
+            place = int(np.clip((clip[name] - low) / (high - low) * BINS, 0, BINS - 1))
             yield ("histograms", name, fate, str(place)), 1
 
 
@@ -118,16 +118,16 @@ img { display: block; max-width: 100%; border-radius: 3px; }
 """
 
 
-def page(stats: Mapping[str, Any], samples: Sequence[tuple[str, Row, bytes]]) -> str:
+def page(stats: Mapping[str, Any], samples: Sequence[tuple[str, ClipFacts, bytes]]) -> str:
     """report.html: one file, with everything in it.
 
     Args:
-      samples: ("kept" or the reason, row, JPEG) of some clips.
+      samples: ("kept" or the reason, clip, JPEG) of some clips.
     """
     found, clips = stats["files"], stats["clips"]
     groups = {name: [] for name in ("kept", *REASONS)}
-    for group, row, picture in sorted(samples, key=lambda sample: sample[1]["name"]):
-        groups[group].append(_figure(row, picture))
+    for group, clip, picture in sorted(samples, key=lambda sample: sample[1]["name"]):
+        groups[group].append(_figure(clip, picture))
     counts = {"kept": clips["kept"], **clips["dropped"]}
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Curation</title>",
@@ -198,12 +198,12 @@ def _histogram(name: str, found: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(row: Row, picture: bytes) -> str:
+def _figure(clip: ClipFacts, picture: bytes) -> str:
     numbers = {"flow": ".1f", "foreground": ".3f", "aesthetic": ".1f"}
-    told = [f"{name} {row[name]:{form}}" for name, form in numbers.items() if row.get(name) is not None]
-    words = [row["name"], PurePath(row["path"]).name, f"{row['seconds']:.1f} s", row["camera"], *told]
-    words += [f"copy of {row['copy_of']}"] if "copy_of" in row else []
-    caption = f"<br>{html.escape(row['caption'])}" if "caption" in row else ""
+    told = [f"{name} {clip[name]:{form}}" for name, form in numbers.items() if clip.get(name) is not None]
+    words = [clip["name"], PurePath(clip["path"]).name, f"{clip['seconds']:.1f} s", clip["camera"], *told]
+    words += [f"copy of {clip['copy_of']}"] if "copy_of" in clip else []
+    caption = f"<br>{html.escape(clip['caption'])}" if "caption" in clip else ""
     source = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
     told = html.escape(" | ".join(words)) + caption
     return f"<figure><img src='{source}' alt=''><figcaption>{told}</figcaption></figure>"

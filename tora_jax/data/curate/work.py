@@ -1,8 +1,7 @@
 """Files of a run, on a disk or in a bucket (whatever Beam's file systems reach): whole, or not there.
 
-A stage writes one file for each source video, named by the video's content, into a folder named by the stage's
-options and those of the stages before it. So a run that was killed, or gets more videos or other options, finds
-what it need not do again.
+A stage writes one file for each source video, named by the video's content. The folder is named by the options of the
+stage and of the stages before it. So a run that was killed, or gets more videos or other options, repeats nothing.
 """
 
 from __future__ import annotations
@@ -40,16 +39,16 @@ def digest(*parts: str | bytes) -> str:
 
 
 def chance(name: str) -> float:
-    """A number in 0..1 that depends on the name alone, so that every run draws alike."""
+    """A number in 0..1 that depends on the name alone, so that every run makes the same choice."""
     return int(digest("chance", name), 16) / 16**32
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """Where the stages' files lie.
+class WorkFiles:
+    """The files of the stages.
 
     Attributes:
-      folder: of the run's output; the files lie in `work/` in it.
+      folder: of the run's output, with the files in its folder `work`.
       options: of each stage, by its name.
     """
 
@@ -80,7 +79,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def write(path: str, fill: Callable[[Path], None]) -> None:
-    """Writes a file: `fill` gets a local path for it, and the file appears when it is whole.
+    """Writes a file: `fill` gets a local path, and the file appears when it is whole.
 
     Raises:
       UserError: it cannot be written.
@@ -109,7 +108,7 @@ def read_json(path: str) -> Any:
 
 
 def write_zip(path: str, members: Iterable[tuple[str, bytes]], meta: Callable[[], Any]) -> None:
-    """Writes named bytes, one after the other, and then META, into one file, uncompressed."""
+    """Writes named bytes, one after the other, and then META, into one uncompressed file."""
 
     def fill(aside: Path) -> None:
         with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
@@ -122,14 +121,14 @@ def write_zip(path: str, members: Iterable[tuple[str, bytes]], meta: Callable[[]
 
 @contextlib.contextmanager
 def open_zip(path: str) -> Iterator[zipfile.ZipFile]:
-    """Reads parts of such a file, from a bucket, too, without the rest."""
+    """Opens a file of `write_zip`; only the parts that are read are fetched, from a bucket, too."""
     with _open(path) as file, zipfile.ZipFile(file) as archive:
         yield archive
 
 
 @contextlib.contextmanager
 def local(path: str) -> Iterator[Path]:
-    """The file itself if it is on a disk here, else a copy for the time being."""
+    """Yields the path of a file on a disk here: its own, or that of a copy for the time being."""
     if is_local(path):
         yield Path(path)
     else:
@@ -153,3 +152,22 @@ def content_key(path: str) -> str:
         while part := file.read(1 << 20):
             sha.update(part)
     return sha.hexdigest()[:32]
+
+
+def read_clip(files: WorkFiles, key: str, index: int) -> bytes:
+    """The mp4 of a clip."""
+    with open_zip(files.path("clips", key)) as archive:
+        return archive.read(f"{index:05d}.mp4")
+
+
+def each_clip(files: WorkFiles, key: str) -> Iterator[tuple[int, bytes]]:
+    """(number, mp4) of each clip of a source video."""
+    with open_zip(files.path("clips", key)) as archive:
+        for name in archive.namelist():
+            if name != META:
+                yield int(name.partition(".")[0]), archive.read(name)
+
+
+def clip_name(key: str, index: int) -> str:
+    """The name of a clip, for people and records."""
+    return f"{key[:16]}-{index:05d}"
