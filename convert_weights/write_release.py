@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tora_jax.configs import tora as tora_config
 
@@ -19,6 +18,7 @@ from convert_weights.export import RECORD
 from convert_weights.plan import Part
 from convert_weights.stream import Leaf
 from tora_jax import sharding
+from tora_jax.backbones import opensora
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
 
@@ -136,11 +136,10 @@ def _config(parts: Mapping[str, Part], motion: Part) -> dict[str, Any]:
 
 def _fresh(model: Tora, have: Set[str], dtype: np.dtype | None) -> list[Leaf]:
     """Initial values (seed 0) of the parameters that no checkpoint gives: extractor and fusers."""
-    latents, one = jnp.zeros((1, 1, 2, 2, model.in_channels)), jnp.ones(1)
-    caption = jnp.zeros((1, 1, model.caption_channels))
+    args, options = opensora.dummies({"tora": model})["tora"]
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
-        params = model.init(key, latents, one, caption, latents, fps=one, height=one, width=one)["params"]
+        params = model.init(key, *args, **options)["params"]
         # The compiler drops all that is not returned: the base weights are never made.
         return {path: leaf for path, leaf in mapping.flatten(params).items() if path not in have}
 

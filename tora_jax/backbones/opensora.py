@@ -68,21 +68,25 @@ IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/dataset
 
 
 def dummies(parts: Mapping[str, nn.Module]) -> dict[str, tuple[tuple, dict[str, Any]]]:
-    """Part -> the arguments and keywords of a call with the smallest inputs.
+    """Part -> the arguments and keywords of a call with the smallest inputs, for those of `parts`.
 
     Parameters are drawn in this order. Of equal modules the later takes the earlier's parameters: the motion VAE starts
     as the video VAE.
     """
-    tora, vae = parts["tora"], parts["vae"]
-    latents, one = jnp.zeros((1, 1, 2, 2, tora.in_channels)), jnp.ones(1)
-    caption = jnp.zeros((1, 1, tora.caption_channels))
-    video = jnp.zeros((1, 1, vae.space_factor, vae.space_factor, 3))
-    return {
-        "tora": ((latents, one, caption, latents), {"fps": one, "height": one, "width": one}),
-        "vae": ((video,), {}),
-        "t5": ((jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)), {}),
-        "motion_vae": ((video,), {}),
-    }
+
+    def denoiser(tora: Tora) -> tuple[tuple, dict[str, Any]]:
+        latents, one = jnp.zeros((1, 1, 2, 2, tora.in_channels)), jnp.ones(1)
+        caption = jnp.zeros((1, 1, tora.caption_channels))
+        return (latents, one, caption, latents), {"fps": one, "height": one, "width": one}
+
+    def video(vae: VideoVAE) -> tuple[tuple, dict[str, Any]]:
+        return (jnp.zeros((1, 1, vae.space_factor, vae.space_factor, 3)),), {}
+
+    def tokens(t5: T5Encoder) -> tuple[tuple, dict[str, Any]]:
+        return (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)), {}
+
+    kinds = {"tora": denoiser, "vae": video, "t5": tokens, "motion_vae": video}
+    return {part: smallest(parts[part]) for part, smallest in kinds.items() if part in parts}
 
 
 def check_fit(parts: Mapping[str, nn.Module], tokenizer: text.Tokenizer) -> None:

@@ -204,6 +204,7 @@ class DPM2MSDE:
     The first step and one that ends clean are of first order. The memory is the clean latents of the step before.
     """
 
+    process: ClassVar[type] = VPrediction
     noisy: ClassVar[bool] = True
 
     def init(self, x: Array) -> Array:
@@ -232,6 +233,7 @@ class DPM2MSDE:
 class DDIM:
     """DDIM: first order, without noise. The memory is the clean latents of the step before, for previews."""
 
+    process: ClassVar[type] = VPrediction
     noisy: ClassVar[bool] = False
 
     def init(self, x: Array) -> Array:
