@@ -52,8 +52,8 @@ from tora_jax.evals.metrics import Metrics
 from tora_jax.evals.tasks import Sprites
 from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
 from tora_jax.models.video_vae import Gaussian, Moments, VideoVAE
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.inputs import Inputs
 from tora_jax.training import optim
 
 ROOT = Path(__file__).parent.parent

@@ -47,8 +47,8 @@ from tora_jax.evals import quality, track_lk, traj_error
 from tora_jax.evals.sprite_metrics import name_colour, name_shape, path_error
 from tora_jax.io import overlay
 from tora_jax.io.video import from_float, to_float, write_video
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch, video_size
+from tora_jax.sampling.inputs import Inputs
 
 ONE, TWO, HELD_OUT = "benchmark_one", "benchmark_two", "test"
 SETTINGS = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")

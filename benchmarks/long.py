@@ -35,8 +35,8 @@ from tora_jax.evals.quality import psnr
 from tora_jax.evals.sprite_metrics import centroid, path_error
 from tora_jax.io import overlay
 from tora_jax.io.video import from_float, to_float, write_video
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.inputs import Inputs
 from tora_jax.sampling.segments import generate_pieces
 
 SPEED = 0.045  # of the closed curve, in widths a frame; training clips have 0.025 to 0.0625 on average

@@ -23,8 +23,8 @@ from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.conditioning import text
 from tora_jax.io.files import tuples
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.inputs import Inputs
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:

@@ -29,8 +29,8 @@ from tora_jax.checkpoints import release
 from tora_jax.data.sprites.clips import make_clip
 from tora_jax.evals.quality import psnr
 from tora_jax.evals.sprite_metrics import path_error
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.inputs import Inputs
 
 # Name -> settings, share of the steps, dtype of the VAE's products.
 SWITCHES: dict[str, tuple[dict[str, Any], float, str | None]] = {

@@ -8,8 +8,8 @@ from tora_jax.conditioning.images import Given
 from tora_jax.diffusion import sampler
 from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.errors import UserError
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.inputs import Inputs
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "steps": 6, "guidance": 3.0}
 

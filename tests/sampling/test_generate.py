@@ -14,8 +14,8 @@ from tora_jax.conditioning import text, trajectory
 from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.errors import UserError
 from tora_jax.models.tora import Tora
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch, video_size
+from tora_jax.sampling.inputs import Inputs
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "steps": 2}
 

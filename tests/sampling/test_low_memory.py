@@ -8,8 +8,8 @@ from tora_jax.configs.sampling import Settings
 import tora_jax
 from tora_jax.backbones import assembly
 from tora_jax.sampling.__main__ import sample
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.inputs import Inputs
 
 SETTINGS = {"height": 32, "width": 48, "num_frames": 5, "steps": 3, "guidance": 3.0, "trajectory_guidance": 2.0}
 TRACKS = np.linspace((0.2, 0.5), (0.8, 0.5), 5, dtype=np.float32)[None]

@@ -13,8 +13,8 @@ from tora_jax.conditioning import motion_maps, trajectory
 from tora_jax.conditioning.images import Given
 from tora_jax.errors import UserError
 from tora_jax.sampling import segments
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch, place
+from tora_jax.sampling.inputs import Inputs
 
 SIZE = {"height": 32, "width": 32, "steps": 1, "guidance": 1.0}
 

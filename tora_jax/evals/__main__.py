@@ -36,8 +36,8 @@ from tora_jax.evals.metrics import Metrics
 from tora_jax.evals.tasks import Benchmark, Task, open_benchmark
 from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
 from tora_jax.io.video import read_video, write_video
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.inputs import Inputs
 
 USAGE = """Measures released weights, or videos that are there.
 

@@ -23,8 +23,8 @@ from tora_jax.evals import sprite_metrics, track_lk, traj_error
 from tora_jax.evals.quality import psnr
 from tora_jax.io import overlay
 from tora_jax.io.video import to_float, write_video
-from tora_jax.sampling.conditions import Inputs
 from tora_jax.sampling.generate import generate_batch
+from tora_jax.sampling.inputs import Inputs
 from tora_jax.training import losses
 
 TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)

@@ -23,8 +23,7 @@ from tora_jax.backbones.assembly import Models
 from tora_jax.configs.sampling import Settings
 from tora_jax.diffusion import sampler
 from tora_jax.errors import UserError
-from tora_jax.sampling import conditions
-from tora_jax.sampling.conditions import Inputs
+from tora_jax.sampling.inputs import Inputs, check_inputs
 
 Progress = Callable[[int, Callable[[], Array]], None]  # see `sampler.run`
 
@@ -75,7 +74,7 @@ def generate_batch(
     for seed in seeds:
         dataclasses.replace(settings, seed=seed).check()
     size, num_frames = video_size(models, settings.height, settings.width), settings.num_frames
-    inputs = conditions.checked(inputs, seeds, num_frames, size)
+    inputs = check_inputs(inputs, seeds, num_frames, size)
     seconds: dict[str, dict[str, float]] = {}
     part = functools.partial(timed, seconds)
     spread = (lambda tree: tree) if mesh is None else functools.partial(_spread, mesh)

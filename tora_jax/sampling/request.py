@@ -20,7 +20,8 @@ from tora_jax.configs import sampling
 from tora_jax.configs.sampling import Settings
 from tora_jax.errors import UserError, closest
 from tora_jax.sampling import segments
-from tora_jax.sampling.generate import Inputs, Progress, Result, video_size
+from tora_jax.sampling.generate import Progress, Result, video_size
+from tora_jax.sampling.inputs import Inputs
 
 INPUTS = ("trajectories", "conditions")
 

@@ -17,8 +17,8 @@ from tora_jax.conditioning.images import Given
 from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.configs.sampling import Settings
 from tora_jax.errors import UserError
-from tora_jax.sampling import conditions
-from tora_jax.sampling.generate import Inputs, Progress, Result, add_seconds, generate_batch, video_size
+from tora_jax.sampling.generate import Progress, Result, add_seconds, generate_batch, video_size
+from tora_jax.sampling.inputs import Inputs, check_inputs
 
 SEED_STEP = 0x9E3779B9  # between the seeds of a video's segments; any odd number would do
 
@@ -93,7 +93,7 @@ def generate_pieces(
     cut = plan(models, settings.num_frames, settings.segment, settings.overlap)
     windows = [(start, start + cut.length) for start in cut.starts]
     size = video_size(models, settings.height, settings.width)
-    inputs = conditions.checked(inputs, seeds, settings.num_frames, size)
+    inputs = check_inputs(inputs, seeds, settings.num_frames, size)
     inputs = [each._replace(prompt=_prompts(each.prompt)) for each in inputs]
     if len(windows) > 1 and inputs[0].tracks is not None:
         inputs = [each._replace(max_norm=_largest_norm(each.tracks, windows, size)) for each in inputs]

@@ -1,4 +1,4 @@
-"""What a person gives for each video. What the denoiser is told of it is up to the backbone."""
+"""What a person gives for each video; what the denoiser is told of it is up to the backbone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Inputs(NamedTuple):
     max_norm: float | None = None
 
 
-def checked(inputs: Sequence[Inputs], seeds: Sequence[int], num_frames: int, size: tuple[int, int]) -> list[Inputs]:
+def check_inputs(
+    inputs: Sequence[Inputs], seeds: Sequence[int], num_frames: int, size: tuple[int, int]
+) -> list[Inputs]:
     """The inputs with each image as `Given`.
 
     Args:
