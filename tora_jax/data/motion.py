@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from tora_jax.conditioning import motion_maps as flow
+from tora_jax.conditioning.motion_maps import displacement_maps, flow_to_rgb, follow
 from tora_jax.data.sprites.clips import exact_flow
 
 KINDS = ("none", "dense", "sparse", "mixed")
@@ -22,9 +22,9 @@ Chosen = tuple[Float[np.ndarray, "m t 2"], Bool[np.ndarray, "m t"]]
 
 
 def dense_flow(video: Video, labels: Labels | None = None, tracks: Tracks | None = None) -> Flow:
-    """Flow between the frames, in pixels, in the form of `flow`: frame 0 is zero.
+    """Flow between the frames, in pixels: frame j holds the flow from frame j - 1, and frame 0 is zero.
 
-    Exact from labels and tracks where both are given (objects that only translate), else OpenCV's DIS.
+    It is exact where labels and tracks are given (of objects that only translate), and OpenCV's DIS elsewhere.
     """
     if labels is not None and tracks is not None:
         return exact_flow(labels, tracks)
@@ -37,7 +37,7 @@ def dense_flow(video: Video, labels: Labels | None = None, tracks: Tracks | None
 
 
 def choose_tracks(rng: np.random.Generator, tracks: Tracks, visible: Visible, most: int) -> Chosen:
-    """1 to `most` of those tracks that are seen moving; all of them, if there are fewer, and none if there is none."""
+    """Draws 1 to `most` of the tracks that are seen moving, or as many as there are."""
     moves = (np.abs(np.diff(tracks, axis=1)).max(-1) > 0) & visible[:, 1:] & visible[:, :-1]
     seen = np.flatnonzero(moves.any(-1))
     chosen = np.sort(rng.permutation(seen)[: rng.integers(1, most + 1)])
@@ -45,14 +45,13 @@ def choose_tracks(rng: np.random.Generator, tracks: Tracks, visible: Visible, mo
 
 
 def draw_tracks(rng: np.random.Generator, maps: Flow, most: int, labels: Labels | None = None) -> Chosen:
-    """1 to `most` tracks that follow the flow, from points of the first frame.
+    """Draws 1 to `most` tracks that follow the flow, from points of the first frame; none where nothing moves.
 
-    The points are drawn from a grid, with a probability proportional to the length of the path that starts
-    there, and with labels only inside the objects (from all their pixels, where no point of the grid is inside
-    a moving one). Where nothing moves there are none.
+    The points are drawn from a grid, with a probability proportional to the length of the path from there. With labels
+    they lie inside moving objects; where no point of the grid does, all pixels of these objects make the grid.
 
-    Source: Tora, section 4.1, with the mean over the clip in place of one frame's flow: what pauses at first,
-    moves, too.
+    Source: Tora, section 4.1, with the mean over the clip in place of one frame's flow, so that objects that pause at
+    first count, too.
     """
     height, width = maps.shape[1:3]
     step = max(round(GRID * min(height, width)), 1)
@@ -62,7 +61,7 @@ def draw_tracks(rng: np.random.Generator, maps: Flow, most: int, labels: Labels 
         inside = moving[y, x]
         y, x = (y[inside], x[inside]) if inside.any() else np.nonzero(moving)
     points = (np.stack([x, y], -1) + 0.5) / (width, height)
-    tracks, visible = flow.follow(maps[1:], points.astype(np.float32))
+    tracks, visible = follow(maps[1:], points.astype(np.float32))
     lengths = np.linalg.norm(np.diff(tracks, axis=1) * (width, height), axis=-1).sum(-1)
     count = min(int(rng.integers(1, most + 1)), np.count_nonzero(lengths))
     if not count:
@@ -86,14 +85,16 @@ def motion_maps(
 
     Args:
       kind: "dense", "sparse" or, half and half, "mixed".
-      origin: of sparse tracks: "given" with the clip, or followed through its "flow" (where none are given, too).
+      origin: of sparse tracks: "given" with the clip, or followed through its "flow"; without given ones always so.
       most: sparse tracks, at most.
+      labels, tracks: of the clip, where they are known.
       visible: where a track is seen; None = everywhere.
+      draws: number of maps.
     """
     given = origin == "given" and tracks is not None
     if given and visible is None:
         visible = np.ones(tracks.shape[:2], bool)
-    # Whether a draw needs the dense flow is drawn first: it is the same for all of them, and costs the most.
+    # The kinds are drawn first, to learn whether dense flow, the costly part, is needed; one flow serves all draws.
     kinds = [("dense", "sparse")[rng.integers(2)] if kind == "mixed" else kind for _ in range(draws)]
     dense = None if given and "dense" not in kinds else dense_flow(video, labels, tracks)
 
@@ -101,6 +102,6 @@ def motion_maps(
         if kind == "dense":
             return dense
         chosen = choose_tracks(rng, tracks, visible, most) if given else draw_tracks(rng, dense, most, labels)
-        return flow.displacement_maps(chosen[0], *video.shape[1:3], chosen[1])
+        return displacement_maps(chosen[0], *video.shape[1:3], chosen[1])
 
-    return np.stack([flow.flow_to_rgb(draw(kind)) for kind in kinds])
+    return np.stack([flow_to_rgb(draw(kind)) for kind in kinds])

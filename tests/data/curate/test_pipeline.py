@@ -435,7 +435,7 @@ def test_captions_from_a_server_are_kept(videos, tmp_path):
 def test_a_stage_alone(videos, tmp_path):
     files = work.WorkFiles(str(tmp_path), options())
     path = str(videos[0] / "good.mp4")
-    source = stages.Source(work.content_key(path), path)
+    source = stages.SourceVideo(work.content_key(path), path)
     with beam.Pipeline(pipeline._local_runner(1)) as pipe:
         _ = pipe | beam.Create([source]) | stages.Stage("probe", files) | stages.Stage("clips", files)
     assert {path.parent.name.partition("-")[0] for path in work_files(tmp_path)} == {"probe", "clips"}

@@ -1,4 +1,4 @@
-"""What single frames tell of a clip: a perceptual hash, to find copies by, and an aesthetic score."""
+"""The looks of a clip's frames: a perceptual hash, to find copies by, and an aesthetic score."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tora_jax.io.video import VideoInfo, resize_crop
 from tora_jax.models.aesthetic import AestheticHead
 from tora_jax.models.clip import CLIP, MEAN, STD, from_fields
 
-FRAMES = 4  # of a clip, evenly spread, that are looked at
-HASH_SIDE, HASH_KEPT = 32, 8  # pixels of the picture, and frequencies of it that make the hash
+FRAMES = 4  # of a clip, evenly spread, that are judged
+HASH_SIDE, HASH_KEPT = 32, 8  # a side: pixels of the picture, and its frequencies in the hash
 BITS = FRAMES * HASH_KEPT**2
 
 Pictures = UInt8[np.ndarray, "t h w 3"]
@@ -31,15 +31,15 @@ Judge = Callable[[Pictures], float]
 def read_frames(
     source: str | os.PathLike | bytes, numbers: Callable[[int, float], Iterable[int]], short: int
 ) -> tuple[Pictures, VideoInfo]:
-    """Some frames of a clip, made small.
+    """Reads some frames of a clip, made small.
 
     Args:
       source: path or bytes of a clip that `cuts.cut` made.
-      numbers: length and rate of the clip -> which frames, rising; the others are decoded, but not converted.
+      numbers: length and rate of the clip -> the numbers of the frames, rising; the others are not converted.
       short: pixels of the shorter side, at most.
 
     Returns:
-      those frames, and what the clip is as a whole.
+      these frames, and the length, size and rate of the clip.
 
     Raises:
       UnusableError: "damaged".
@@ -58,14 +58,14 @@ def read_frames(
 
 
 def spread(count: int, rate: float = 0.0) -> list[int]:
-    """The numbers of the FRAMES frames of a clip that are looked at."""
+    """The numbers of the FRAMES frames of a clip that are judged."""
     return [(2 * i + 1) * count // (2 * FRAMES) for i in range(FRAMES)]
 
 
 def perceptual_hash(frames: Pictures) -> bytes:
     """64 bits for each frame: which of its lowest frequencies are above their median (the usual pHash).
 
-    Scaling, encoding, brightness and contrast hardly change it. Copies are found by the number of bits that differ.
+    Scaling, encoding, brightness and contrast hardly change it; few bits differ between copies.
     """
     bits = []
     for frame in frames:

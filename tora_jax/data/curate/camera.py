@@ -1,7 +1,7 @@
-"""What moves in a clip: how strongly, how the camera moves, and which pixels move by themselves.
+"""Motion in a clip: its strength, the camera's motion, and the pixels that move by themselves.
 
-Frames a fixed time apart are compared. A homography that most of the picture follows is the camera; what does not
-follow it is a moving object. Lengths are shares of the frame's shorter side, so that they mean the same at each size.
+Frames a fixed time apart are compared. The homography that most of the picture follows is the camera's motion; pixels
+that do not follow it belong to moving objects. Lengths are shares of the frame's shorter side, at every size.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Video = UInt8[np.ndarray, "t h w 3"]
 Flow = Callable[[Video], Float[np.ndarray, "_ h w 2"]]
 
 METHODS = ("dis", "raft")
-PAIRS = 8  # that RAFT takes at once
+PAIRS = 8  # of frames, that RAFT takes at once
 
 SCORE_SIDE, SCORE_SECONDS = 320, 10 / 24  # of the flow score: Open-Sora's frames of 320x576, 10 apart
 
-GRID = 8  # pixels between the points that the camera is found from
+GRID = 8  # pixels between the points from which the camera's motion is found
 INLIER = 1.0  # pixels; MAGSAC's scale of the noise
-TRUSTED = 0.4  # of the points; where fewer follow the camera's motion, it does not count for the clip's
-OBJECT = 1 / 128  # of the shorter side between two frames, at least, by which a moving pixel leaves the camera's motion
-RELATIVE = 0.1  # and of the camera's own motion there
+TRUSTED = 0.4  # of the points: the least share that follows the camera's motion where that motion counts
+OBJECT = 1 / 128  # of the shorter side: the least difference of a moving pixel from the camera's motion in a step
+RELATIVE = 0.1  # of the camera's motion, which the least difference grows by
 BETTER, WINDOW = 1.0, 5  # of 255, by which one motion explains a pixel better than another; pixels
-CLOSE = 1 / 16  # of the shorter side; gaps in a moving object's outline that are closed
-SPECK = 1 / 1000  # of the frame; smaller pieces of a mask are noise
+CLOSE = 1 / 16  # of the shorter side: the widest gaps in an object's outline that are closed
+SPECK = 1 / 1000  # of the frame: smaller pieces of a mask are noise
 RADIUS = 0.4  # mean distance of a pixel from the centre, for comparing a zoom with a pan
 
 
@@ -73,7 +73,7 @@ def raft_flow(model: RAFT, params: Mapping[str, Any]) -> Flow:
         frames = to_float(np.pad(video, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge"))
         found = [np.zeros((0, height, width, 2), np.float32)]
         for start in range(0, len(video) - 1, PAIRS):
-            # The last batch is filled up, so that one compiled program does for all.
+            # The last batch is filled up, so that one compiled program serves all.
             first = np.minimum(np.arange(start, start + PAIRS), len(video) - 2)
             flow = np.asarray(run(frames[first], frames[first + 1]))
             found.append(flow[: len(video) - 1 - start, :height, :width])
@@ -85,7 +85,7 @@ def raft_flow(model: RAFT, params: Mapping[str, Any]) -> Flow:
 def flow_score(flow: Float[np.ndarray, "n h w 2"], seconds: float) -> float:
     """Mean length of the displacements, in pixels of a frame whose shorter side is 320, in 10 frames at 24 a second.
 
-    So it is on the scale of Open-Sora's motion score, which its captions name: 5 is calm, 20 is fast.
+    This is the scale of the motion scores in Open-Sora's captions: 5 is calm, 20 is fast.
 
     Args:
       flow: in pixels, at any size.
@@ -106,9 +106,9 @@ class Motion:
       pan, tilt: of the camera, to the right and up; shorter sides a second.
       zoom: growth a second, as a logarithm; in is positive.
       roll: radians a second.
-      shake: how much longer the camera's way is than where it gets to; shorter sides a second.
+      shake: length of the camera's way beyond the distance that it covers; shorter sides a second.
       foreground: share of pixels that move by themselves, mean over the pairs of frames.
-      masks: bool [n, h, w], which they are, in the first frame of each pair.
+      masks: bool [n, h, w], these pixels in the first frame of each pair.
     """
 
     camera: str
@@ -127,7 +127,7 @@ def analyse(video: Video, flow: Float[np.ndarray, "_ h w 2"], seconds: float, st
     Args:
       video: frames that are `seconds` apart.
       flow: in pixels, see `make_flow`.
-      static: shorter sides a second; a camera under that stands still, so that small pans are static.
+      static: shorter sides a second; a slower camera counts as static.
     """
     height, width = flow.shape[1:3]
     side = min(height, width)
@@ -185,11 +185,11 @@ def camera_flow(homography: Float[np.ndarray, "3 3"], height: int, width: int) -
 def object_masks(
     video: Video, flow: Float[np.ndarray, "_ h w 2"], homographies: Sequence[Float[np.ndarray, "3 3"]]
 ) -> Bool[np.ndarray, "_ h w"]:
-    """Pixels of each frame but the last that move otherwise than the camera.
+    """Pixels of each frame but the last that do not move with the camera.
 
-    Flow also moves the background around an object, which the object covers or uncovers. So a pixel that the camera's
-    motion finds in the frame before or in the next one, better than the flow does, is taken out again; and so is what
-    the camera moves out of the picture.
+    Flow also moves the background around an object, which the object covers or uncovers. So pixels are taken out again
+    that the camera's motion finds, better than the flow does, in the frame before or in the next one; and so are pixels
+    that the camera moves out of the picture.
     """
     height, width = flow.shape[1:3]
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32) for frame in video]
@@ -213,14 +213,14 @@ def object_masks(
         large[0] = False
         masks[j] = large[pieces]
     if len(masks) > 1 and masks[1].any():
-        # Before the first frame there is none: what moves in it must move on in the second.
+        # Before the first frame there is none: pixels that move in it must move on in the second.
         moved = cv2.remap(masks[1].astype(np.float32), _pixels(height, width) + flow[0], None, cv2.INTER_LINEAR)
         masks[0] &= moved > 0.5
     return masks
 
 
 def _length(vectors: Float[np.ndarray, "*s 2"]) -> Float[np.ndarray, "*s"]:
-    """As np.linalg.norm over the last axis, which takes ten times as long where that has two numbers."""
+    """np.linalg.norm over a last axis of two numbers, in a tenth of its time."""
     return np.sqrt(np.square(vectors[..., 0]) + np.square(vectors[..., 1]))
 
 
@@ -240,7 +240,7 @@ def _leaves(move: Float[np.ndarray, "h w 2"]) -> Bool[np.ndarray, "h w"]:
 def _mismatch(
     first: Float[np.ndarray, "h w"], second: Float[np.ndarray, "h w"], move: Float[np.ndarray, "h w 2"]
 ) -> Float[np.ndarray, "h w"]:
-    """How much a pixel differs from where it is said to go, on the 0..255 scale, mean of its neighbourhood."""
+    """Difference between a pixel and the place that it moves to, on the 0..255 scale, mean of its neighbourhood."""
     moved = cv2.remap(second, _pixels(*first.shape) + move, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return cv2.blur(np.abs(first - moved), (WINDOW, WINDOW))
 

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, UInt8
 
 from tora_jax.data.curate.probe import UNEVEN, Look, UnusableError, Video, opened
 
-COPIED = ("h264", "hevc", "vp9", "av1")  # what an mp4 may hold as it is
-REENCODED = ("rotated", "odd size", "not square")  # what a copy would hand on
-QUALITY = {"crf": "18", "preset": "veryfast", "x264-params": "weightp=0:mbtree=0"}  # as `video_io`, and faster
+COPIED = ("h264", "hevc", "vp9", "av1")  # codecs that an mp4 may hold as they are
+REENCODED = ("rotated", "odd size", "not square")  # traits that a copy would hand on
+QUALITY = {"crf": "18", "preset": "veryfast", "x264-params": "weightp=0:mbtree=0"}  # as `io.video`, and faster
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
 SLACK = 1e-6  # seconds, for rounding
 
@@ -32,9 +32,9 @@ class Piece:
 
     Attributes:
       start, stop: in the video's ticks.
-      copied: its packets are copied; otherwise it is encoded anew.
-      seconds: about.
-      black, frozen: share of its frames that are black, and seconds of its longest stretch without any change.
+      copied: whether its packets are copied; otherwise it is encoded anew.
+      seconds: approximate length.
+      black, frozen: share of black frames, and seconds of the longest stretch without any change.
     """
 
     start: int
@@ -48,9 +48,9 @@ class Piece:
 def plan(video: Video, look: Look, shortest: float, longest: float, loss: float) -> list[Piece]:
     """Cuts scenes into pieces.
 
-    A scene longer than `longest` is cut again, at a key frame in the second half of the stretch that a clip may
-    take, if there is one. A piece that starts with no key frame begins at the next one, if that is at most `loss`
-    away, and is encoded anew otherwise.
+    A scene longer than `longest` is cut again, if possible at a key frame in the second half of the time that a clip
+    may take. A piece that does not start with a key frame begins at the next one if it is at most `loss` away, and is
+    encoded anew otherwise.
 
     Args:
       shortest, longest, loss: seconds.
@@ -81,7 +81,7 @@ def plan(video: Video, look: Look, shortest: float, longest: float, loss: float)
 
 
 def _end(times: Times, keys: Bool[np.ndarray, "t"], start: int, stop: int, short: float, long: float) -> int:
-    """Where a piece of a scene ends that is too long: so that it and the rest are long enough."""
+    """The end of a piece of a scene that is too long, such that the piece and the rest are long enough."""
     latest = (
         np.searchsorted(times, min(times[start] + long, max(times[stop] - short, times[start] + short)), "right") - 1
     )
@@ -105,7 +105,7 @@ def _first(video: Video, look: Look, times: Times, start: int, end: int, short: 
 def cut(path: str | os.PathLike, video: Video, piece: Piece) -> bytes:
     """A piece of a video as an mp4 file, without sound.
 
-    A copied one may lose its last few frames, those that need later ones to be decoded.
+    A copied piece may lose its last few frames, those that need later ones for decoding.
 
     Raises:
       UnusableError: "damaged".
@@ -123,7 +123,7 @@ def _writer(file: io.BytesIO) -> av.container.OutputContainer:
 
 
 def _seek(container: av.container.InputContainer, stream: av.VideoStream, tick: int) -> None:
-    """To a key frame at or before a time; to the start of a file that cannot be searched, such as MPEG-TS."""
+    """Goes to a key frame at or before a time, or to the start of a file that cannot be searched, such as MPEG-TS."""
     container.seek(tick, stream=stream)
     first = next((packet.pts for packet in container.demux(stream) if packet.pts is not None), None)
     if first is None or first > tick:
@@ -142,9 +142,9 @@ def _copy(path: Path, video: Video, piece: Piece) -> bytes:
             if packets or (packet.pts == piece.start and packet.is_keyframe):
                 if packet.dts is not None and packet.dts >= piece.stop:
                     break
-                if packet.pts >= piece.start:  # frames before, of the key frame's own group, need what is left out
+                if packet.pts >= piece.start:  # earlier frames of its group need packets that are left out
                     packets.append(packet)
-        # All up to a packet, in the order of decoding, if nothing that is shown earlier comes later.
+        # All up to a packet, in the order of decoding, after which none comes that is shown earlier.
         shown = np.array([packet.pts for packet in packets], np.int64)
         later = np.append(np.minimum.accumulate(shown[::-1])[::-1][1:], piece.stop)[: len(shown)]
         whole = np.flatnonzero(np.maximum.accumulate(shown) < np.minimum(later, piece.stop))
@@ -163,7 +163,7 @@ def _copy(path: Path, video: Video, piece: Piece) -> bytes:
 
 
 def _encode(path: Path, video: Video, piece: Piece) -> bytes:
-    """Frames at a constant rate, the nearest to each time; upright, with square pixels and even sides."""
+    """Encodes frames at a constant rate, the nearest to each time: upright, with square pixels and even sides."""
     rate, file = Fraction(video.fps).limit_denominator(1001), io.BytesIO()
     height, width = video.height // 2 * 2, video.width // 2 * 2
     with _writer(file) as target:
@@ -200,7 +200,7 @@ def _decode(path: Path, video: Video, piece: Piece) -> Iterator[tuple[float, UIn
 def _at_rate(
     frames: Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]], fps: float, seconds: float
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Picks, for each tick of a constant rate, the frame that is shown then."""
+    """Yields the frame that is shown at each tick of a constant rate."""
     count, total, last = 0, max(math.floor(seconds * fps + 0.5), 1), None
     for time, picture in frames:
         while last is not None and count < total and (count + 0.5) / fps <= time:

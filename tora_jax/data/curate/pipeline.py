@@ -20,11 +20,11 @@ from tora_jax.data.curate import appearance, filters, report, work
 from tora_jax.data.curate.captions import AddCaptions
 from tora_jax.data.curate.filters import ClipFacts, Copies
 from tora_jax.data.curate.shards import Shards
-from tora_jax.data.curate.stages import STAGES, Source, Stage
+from tora_jax.data.curate.stages import STAGES, SourceVideo, Stage
 from tora_jax.data.curate.work import WorkFiles
 from tora_jax.errors import UserError
 
-# A process of the local runner. Beam's own command for it tells all that it does.
+# The program of a local worker process. Beam's own logs every step.
 WORKER = """
 import logging
 logging.disable(logging.WARNING)
@@ -34,7 +34,7 @@ sdk_worker_main.main([])
 
 
 def build(pipeline: beam.Pipeline, patterns: Sequence[str], output: str, options: Mapping[str, Mapping[str, Any]]):
-    """Puts the whole pipeline together: files that match -> shards, stats.json and report.html in `output`.
+    """Builds the whole pipeline: files that match -> shards, stats.json and report.html in `output`.
 
     Args:
       patterns: of files; `**` stands for any folders, or none.
@@ -53,9 +53,9 @@ def build(pipeline: beam.Pipeline, patterns: Sequence[str], output: str, options
         | "content" >> beam.Map(_key, files)
         | "same" >> beam.GroupByKey()
     )
-    sources = found | "first" >> beam.Map(lambda same: Source(same[0], min(same[1])))
+    sources = found | "first" >> beam.Map(lambda same: SourceVideo(same[0], min(same[1])))
     probed = sources | Stage("probe", files) | "facts" >> beam.Map(_facts, files)
-    done = probed | "usable" >> beam.FlatMap(lambda facts: [] if facts["reason"] else [Source(*facts["source"])])
+    done = probed | "usable" >> beam.FlatMap(lambda facts: [] if facts["reason"] else [SourceVideo(*facts["source"])])
     for name in STAGES[1:]:
         done = done | Stage(name, files)
     clips = done | "rows" >> beam.FlatMap(_clips, files) | "rules" >> beam.Map(_judge, options["rules"])
@@ -114,7 +114,7 @@ def run(
       beam_flags: of Beam; with a `--runner` among them, that one runs it.
 
     Returns:
-      what stats.json holds.
+      the content of stats.json.
 
     Raises:
       UserError: no file matches, an option is wrong, a server cannot be reached, or the disk is full.
@@ -148,7 +148,7 @@ def _batches(size: int) -> beam.BatchElements:
 
 
 def _message(text: str) -> str:
-    """Without what Beam adds."""
+    """A message without Beam's additions."""
     return re.split(r" \[while running|\n", text.strip())[0]
 
 
@@ -162,11 +162,11 @@ def _key(file: tuple[str, int, float], files: WorkFiles) -> tuple[str, str]:
     return key, file[0]
 
 
-def _facts(source: Source, files: WorkFiles) -> dict[str, Any]:
+def _facts(source: SourceVideo, files: WorkFiles) -> dict[str, Any]:
     return {"source": tuple(source), **work.read_json(files.path("probe", source.key))}
 
 
-def _clips(source: Source, files: WorkFiles) -> Iterator[ClipFacts]:
+def _clips(source: SourceVideo, files: WorkFiles) -> Iterator[ClipFacts]:
     """All that the stages found of each clip."""
     found, seen = (work.read_json(files.path(stage, source.key)) for stage in ("probe", "looks"))
     with work.open_zip(files.path("motion", source.key)) as archive:

@@ -1,4 +1,4 @@
-"""Is a file a video that decodes, and where are its scenes? One pass over its frames, which are made small."""
+"""Whether a file is a video that decodes, and where its scenes are: one pass over its frames, made small."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from scenedetect.detectors import AdaptiveDetector
 
 from tora_jax.io.video import CONTAINERS
 
-SHORT = 128  # pixels of the shorter side, that cuts and still frames are looked for at
-BLACK = 8.0  # of 255: mean of a frame that is black
-FROZEN = 0.05  # of 255: mean difference from the frame before, of one that is the same
-UNEVEN = 0.5  # of the usual time between two frames: a larger difference from it is a variable rate
+SHORT = 128  # pixels of the shorter side, for finding cuts and still frames
+BLACK = 8.0  # of 255: the largest mean of a black frame
+FROZEN = 0.05  # of 255: the largest mean difference between two frames that are the same
+UNEVEN = 0.5  # of the usual time between two frames: the largest difference from it at a constant rate
 
 
 class UnusableError(Exception):
@@ -31,16 +31,16 @@ class UnusableError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video file, as it turned out when it was decoded.
+    """Facts about a video file, found by decoding it.
 
     Attributes:
-      height, width: as it is shown: upright, with square pixels.
+      height, width: of the picture as it is shown: upright, with square pixels.
       fps: usual rate.
       seconds: length; the last frame counts as long as a usual one.
       codec: such as "h264".
-      traits: what is odd about it, of "wrong name", "rotated", "odd size", "10 bit", "not square", "variable rate".
+      traits: its oddities, of "wrong name", "rotated", "odd size", "10 bit", "not square", "variable rate".
       tick: seconds; the unit of time in the file.
-      timed: the file says when each frame is shown. Otherwise frames are counted.
+      timed: whether the file says when each frame is shown; otherwise frames are counted.
     """
 
     height: int
@@ -53,17 +53,17 @@ class Video:
     timed: bool
 
     def count(self, number: int) -> int:
-        """When a frame is shown, in ticks, if the file does not say it."""
+        """The time of a frame in ticks, of a file without times."""
         return round(number / self.fps / self.tick)
 
 
 class Look(NamedTuple):
-    """What was seen in each of a video's frames.
+    """Facts about each frame of a video.
 
     Attributes:
-      ticks: when it is shown.
-      keys: it decodes by itself.
-      black, frozen: it is black, or the same as the one before.
+      ticks: the time at which it is shown.
+      keys: whether it decodes by itself.
+      black, frozen: whether it is black, or the same as the one before.
       cuts: numbers of the frames that begin a scene, without the first.
     """
 
@@ -79,8 +79,8 @@ def probe(path: str | os.PathLike, damaged_share: float, threshold: float) -> tu
 
     Args:
       path: any file; its content counts, not its name.
-      damaged_share: of the declared frames, that may be damaged or missing.
-      threshold: of PySceneDetect's AdaptiveDetector: how many times the usual change a cut is; 3 is its own.
+      damaged_share: the largest share of the declared frames that may be damaged or missing.
+      threshold: of PySceneDetect's AdaptiveDetector: the change at a cut, in multiples of the usual one; its own is 3.
 
     Raises:
       UnusableError: "empty", "not a video", "no video stream", "cut off", "damaged", "one frame", "changes its size".

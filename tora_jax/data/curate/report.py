@@ -1,4 +1,4 @@
-"""What became of all files and clips: counts, histograms, and pictures of kept and dropped clips, on one page."""
+"""The fate of all files and clips: counts, histograms, and pictures of kept and dropped clips, on one page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from tora_jax.data.curate.filters import REASONS, ClipFacts
 
 SHORT = 90  # pixels of a picture's shorter side
-# Score -> the range of its histogram; what lies outside is counted at the ends.
+# Score -> the range of its histogram; values outside are counted at the ends.
 RANGES = {
     "seconds": (0.0, 20.0),
     "flow": (0.0, 50.0),
@@ -34,7 +34,7 @@ Counted = Iterator[tuple[tuple[str, ...], float]]
 
 
 def count_paths(paths: Iterable[str]) -> Counted:
-    """Files of the same content: all are files, and only the first is used."""
+    """Counts files of the same content, of which only the first is used."""
     number = len(list(paths))
     yield ("files", "total"), number
     if number > 1:
@@ -42,7 +42,7 @@ def count_paths(paths: Iterable[str]) -> Counted:
 
 
 def count_file(facts: Mapping[str, Any]) -> Counted:
-    """Of what the first stage found of a file."""
+    """Counts what the first stage found in a file."""
     if facts["reason"]:
         yield ("files", "dropped", facts["reason"]), 1
     else:
@@ -56,7 +56,7 @@ def count_file(facts: Mapping[str, Any]) -> Counted:
 
 
 def count_clip(clip: ClipFacts) -> Counted:
-    """Of a clip and its fate."""
+    """Counts a clip and its fate."""
     yield ("clips", "total"), 1
     yield ("clips", "seconds"), clip["seconds"]
     yield ("clips", "copied" if clip["copied"] else "encoded"), 1
@@ -75,7 +75,7 @@ def count_clip(clip: ClipFacts) -> Counted:
 
 
 def stats(numbers: Iterable[tuple[tuple[str, ...], float]], folder: str) -> dict[str, Any]:
-    """The counts as they stand in stats.json."""
+    """The content of stats.json, from the counts."""
     nested: dict[str, Any] = {"data": folder}
     nested |= {"files": dict.fromkeys(("total", "used", "scenes", "short scenes"), 0)}
     nested["files"] |= {"seconds": 0.0, "dropped": {}, "traits": {}}
@@ -119,7 +119,7 @@ img { display: block; max-width: 100%; border-radius: 3px; }
 
 
 def page(stats: Mapping[str, Any], samples: Sequence[tuple[str, ClipFacts, bytes]]) -> str:
-    """report.html: one file, with everything in it.
+    """The content of report.html, with the pictures in it.
 
     Args:
       samples: ("kept" or the reason, clip, JPEG) of some clips.

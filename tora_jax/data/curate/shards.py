@@ -48,7 +48,7 @@ FEATURES = tfds.features.FeaturesDict(
 
 
 def folder_name(content: int) -> str:
-    """Of the shards of these clips; other clips, another name."""
+    """The name of the folder for these clips; other clips have another."""
     return f"{NAME}-{content % 16**8:08x}"
 
 

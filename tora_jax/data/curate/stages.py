@@ -22,7 +22,7 @@ from tora_jax.data.curate.work import WorkFiles
 STAGES = ("probe", "clips", "motion", "looks")
 
 
-class Source(NamedTuple):
+class SourceVideo(NamedTuple):
     """A source video: the digest of its content, and where it lies."""
 
     key: str
@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 
 class Stage(beam.PTransform):
-    """Source videos -> the same, once the stage's file of each is there.
+    """SourceVideo videos -> the same, once the stage's file of each is there.
 
     Args:
       name: "probe", "clips", "motion" or "looks"; each needs the files of those before it (but "looks" not those of
@@ -54,20 +54,20 @@ class _Fill(beam.DoFn):
         make = {"probe": _probe, "clips": _clips, "motion": _motion, "looks": _appearance}[self._stage]
         self._fill = make(self._files)
 
-    def process(self, source: Source) -> Iterator[Source]:
+    def process(self, source: SourceVideo) -> Iterator[SourceVideo]:
         path = self._files.path(self._stage, source.key)
         if not work.exists(path):
             self._fill(source, path)
         yield source
 
 
-Fill = Callable[[Source, str], None]
+Fill = Callable[[SourceVideo, str], None]
 
 
 def _probe(files: WorkFiles) -> Fill:
     options = files.options["probe"]
 
-    def fill(source: Source, path: str) -> None:
+    def fill(source: SourceVideo, path: str) -> None:
         found: dict[str, Any] = {"reason": ""}
         try:
             with work.local(source.path) as here:
@@ -87,7 +87,7 @@ def _probe(files: WorkFiles) -> Fill:
 
 
 def _clips(files: WorkFiles) -> Fill:
-    def fill(source: Source, path: str) -> None:
+    def fill(source: SourceVideo, path: str) -> None:
         found, damaged = work.read_json(files.path("probe", source.key)), []
         video = probe.Video(**{**found["video"], "traits": tuple(found["video"]["traits"])})
 
@@ -108,7 +108,7 @@ def _motion(files: WorkFiles) -> Fill:
     options = files.options["motion"]
     flow = camera.make_flow(options["method"], options["weights"])
 
-    def fill(source: Source, path: str) -> None:
+    def fill(source: SourceVideo, path: str) -> None:
         scores: dict[int, dict[str, Any]] = {}
 
         def members() -> Iterator[tuple[str, bytes]]:
@@ -131,7 +131,7 @@ def _appearance(files: WorkFiles) -> Fill:
     options = files.options["looks"]
     judge = appearance.make_judge(options["clip"], options["head"]) if options["clip"] else None
 
-    def fill(source: Source, path: str) -> None:
+    def fill(source: SourceVideo, path: str) -> None:
         found: dict[int, dict[str, Any]] = {}
         for i, clip in work.each_clip(files, source.key):
             try:

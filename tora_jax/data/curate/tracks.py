@@ -8,13 +8,13 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from tora_jax.conditioning import motion_maps as flows
+from tora_jax.conditioning.motion_maps import follow
 from tora_jax.data.motion import GRID
 
-MARGIN = 1 / 32  # of the shorter side: so far from its object's edge a point starts
+MARGIN = 1 / 32  # of the shorter side: the least distance of a start from the edge of its object
 
 PATCH = np.stack(np.meshgrid(np.arange(-2, 3), np.arange(-2, 3)), -1).reshape(1, -1, 2).astype(np.float32)
-CHANGE = 20.0  # of 255: mean over the PATCH around a point; what changes more in a step is something else
+CHANGE = 20.0  # of 255: the largest mean change in a step, over the PATCH around a point, of one and the same thing
 
 Maps = Float[np.ndarray, "_ h w 2"]
 Found = tuple[Float[np.ndarray, "n t 2"], Bool[np.ndarray, "n t"]]
@@ -31,10 +31,10 @@ def inside_objects(
 ) -> Found:
     """Follows points of moving objects through a clip's flow.
 
-    From every `starts`-th frame on, `most` points of a grid (32 pixels at 480p, as Tora's) inside the mask are drawn,
-    with a probability proportional to the length of the way that they go until they are lost. A point is lost where
-    the flow back does not return it to where it came from (the usual bound, |forward + back|^2 < 0.01 (|forward|^2 +
-    |back|^2) + 0.5), where it looks otherwise after a step (something covers it), or where it leaves the picture.
+    At every `starts`-th frame, `most` points of a grid (32 pixels at 480p, as Tora's) inside the mask are drawn, with a
+    probability proportional to the length of their way until they are lost. A point is lost where the flow back does
+    not return it to its start (the usual bound, |forward + back|^2 < 0.01 (|forward|^2 + |back|^2) + 0.5), where it
+    looks different after a step (something covers it), or where it leaves the picture.
 
     Args:
       forward: from each frame to the next, in pixels.
@@ -42,8 +42,8 @@ def inside_objects(
       masks: moving pixels of each frame but the last.
 
     Returns:
-      tracks, (x, y) in 0..1 of the frame, and visible. A track stays where it is lost, and before its first frame
-      waits where it starts; there it is not visible.
+      tracks, (x, y) in 0..1 of the frame, and visible. Before its first frame a track waits at its start, and once lost
+      it stays in place; there it is not visible.
     """
     frames, (height, width) = len(forward) + 1, masks.shape[1:]
     tracks, visible = np.zeros((0, frames, 2), np.float32), np.zeros((0, frames), bool)
@@ -52,7 +52,7 @@ def inside_objects(
         points = _starts(masks[first])
         if not len(points):
             continue
-        path, seen = flows.follow(forward[first:], points)
+        path, seen = follow(forward[first:], points)
         seen = _trusted(path, seen, grey[first:], backward[first:])
         path = _resting(path, seen)
         lengths = np.linalg.norm(np.diff(path, axis=1) * (width, height), axis=-1).sum(-1)
@@ -87,7 +87,7 @@ def _trusted(
     grey: Sequence[Float[np.ndarray, "h w"]],
     backward: Maps,
 ) -> Bool[np.ndarray, "n t"]:
-    """`seen`, and up to each frame each step leads back to where it came from, and to what looks alike."""
+    """`seen`, where every step so far leads back to its start, and to a place that looks alike."""
     height, width = backward.shape[1:3]
     pixels = path * np.float32([width, height]) - np.float32(0.5)
     good = seen.copy()
@@ -102,12 +102,12 @@ def _trusted(
 
 
 def _sample(image: Float[np.ndarray, "h w *c"], at: Float[np.ndarray, "n p 2"]) -> Float[np.ndarray, "n p *c"]:
-    """Bilinear values at pixel positions (x, y); the edge goes on outside."""
+    """Bilinear values at pixel positions (x, y); outside, those of the edge."""
     return cv2.remap(image, at[..., 0], at[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _resting(path: Float[np.ndarray, "n t 2"], seen: Bool[np.ndarray, "n t"]) -> Float[np.ndarray, "n t 2"]:
-    """Tracks that stay where they are seen last."""
+    """Tracks that stay at the place where they are seen last."""
     last = seen.sum(1) - 1  # seen at first and, once lost, never again
     at = np.minimum(np.arange(path.shape[1]), last[:, None])
     return np.take_along_axis(path, at[..., None], axis=1)
@@ -116,13 +116,13 @@ def _resting(path: Float[np.ndarray, "n t 2"], seen: Bool[np.ndarray, "n t"]) ->
 def to_all_frames(
     tracks: Float[np.ndarray, "n t 2"], visible: Bool[np.ndarray, "n t"], at: Int[np.ndarray, "t"]
 ) -> tuple[Float[np.ndarray, "n all 2"], Bool[np.ndarray, "n all"]]:
-    """Tracks of some of a clip's frames -> of all, linear between them.
+    """Tracks of some of a clip's frames -> tracks of all frames, linear between them.
 
     Args:
       at: the numbers of those frames, rising, the first and the last of the clip among them.
 
     Returns:
-      the same for all frames; between two of those, a track is visible where it is so in both.
+      the same for all frames; between two frames of `at` a track is visible if it is visible in both.
     """
     every = np.arange(at[-1] + 1)
     right = np.searchsorted(at, every)

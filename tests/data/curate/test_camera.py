@@ -1,7 +1,6 @@
-"""Curation: flow, camera and objects against truth, tracks, and what single frames tell."""
+"""Curation: camera and objects against truth, and the flow that they are found from."""
 
 import collections
-import functools
 import json
 
 import cv2
@@ -15,12 +14,9 @@ from safetensors.flax import save_file
 pytest.importorskip("scenedetect")
 
 from tests import moving
-from tora_jax.data.curate import appearance, camera, tracks
-from tora_jax.data.sprites.clips import make_clip
+from tora_jax.data.curate import camera
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video, write_video
-from tora_jax.models.aesthetic import AestheticHead
-from tora_jax.models.clip import CLIP, CLIPText, CLIPVision
 from tora_jax.models.raft import RAFT
 
 DIS = camera.make_flow("dis")
@@ -183,130 +179,3 @@ def test_no_such_flow(tmp_path):
         camera.make_flow("raft")
     with pytest.raises(UserError, match="no such folder"):
         camera.make_flow("raft", tmp_path / "none")
-
-
-# ---------------------------------------------------------------- tracks
-
-
-@pytest.mark.parametrize("kind", ["still, object", "pan, object", "zoom, object", "shake, object"])
-def test_tracks_stay_on_their_objects(kind):
-    errors = []
-    for seed in range(3):
-        clip = moving.make(kind, seed)
-        forward, backward = DIS(clip.video), DIS(clip.video[::-1])[::-1]
-        masks = camera.analyse(clip.video, forward, SECONDS, STATIC).masks
-        paths, visible = tracks.inside_objects(np.random.default_rng(0), clip.video, forward, backward, masks, 8, 4)
-        assert paths.shape == (8, 17, 2)  # four from the first frame, four from the ninth
-        assert (visible.argmax(1) == np.repeat([0, 8], 4)).all()
-        height, width = clip.video.shape[1:3]
-        for path, seen in zip(paths, visible, strict=True):
-            at = np.flatnonzero(seen)
-            assert (np.diff(at) == 1).all()
-            x, y = (path[at[0]] * (width, height)).astype(int)
-            assert clip.masks[at[0], y, x]
-            want = path[at[0]] + clip.path[at] - clip.path[at[0]]
-            errors.append(np.linalg.norm((path[at] - want) * (width, height), axis=1).max())
-            np.testing.assert_array_equal(path[: at[0]], np.repeat(path[at[0]][None], at[0], 0))
-            np.testing.assert_array_equal(path[at[-1] :], np.repeat(path[at[-1]][None], 17 - at[-1], 0))
-    assert np.median(errors) < 2  # pixels, of ways of 37 to 96
-    assert np.max(errors) < 10
-
-
-def test_a_covered_point_is_lost():
-    """The disc that moves behind another one is lost there; the one in front is not."""
-    video, labels = np.zeros((9, 64, 96, 3), np.uint8), np.zeros((9, 64, 96), int)
-    rng = np.random.default_rng(0)
-    video[:] = moving.scenery(rng, 64, 96)
-    skins = moving.scenery(rng, 32, 32), moving.scenery(rng, 32, 32)
-    y, x = np.mgrid[:32, :32] - 15.5
-    disc = np.hypot(x, y) < 13
-    for j in range(9):
-        for i, left in enumerate((4 * j, 60 - 4 * j)):  # they meet at frames 4 and 5
-            region = video[j, 16:48, left : left + 32]
-            region[disc] = skins[i][disc]
-            labels[j, 16:48, left : left + 32][disc] = i + 1
-    forward, backward = DIS(video), DIS(video[::-1])[::-1]
-    masks = labels[:-1] > 0
-    paths, visible = tracks.inside_objects(np.random.default_rng(0), video, forward, backward, masks, 8, 40)
-    behind = 0
-    for path, seen in zip(paths, visible, strict=True):
-        x, y = path[0] * (96, 64)
-        if labels[0, int(y), int(x)] == 1:
-            covered = [np.hypot(x + 4 * j - 76 + 4 * j, y - 32) < 8 for j in range(9)]  # well inside the other disc
-            behind += any(covered)
-            assert not seen[np.flatnonzero(covered)].any()
-        elif labels[0, int(y), int(x)] == 2:
-            assert seen[:8].all()
-    assert behind >= 2
-
-
-def test_nothing_moves_no_tracks():
-    flow, masks = np.zeros((4, 32, 32, 2), np.float32), np.zeros((4, 32, 32), bool)
-    video = np.zeros((5, 32, 32, 3), np.uint8)
-    for mask in (masks, ~masks):
-        paths, visible = tracks.inside_objects(np.random.default_rng(0), video, flow, flow, mask, 2, 4)
-        assert (paths.shape, visible.shape) == ((0, 5, 2), (0, 5))
-
-
-def test_to_all_frames():
-    paths = np.array([[[0.0, 0.5], [0.4, 0.5], [0.4, 0.5]]], np.float32)
-    visible = np.array([[True, True, False]])
-    got, seen = tracks.to_all_frames(paths, visible, np.array([0, 2, 6]))
-    np.testing.assert_allclose(got[0, :, 0], [0, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4])
-    assert seen[0].tolist() == [True, True, True, False, False, False, False]
-    same, shown = tracks.to_all_frames(paths, visible, np.arange(3))
-    np.testing.assert_array_equal(same, paths)
-    np.testing.assert_array_equal(shown, visible)
-    one, _ = tracks.to_all_frames(paths[:, :1], visible[:, :1], np.array([0]))
-    np.testing.assert_array_equal(one, paths[:, :1])
-
-
-# ---------------------------------------------------------------- looks
-
-
-def bits(one, other):
-    return int(np.bitwise_count(np.frombuffer(one, np.uint8) ^ np.frombuffer(other, np.uint8)).sum())
-
-
-def test_copies_hash_alike_and_others_do_not(tmp_path):
-    codes = {}
-    for index in range(6):
-        video = make_clip(index, size=128).video
-        codes[index] = appearance.perceptual_hash(video[appearance.spread(len(video))])
-        assert len(codes[index]) * 8 == appearance.BITS
-        smaller = np.stack([cv2.resize(f, (80, 72), interpolation=cv2.INTER_AREA) for f in video])
-        darker = (video * 0.8 + 10).astype(np.uint8)
-        for name, changed in (("smaller", smaller), ("darker", darker)):
-            write_video(tmp_path / "a.mp4", changed, 8)
-            frames, info = appearance.read_frames(tmp_path / "a.mp4", appearance.spread, 256)
-            assert (len(frames), info) == (appearance.FRAMES, (len(video), *changed.shape[1:3], 8))
-            assert bits(appearance.perceptual_hash(frames), codes[index]) <= 16, name
-    for i in codes:
-        assert all(bits(codes[i], codes[j]) > 32 for j in codes if i != j)
-
-
-def test_frames_are_spread():
-    assert appearance.spread(8) == [1, 3, 5, 7]
-    assert appearance.spread(2) == [0, 0, 1, 1]
-
-
-def small_clip():
-    text = CLIPText(vocab_size=8, max_length=4, width=8, mlp_dim=8, depth=1, num_heads=2)
-    vision = CLIPVision(image_size=16, patch=8, width=8, mlp_dim=8, depth=1, num_heads=2)
-    return CLIP(text, vision, features=6)
-
-
-def test_aesthetic_score():
-    """The mean over the frames of the head on CLIP's embeddings, with CLIP's own normalisation."""
-    model, head = small_clip(), AestheticHead(features=6, layers=((0, 4), (2, 1)))
-    inputs = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 16, 16, 3))
-    params = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
-    head_params = jax.jit(head.init)(jax.random.key(1), jnp.zeros((1, 6)))["params"]
-    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    got = appearance.clip_judge(model, params, head, head_params)(frames)
-    pixels = (frames / 255 - np.array([0.4815, 0.4578, 0.4082])) / np.array([0.2686, 0.2613, 0.2758])
-    encode = jax.jit(functools.partial(model.apply, method=CLIP.encode_image))
-    embedded = encode({"params": params}, jnp.asarray(pixels, jnp.float32))
-    np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, rtol=1e-5)
-    want = np.asarray(head.apply({"params": head_params}, embedded)).mean()
-    assert got == pytest.approx(want, abs=1e-4)
