@@ -145,7 +145,7 @@ def main(argv: list[str], check_interrupt) -> None:
 
     # ----- The release folder -----------------------------------------------------------------------------------
     params = sharding.to_host(job.combine(state.ema, frozen))
-    if job.name != "tora":
+    if job.name != "tora" and validation.changes_latents(state.trained):
         normalise = validation.latent_statistics(config, models, open_held_out, mesh)
         params[job.name].update(normalise(params[job.name]))
     adapter = sharding.to_host(state.ema) if job.adapts else None

@@ -69,6 +69,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
             "tracks": args.tracks,
             "max_tracks": 16,
             "crop": 0,
+            "object_masks": False,
             "frame_masks": {"random": 0.1, "image_head": 0.2},
             "workers": workers,
             "prefetch": 2,

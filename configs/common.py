@@ -74,6 +74,7 @@ def training() -> dict:
             "tracks": "flow",
             "max_tracks": 16,
             "crop": 0,
+            "object_masks": False,
             "frame_masks": {},
             "workers": 0,
             "prefetch": 2,
@@ -95,7 +96,12 @@ def few_steps() -> dict:
     return {"steps": 4, "log_every": 1, "eval_every": 4, "save_every": 2, "evaluation": {"batches": 1, "steps": 2}}
 
 
-VAE_PHASES = {"spatial": "spatial_vae/.*", "causal": "temporal_vae/.*", "joint": ".*"}  # and what trains in each
+VAE_PHASES = {  # and what trains in each
+    "spatial": "spatial_vae/.*",
+    "causal": "temporal_vae/.*",
+    "joint": ".*",
+    "decoder": "spatial_vae/(decoder|post_quant_conv)/.*",  # latents stay as they are
+}
 
 
 def vae_part(part: str, phase: str) -> tuple[str, ...]:
@@ -112,10 +118,11 @@ def vae_part(part: str, phase: str) -> tuple[str, ...]:
 def vae_loss(phase: str) -> dict:
     """Weights of `losses.vae_loss` in a phase."""
     terms = {"l1": 0.1, "l2": 1.0, "frame": 0.0, "coarse": 0.0, "identity": 0.0, "video": 0.0}
-    terms |= {"kl_spatial": 0.0, "kl": 0.0}
+    terms |= {"kl_spatial": 0.0, "kl": 0.0, "near_objects": 0.0}
     changes = {
         "spatial": {"frame": 1.0, "kl_spatial": 1e-4},
         "causal": {"identity": 1.0, "kl": 1e-4},
+        "decoder": {"frame": 1.0, "near_objects": 8.0},
         "joint": {"frame": 0.2, "identity": 0.02, "video": 1.0, "kl_spatial": 1e-4, "kl": 1e-4},
     }
     return {**terms, **changes[phase]}

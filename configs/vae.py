@@ -1,11 +1,13 @@
-"""The video VAE, in three phases, each from the release folder of the one before.
+"""The video VAE, in three phases, each from the release folder of the one before, and a fourth that mends what ships.
 
   python train.py --config configs/vae.py:phase=spatial --workdir runs/spatial --config.data.sources="('clips',)"
   python train.py --config configs/vae.py:phase=causal --weights runs/spatial/release --workdir runs/causal ...
   python train.py --config configs/vae.py:phase=joint --weights runs/causal/release --workdir runs/vae ...
+  python train.py --config configs/vae.py:phase=decoder --weights runs/vae/release --workdir runs/decoder ...
 
 spatial: single frames through the spatial VAE. causal: the causal VAE learns to give back the spatial VAE's latents
-(the reference's identity loss). joint: both, on pixels.
+(the reference's identity loss). joint: both, on pixels. decoder: the spatial VAE's decoder alone, on squares around
+objects, which weigh more than the rest; latents stay, and so do the denoisers and cached latents that go with them.
 
 Arguments: `phase`; `small`: the small model's VAE; `runlocal`: either of them at the least size, for a few steps.
 """
@@ -21,22 +23,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.job = "vae"
     config.train = common.vae_part("vae", arg.phase)
     config.loss = common.vae_loss(arg.phase)
-    frames = 1 if arg.phase == "spatial" else 17
+    # Two frames show what moves where clips have no labels; the small model's clips have them.
+    frames = {"spatial": 1, "decoder": 1 if arg.small else 2}.get(arg.phase, 17)
     config.steps, batch, config.data.crop = 100_000, 32, 256
     config.data.buckets = (common.bucket(frames, 256, 256, batch=batch, fps=24.0),)
+    if arg.phase == "decoder":
+        config.data.object_masks, config.data.crop = True, 128
     if arg.small:
         config.optim = common.quick(2e-3)
         config.ema, config.eval_every = 0.99, 500
-        if arg.phase == "spatial":
-            config.loss.coarse = 0.25
+        if arg.phase in ("spatial", "decoder"):
             config.optim.update({"optimizer": "muon", "muon_rms": 0.8})
             # Muon on the layers into and out of the latents spreads them over all directions: see docs/LOG.md.
             config.optim.muon_kernels = (r"!.*(conv_in|conv_out|quant_conv)/kernel", r".*/kernel")
-        config.steps = {"spatial": 1000, "causal": 100, "joint": 90}[arg.phase]
-        config.optim.lr = {"spatial": 2e-3, "causal": 1e-3, "joint": 5e-4}[arg.phase]
-        config.optim.warmup = {"spatial": 100, "causal": 20, "joint": 20}[arg.phase]
-        batch = {"spatial": 16, "causal": 8, "joint": 4}[arg.phase]
-        config.data.crop = 64
+        if arg.phase == "spatial":
+            config.loss.coarse = 0.25
+        config.steps = {"spatial": 1000, "causal": 100, "joint": 90, "decoder": 1600}[arg.phase]
+        config.optim.lr = {"spatial": 2e-3, "causal": 1e-3, "joint": 5e-4, "decoder": 2e-3}[arg.phase]
+        config.optim.warmup = {"spatial": 100, "causal": 20, "joint": 20, "decoder": 20}[arg.phase]
+        batch = {"spatial": 16, "causal": 8, "joint": 4, "decoder": 8}[arg.phase]
+        config.data.crop = 48 if arg.phase == "decoder" else 64
         config.data.buckets = (common.bucket(frames, 128, 128, batch=batch),)
     if arg.runlocal:
         config.update(common.few_steps())

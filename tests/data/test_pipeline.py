@@ -35,6 +35,7 @@ def config(*folders, **changes):
         "tracks": "given",
         "max_tracks": 3,
         "crop": 0,
+        "object_masks": False,
         "frame_masks": {},
         "workers": 0,
         "prefetch": 2,
@@ -184,6 +185,38 @@ def test_motion_and_video_are_cut_alike(folder, written):
         assert len(found) == 1
         places |= set(found)
     assert len(places) > 6
+
+
+def test_squares_around_objects(folder, written):
+    """Of the first frame of each clip, with the objects where its labels have them."""
+    iterator = batches(config(folder, crop=16, object_masks=True, buckets=(bucket(1),)), "train", seed=3)
+    for batch in take(iterator, 6):
+        assert batch["object_mask"].shape == (4, 1, 16, 16)
+        assert batch["object_mask"].any((1, 2, 3)).all()
+        for video, mask in zip(batch["video"], batch["object_mask"], strict=True):
+            assert any(square_of(record, video[0], mask[0]) for record in written)
+
+
+def square_of(record, frame, mask):
+    """Whether some square of the record's video and labels is this one."""
+    for whole, labels in zip(frames_of(record), record["labels"], strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(whole, frame.shape)[:, :, 0]
+        for top, left in np.argwhere((windows == frame).all((2, 3, 4))):
+            return np.array_equal(labels[top : top + 16, left : left + 16] > 0, mask)
+    return False
+
+
+def test_objects_of_clips_without_labels(written, tmp_path):
+    bare = [{**record, "labels": None} for record in written]
+    for i, record in enumerate(bare):
+        (tmp_path / f"{i}.mp4").write_bytes(record["video"])
+        (tmp_path / f"{i}.txt").write_text(record["caption"])
+    data = config(tmp_path, object_masks=True, buckets=(bucket(2, batch=6, fps=4.0),))
+    masks = np.concatenate([batch["object_mask"] for batch in take(batches(data, "train", seed=0), 2)])
+    assert masks.shape == (12, 2, SIDE, SIDE)
+    assert 0 < masks.mean() < 0.5
+    with pytest.raises(UserError, match="one frame does not show what moves"):
+        take(batches({**data, "buckets": (bucket(1),)}, "train", seed=0), 1)
 
 
 def test_scaled_tracks(folder, written):

@@ -18,6 +18,7 @@ CONFIG = {
     "tracks": "given",
     "max_tracks": 3,
     "crop": 0,
+    "object_masks": False,
     "frame_masks": {"random": 0.5},
     "workers": 0,
     "prefetch": 2,

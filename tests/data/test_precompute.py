@@ -57,6 +57,7 @@ def config(folder, batch=2, motion="sparse"):
         "tracks": "given",
         "max_tracks": 2,
         "crop": 0,
+        "object_masks": False,
         "frame_masks": {"image_head": 0.5},
         "workers": 0,
         "prefetch": 1,

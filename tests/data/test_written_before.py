@@ -46,6 +46,7 @@ def batch_of(folder, motion, models):
         "tracks": "given",
         "max_tracks": 2,
         "crop": 0,
+        "object_masks": False,
         "frame_masks": {},
         "workers": 0,
         "prefetch": 1,

@@ -87,6 +87,36 @@ def test_coarse_frames(cell, expected):
     np.testing.assert_allclose(terms["coarse"], 4 * expected, atol=1e-6)
 
 
+class Black(Means):
+    """A VAE that decodes all latents to black."""
+
+    def decode_frames(self, clip):
+        return jnp.full_like(super().decode_frames(clip), -1.0)
+
+
+def test_objects_weigh_more():
+    """An error of 1 in one of 40x40 pixels: as many times the plain loss as that pixel weighs more than the mean."""
+    video = np.zeros((2, 1, 40, 40, 3), np.uint8)
+    video[:, 0, 20, 20] = 255
+    mask = np.zeros((2, 1, 40, 40), bool)
+    mask[0, 0, 17, 23] = True  # as far as the outline goes
+    mask[1, 0, 16, 20] = True  # further
+    batch = {"video": jnp.asarray(video), "object_mask": jnp.asarray(mask)}
+    config = {**common.vae_loss("decoder"), "l1": 0.0}
+    keys = jax.random.split(jax.random.key(0), 2)
+    plain, _ = losses.vae_loss(Black(), "vae", {**config, "near_objects": 0.0})({"vae": {}}, batch, keys)
+    loss, _ = losses.vae_loss(Black(), "vae", config)({"vae": {}}, batch, keys)
+    mean = 1 + 8 * 7 * 7 / 40**2
+    np.testing.assert_allclose(loss / plain, [9 / mean, 1 / mean], rtol=1e-5)
+
+
+def test_batches_without_object_masks(parts, params):
+    loss = losses.vae_loss(parts["vae"], "vae", common.vae_loss("decoder"))
+    batch = {"video": jnp.zeros((1, 1, 32, 32, 3), jnp.uint8)}
+    with pytest.raises(UserError, match="near_objects needs batches that say where objects are"):
+        loss(params, batch, jax.random.split(jax.random.key(0), 1))
+
+
 def test_batches_without_pixels(parts, params):
     loss = losses.vae_loss(parts["motion_vae"], "motion_vae", common.vae_loss("joint"))
     with pytest.raises(UserError, match="the batches hold no maps: motion_vae trains on clips"):

@@ -84,6 +84,21 @@ def test_the_small_vae_learns_coarse_frames(clips, tmp_path):
         assert line["loss"] == pytest.approx(distances + 1e-4 * line["kl_spatial"], rel=1e-5)
 
 
+def test_the_decoder_alone(clips, spatial, tmp_path):
+    """Its leaves change and no others, of the statistics of the latents neither."""
+    before = release.load(spatial[1] / "release").params
+    folder = tmp_path / "run"
+    weights = f"--weights={spatial[1] / 'release'}"
+    outcome = run("vae.py:phase=decoder,runlocal", folder, source(clips), FINE, weights)
+    assert outcome.code == 0, outcome.stderr
+    *_, judged = outcome.metrics
+    assert judged.keys() == {"step", "psnr", "psnr_near_objects", "objective"}
+    flat, after = (optim.flatten(params) for params in (before, release.load(folder / "release").params))
+    changed = {path for path in flat if not np.array_equal(flat[path], after[path])}
+    decoder = {path for path in flat if re.match("vae/spatial_vae/(decoder|post_quant_conv)/", path)}
+    assert changed == decoder
+
+
 def tensorboard(folder):
     """(name, step) -> number, or width of an image, in the event files: length, checksum, message, checksum."""
     found = {}
@@ -145,10 +160,10 @@ FINE = "--config.data.damaged_share=0.1"
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ("vae.py:phase=last", (), "phase=last: there are spatial, causal, joint"),
+        ("vae.py:phase=last", (), "phase=last: there are spatial, causal, joint, decoder"),
         ("tora.py:stage=3", (), "stage=3: there are 1 (dense flow) and 2 (sparse trajectories)"),
         ("motion_vae.py:arch=gan", (), "arch=gan: there are video, magvit"),
-        ("motion_vae.py:phase=last", (), "phase=last: there are spatial, causal, joint"),
+        ("motion_vae.py:phase=last", (), "phase=last: there are spatial, causal, joint, decoder"),
         ("motion_vae.py:arch=magvit,phase=causal", (), "arch=magvit is one net, trained in one phase, joint"),
         ("vae.py:fase=joint", (), "unknown argument 'fase'"),
         ("none.py", (), "none.py: no such file"),

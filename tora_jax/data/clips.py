@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tora_jax.conditioning import text
-from tora_jax.data import buckets, frame_masks, motion, sources
+from tora_jax.data import buckets, frame_masks, motion, object_masks, sources
 from tora_jax.errors import UserError
 from tora_jax.io.video import VideoInfo, cover, read_video, resize_crop
 
@@ -49,6 +49,10 @@ class Clips:
         if not len(self.source):
             raise UserError(f"{', '.join(map(str, config['sources']))}: split {split!r} has no clips")
         made = self.source.made
+        if made and config["object_masks"]:
+            raise UserError(
+                "data.object_masks needs clips, and the sets are precomputed: give the clips as data.sources"
+            )
         if made and (config["crop"] or config["motion"] not in ("none", made["motion"])):
             raise UserError(
                 f"the precomputed sets hold {made['motion']} motion of whole clips: set data.motion to "
@@ -191,6 +195,8 @@ class ClipLoader:
 
     def _fresh(self, record: Mapping[str, Any], index: int, rng: np.random.Generator) -> Clip:
         clip, truth = self.excerpt(record, index, rng)
+        if self.config["object_masks"]:
+            clip["object_mask"] = object_masks.object_masks(clip["video"], truth.get("labels"))
         if self.config["motion"] != "none":
             kind, origin, most = (self.config[name] for name in ("motion", "tracks", "max_tracks"))
             maps = motion.motion_maps(rng, kind, origin, most, clip["video"], **truth, draws=max(self.draws, 1))
@@ -198,10 +204,18 @@ class ClipLoader:
         return self._crop(clip, rng) if self.config["crop"] else clip
 
     def _crop(self, clip: Clip, rng: np.random.Generator) -> Clip:
-        """A random square of a clip and of its maps; blur and colours of the maps are those of the whole clip."""
+        """A random square of a clip, of its maps and of its object mask, around objects where there are any.
+
+        Blur and colours of the maps are those of the whole clip.
+        """
         side, size = self.config["crop"], clip["video"].shape[1:3]
-        y, x = (int(rng.integers(n - side + 1)) if self.training else (n - side) // 2 for n in size)
+        if self.training and "object_mask" in clip and clip["object_mask"].any():
+            y, x = object_masks.square_around(rng, clip["object_mask"], side)
+        else:
+            y, x = (int(rng.integers(n - side + 1)) if self.training else (n - side) // 2 for n in size)
         squares = {name: clip[name][..., y : y + side, x : x + side, :] for name in ("video", "maps") if name in clip}
+        if "object_mask" in clip:
+            squares["object_mask"] = clip["object_mask"][:, y : y + side, x : x + side]
         return {**clip, **squares, "height": np.float32(side), "width": np.float32(side)}
 
     def excerpt(
@@ -210,7 +224,8 @@ class ClipLoader:
         """The part of a record that a clip of the bucket shows, before the random crop.
 
         Returns:
-          video, fps, height and width; and where motion is wanted, those of tracks, visible and labels that are given.
+          video, fps, height and width; and where motion or object masks are wanted, those of tracks, visible and labels
+          that are given.
 
         Raises:
           UserError: the record is damaged.
@@ -230,7 +245,8 @@ class ClipLoader:
         clip = {"video": video, "fps": np.float32(rate / stride)}
         clip |= {"height": np.float32(height), "width": np.float32(width)}
         window = (top, left, height, width, scaled_height, scaled_width)
-        return clip, _truth(record, wanted, window) if config["motion"] != "none" else {}
+        needed = config["motion"] != "none" or config["object_masks"]
+        return clip, _truth(record, wanted, window) if needed else {}
 
 
 def _truth(record: Mapping[str, Any], wanted: range, window: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ drawn before do not matter. So the state of an iterator is k, and a run that goe
 A batch is a dict of arrays, with the samples on the leading axis:
   video         uint8 [b, t, h, w, 3]
   maps          uint8 [b, t, h, w, 3]: motion maps, if motion is wanted
+  object_mask   bool [b, t, h, w], True = object, if these are wanted, see `object_masks`
   fps, height, width   float32 [b]
   frame_mask    bool [b, t4], over latent frames, True = generate
   ids           int32 [b, n], and text_mask, bool [b, n]: tokens of the caption, if there is a tokenizer
@@ -57,6 +58,7 @@ def batches(
           `height`, `width` and `weight` are not used.
         motion: "none", "dense", "sparse" or "mixed". tracks: "given" or "flow". max_tracks: of sparse motion.
         crop: pixels a side of a random square of each clip; 0 = the whole.
+        object_masks: whether batches say where objects are, and squares lie around objects where there are any.
         frame_masks: shares of the masks by name, see `frame_masks`.
         workers: worker processes; 0 = a thread. prefetch: batches that are made ahead (by each worker).
         damaged_share: share of the records; when more are damaged, the iterator stops.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,13 @@ def _first(open_split, mesh: Mesh, count: int) -> Iterator[dict[str, jax.Array]]
         batches.close()
 
 
+def psnr_near_objects(video: jax.Array, truth: jax.Array, object_mask: jax.Array) -> jax.Array:
+    """dB of all clips together, of pixels in and near objects alone (`losses.near_objects`); both in [-1, 1]."""
+    near = losses.near_objects(object_mask)[..., None]
+    error = (jnp.square(video - truth) * near).sum() / jnp.maximum(3 * near.sum(), 1)
+    return -10 * jnp.log10(jnp.maximum(error / 4, 1e-10))
+
+
 def _psnr(config: Mapping[str, Any], models: Models) -> Callable:
     """Of the reconstruction from the posteriors' means: by both VAEs, or by the spatial one while it trains alone."""
     part = config["job"]
@@ -92,15 +100,18 @@ def _psnr(config: Mapping[str, Any], models: Models) -> Callable:
             return vae.apply({"params": params[part]}, *args, method=method)
 
         def decoded(latents):
-            return psnr(jnp.clip(run("decode_frames", latents), -1, 1), video, span=2).mean()
+            return jnp.clip(run("decode_frames", latents), -1, 1)
 
         video = to_float(batch[pixels])
         moments = run("moments", video)
         frames = decoded(moments.clip)
+        found = {"psnr": psnr(frames, video, span=2).mean()}
+        if "object_mask" in batch:
+            found["psnr_near_objects"] = psnr_near_objects(frames, video, batch["object_mask"])
         if spatial_only:
-            return {"psnr": frames}
+            return found
         clip = run("decode_clip", moments.latent.mean, video.shape[1])
-        return {"psnr": decoded(clip), "psnr_frames": frames}
+        return {**found, "psnr": psnr(decoded(clip), video, span=2).mean(), "psnr_frames": found["psnr"]}
 
     return one
 
@@ -196,6 +207,15 @@ def held_out_clips(config: Mapping[str, Any]) -> list[Clip]:
     if not chosen:
         raise UserError(f"{source}: nothing moves in the clips of split {evaluation['split']!r}")
     return chosen
+
+
+def changes_latents(trained: Iterable[str]) -> bool:
+    """Whether training these leaves of a VAE changes its latents: any but those of the decoders.
+
+    Args:
+      trained: paths, as of `optim.split`.
+    """
+    return not all(re.fullmatch(r".*/(decoder|post_quant_conv)/.*", path) for path in trained)
 
 
 def latent_statistics(

@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from tora_jax.diffusion.loss import training_loss
 from tora_jax.errors import UserError
 from tora_jax.io.video import to_float
 from tora_jax.models.video_vae import Gaussian
+
+NEAR = 3  # pixels around an object that show its outline
 
 Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
 
@@ -48,6 +50,8 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
       part: "vae", whose batches hold "video", or "motion_vae", whose batches hold "maps".
       config: weights of the terms; one of weight 0 is not computed.
         l1, l2: of |d| and d^2 in every reconstruction, means over its elements;
+        near_objects: of pixels in and near objects, more than of others, in frame and video (see `near_objects`); the
+            batches need object masks;
         frame: of the frames that the spatial VAE alone reconstructs;
         coarse: of frames of half the size, decoded from means of 2x2 of their latents: what is smooth in pixels becomes
             smooth in latents, which a denoiser learns sooner (Skorokhodov et al. 2025, "Improving the diffusability of
@@ -59,9 +63,20 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
     """
     pixels = {"vae": "video", "motion_vae": "maps"}[part]
 
-    def distance(x: Array, y: Array) -> Array:
+    def distance(x: Array, y: Array, weight: Array | None = None) -> Array:
         d = (x - y).reshape(len(x), -1)
-        return config["l1"] * jnp.abs(d).mean(1) + config["l2"] * jnp.square(d).mean(1)
+        if weight is None:
+            return config["l1"] * jnp.abs(d).mean(1) + config["l2"] * jnp.square(d).mean(1)
+        weight = jnp.broadcast_to(weight[..., None], x.shape).reshape(len(x), -1)
+        terms = config["l1"] * jnp.abs(d) + config["l2"] * jnp.square(d)
+        return (weight * terms).mean(1) / weight.mean(1)
+
+    def weight_of(batch: Mapping[str, Array]) -> Array | None:
+        if not config["near_objects"]:
+            return None
+        if "object_mask" not in batch:
+            raise UserError("loss.near_objects needs batches that say where objects are: set data.object_masks")
+        return 1 + config["near_objects"] * near_objects(batch["object_mask"])
 
     def loss(params, batch, keys):
         def run(method: str, *args):
@@ -69,7 +84,7 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
 
         if pixels not in batch:
             raise UserError(f"the batches hold no {pixels}: {part} trains on clips that are not precomputed")
-        video = to_float(batch[pixels])
+        video, weight = to_float(batch[pixels]), weight_of(batch)
         moments = run("moments", video, keys[0])
         terms = {}
         if config["kl_spatial"]:
@@ -77,7 +92,7 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
         if config["kl"]:
             terms["kl"] = _kl(moments.latent)
         if config["frame"]:
-            terms["frame"] = distance(run("decode_frames", moments.clip), video)
+            terms["frame"] = distance(run("decode_frames", moments.clip), video, weight)
         if config["coarse"]:
             coarse = run("decode_frames", _halve(moments.clip))
             height, width = coarse.shape[2:4]  # without what an odd number of latent cells leaves over
@@ -90,11 +105,17 @@ def vae_loss(vae: nn.Module, part: str, config: Mapping[str, Any]) -> Loss:
         if config["identity"]:
             terms["identity"] = distance(clip, moments.clip)
         if config["video"]:
-            terms["video"] = distance(run("decode_frames", clip), video)
+            terms["video"] = distance(run("decode_frames", clip), video, weight)
         total = sum(config[name] * value for name, value in terms.items())
         return total, {name: value.mean() for name, value in terms.items()}
 
     return loss
+
+
+def near_objects(mask: Bool[Array, "b t h w"]) -> Float[Array, "b t h w"]:
+    """1 in objects and up to NEAR pixels from them, along each axis; 0 elsewhere."""
+    side = 2 * NEAR + 1
+    return nn.max_pool(mask.astype(jnp.float32)[..., None], (1, side, side), padding="SAME")[..., 0]
 
 
 def _halve(x: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:

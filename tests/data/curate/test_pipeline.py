@@ -192,6 +192,7 @@ def test_the_loader_reads_them(whole, motion):
         "tracks": "given",
         "max_tracks": 3,
         "crop": 0,
+        "object_masks": False,
         "frame_masks": {},
         "workers": 0,
         "prefetch": 1,

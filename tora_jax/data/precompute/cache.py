@@ -136,7 +136,8 @@ def precompute(
 def _open(models: assembly.Models, source: str | Path, split: str, options: Options) -> tuple[Clips, ClipLoader]:
     motions = {name: getattr(options, name) for name in ("motion", "tracks", "max_tracks")}
     bucket = {name: getattr(options, name) for name in ("frames", "height", "width", "fps")}
-    clips = Clips({"sources": (source,), "buckets": (bucket,), "crop": 0, "frame_masks": {}, **motions}, split)
+    whole = {"crop": 0, "object_masks": False, "frame_masks": {}}
+    clips = Clips({"sources": (source,), "buckets": (bucket,), **whole, **motions}, split)
     if clips.source.made:
         raise UserError(f"{source}: is precomputed already; give the folder that it was made from")
     frames = models.vae.latent_frames(options.frames)
