@@ -23,6 +23,7 @@ from tora_jax.conditioning import text
 from tora_jax.diffusion import sampler, solvers
 from tora_jax.errors import UserError, closest
 from tora_jax.io.files import tuples
+from tora_jax.io.video import from_float
 
 DEFAULT = "opensora"
 
@@ -97,8 +98,7 @@ class Models:
 
         def decode(num_frames, params, latents):
             video = self.vae.apply({"params": params}, latents, num_frames, method="decode")
-            pixels = jnp.round(jnp.clip(video, -1, 1) * 127.5 + 127.5).astype(jnp.uint8)
-            return pixels, jnp.isfinite(video).all()
+            return from_float(video), jnp.isfinite(video).all()
 
         return jax.jit(decode, static_argnums=0)
 

@@ -42,6 +42,7 @@ from tora_jax.conditioning.images import Given
 from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.errors import UserError
+from tora_jax.io.video import to_float
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalVAE
 from tora_jax.models.stdit import STDiT
@@ -225,7 +226,7 @@ def _placed(models: Any, images: Mapping[int, Given], num_frames: int) -> dict[i
     vae = models.vae
 
     def encode(pixels: np.ndarray) -> Array:
-        return models.encode_video(models.params["vae"], jnp.asarray(pixels[None], jnp.float32) / 127.5 - 1)
+        return models.encode_video(models.params["vae"], to_float(jnp.asarray(pixels[None])))
 
     whole = [vae.latent_of(j, num_frames) for j in range(num_frames)]
     placed = {}

@@ -44,7 +44,7 @@ BT709 = 1  # FFmpeg's number for it, in each of its colour enums
 def to_float(pixels: UInt8[np.ndarray | jax.Array, "*shape"]) -> Float32[np.ndarray | jax.Array, "*shape"]:
     """Pixels 0..255 -> [-1, 1], by NumPy or by JAX, whichever holds them.
 
-    Their last bits differ: XLA multiplies by the reciprocal of 127.5.
+    A compiled function gives other last bits than NumPy: XLA multiplies by the reciprocal of 127.5.
     """
     return pixels.astype(np.float32) / 127.5 - 1
 

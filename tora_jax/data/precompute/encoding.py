@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from tora_jax import sharding
 from tora_jax.backbones import assembly
+from tora_jax.io.video import to_float
 
 
 def posterior(
@@ -29,7 +30,7 @@ def posterior(
 
     def one(clip: Array, key: Array) -> tuple[Array, Array]:
         def moments(model: nn.Module) -> tuple[Array, Array]:
-            latent = model.moments(clip[None].astype(jnp.float32) / 127.5 - 1, key).latent
+            latent = model.moments(to_float(clip[None]), key).latent
             return (latent.mean - model.shift) / model.scale, jnp.exp(0.5 * latent.logvar) / model.scale
 
         return nn.apply(moments, vae)({"params": params})
