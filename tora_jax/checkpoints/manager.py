@@ -50,8 +50,8 @@ class Manager:
 
     Attributes:
       folder: made if need be.
-      keep: number of newest checkpoints that stay.
-      best: metric of which the lowest stays too; "" = none.
+      keep: how many of the newest checkpoints stay.
+      best: name of a metric; the checkpoint where it is lowest stays too. "" = none.
     """
 
     folder: str | Path
@@ -103,7 +103,7 @@ class Manager:
           metrics: name -> number, where measured.
 
         Raises:
-          UserError: when the disk is full, now or while the checkpoint before this one was written.
+          UserError: the disk is full, now or while the checkpoint before this one was written.
         """
         if step == self._saved:
             return
@@ -126,7 +126,7 @@ class Manager:
           None when the folder holds no checkpoint.
 
         Raises:
-          UserError: when no checkpoint (or not that of `step`) can be read into the target.
+          UserError: no checkpoint (or not that of `step`) can be read into the target.
         """
         single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -187,13 +187,13 @@ class Manager:
             )
 
     def _write_sizes(self) -> None:
-        """Lists the files of a checkpoint in it, before it gets its name; Orbax goes on with those at its top."""
+        """Lists the files of a checkpoint inside it, before Orbax gives it its name."""
         for folder in self.folder.glob(f"{self._saved}.*tmp*") if jax.process_index() == 0 else ():
             sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.glob("*/**/*") if f.is_file()}
             (folder / SIZES).write_text(json.dumps(sizes))
 
     def _truncated(self) -> dict[int, str]:
-        """Step -> what is wrong, for checkpoints with files that miss or have another size than when written."""
+        """Step -> what is wrong, for checkpoints whose files are missing or have another size than listed."""
 
         def size(file: Path) -> int | None:
             return file.stat().st_size if file.is_file() else None
@@ -240,7 +240,7 @@ class Manager:
         """Waits until all is written.
 
         Raises:
-          UserError: when the disk is full.
+          UserError: the disk is full.
         """
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)

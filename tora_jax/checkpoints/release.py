@@ -53,7 +53,7 @@ def save(folder: str | Path, config: dict, params: dict[str, Any], tokenizer: Pa
     """Writes a release folder, aside first and then renamed.
 
     Raises:
-      UserError: when the folder exists already.
+      UserError: the folder exists already.
     """
     folder = Path(folder).absolute()
     if folder.exists():
@@ -77,7 +77,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The config of a release folder.
 
     Raises:
-      UserError: when the folder or its config.json is missing or broken.
+      UserError: the folder or its config.json is missing or broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -116,7 +116,7 @@ def load(
       parts: of the backbone.
 
     Raises:
-      UserError: when something is missing or broken; the message names the file.
+      UserError: something is missing or broken; the message names the file.
     """
     folder, config = Path(folder), read_config(folder)
     params = {part: keep(load_part(folder, part)) for part in parts}
@@ -132,7 +132,7 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
     float16 is a format of files: nothing computes in it, and it comes out as float32.
 
     Raises:
-      UserError: when it is missing or broken.
+      UserError: it is missing or broken.
     """
     path = Path(folder) / f"{part}.safetensors"
     if (Path(folder) / "params").is_dir():
@@ -182,7 +182,7 @@ def halve(source: str | Path, out: str | Path, readme: str) -> None:
     """Copies a release folder with its numbers in float16: half the size, for models small enough to ship.
 
     Raises:
-      UserError: when the source is missing or broken, or the other folder exists already.
+      UserError: the source is missing or broken, or the other folder exists already.
     """
     config, params, tokenizer = load(source)
     half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)

@@ -26,12 +26,12 @@ def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mes
     """Writes a checkpoint, holding about BATCH_BYTES or the largest leaf of it.
 
     Args:
-      folder: not there yet; it appears when all is written.
+      folder: must not exist; it appears when all is written.
       leaves: (path joined by "/", array), one by one.
       mesh: write each leaf in the shards of `sharding_by_size`; None = in one piece.
 
     Raises:
-      FileExistsError: when the folder is there.
+      FileExistsError: the folder exists.
     """
     folder = Path(folder).absolute()
     options = orbax.Context()
@@ -74,7 +74,7 @@ def shapes(folder: str | Path) -> dict[str, Any]:
     """The tree of a checkpoint, of `jax.ShapeDtypeStruct`, from its metadata.
 
     Raises:
-      UserError: when the folder holds no checkpoint.
+      UserError: the folder holds no checkpoint.
     """
     folder = Path(folder).absolute()
     try:
@@ -93,7 +93,7 @@ def restore(folder: str | Path, mesh: Mesh | None = None, only: str | None = Non
       only: read what stands at this path of the tree (names joined by "/"): a branch or a leaf.
 
     Raises:
-      UserError: when the folder holds no checkpoint, or nothing at that path.
+      UserError: the folder holds no checkpoint, or nothing at that path.
     """
     folder, tree = Path(folder).absolute(), shapes(folder)
     flat = traverse_util.flatten_dict(tree, sep="/")

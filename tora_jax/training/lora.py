@@ -34,7 +34,7 @@ def init(params: Mapping[str, Any], patterns: Sequence[str], rank: int, key: PRN
       patterns: of the kernels, as `optim.select` has them, such as TEMPORAL; other leaves are passed over.
 
     Raises:
-      UserError: when a pattern never has its way among the kernels, or the rank is no lower than that of a kernel.
+      UserError: a pattern wins no kernel, or the rank is not below that of a kernel.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     kernels = {path: leaf for path, leaf in flat.items() if path.endswith("/kernel")}
@@ -58,7 +58,7 @@ def merge(adapter: Mapping[str, Any], params: Mapping[str, Any], alpha: float) -
       alpha: strength; the updates are divided by the rank.
 
     Raises:
-      UserError: when the adapter was made for other parameters.
+      UserError: the adapter was made for other parameters.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     for path in sorted({name.rpartition("/")[0] for name in adapter}):
@@ -76,7 +76,7 @@ def save(path: str | Path, adapter: Mapping[str, Any], alpha: float) -> None:
     """Writes an adapter as a safetensors file; `alpha` is in its metadata.
 
     Raises:
-      UserError: when it cannot be written.
+      UserError: the file cannot be written.
     """
     with write_atomic(path) as aside:
         save_file(
@@ -88,7 +88,7 @@ def load(path: str | Path) -> tuple[dict[str, Array], float]:
     """The adapter of a file, and its alpha.
 
     Raises:
-      UserError: when the file is missing, broken or something else.
+      UserError: the file is missing, broken or something else.
     """
     path = Path(path)
     try:

@@ -1,7 +1,7 @@
 """What trains, and how: leaves by regex, schedule, AdamW, accumulation, moving average.
 
-Parameters are plain nested dicts; here a leaf goes by its path, names joined by "/" ("tora/stdit/t_block/kernel").
-Regexes must fit the whole path, the first that does decides, and one that never has its way is an error.
+Parameters are plain nested dicts. A leaf goes by its path, names joined by "/" ("tora/t_block/kernel"). Patterns match
+whole paths; the first match wins; a pattern that never wins is an error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tora_jax.errors import UserError
 
 
 def match(paths: Iterable[str], rules: Sequence[tuple[str, Any]], default: Any, what: str) -> dict[str, Any]:
-    """The value of the first (regex, value) that fits a whole path, for each path.
+    """For each path the value of the first (regex, value) that matches all of it.
 
     Args:
-      default: for paths that no regex fits.
+      default: for paths without a match.
       what: name of the rules in messages.
 
     Raises:
-      UserError: for a broken regex, or one that never has its way.
+      UserError: a regex is broken, or never wins.
     """
     try:
         compiled = [(re.compile(pattern), value) for pattern, value in rules]
@@ -47,7 +47,7 @@ def match(paths: Iterable[str], rules: Sequence[tuple[str, Any]], default: Any, 
 
 
 def _choose(paths: Iterable[str], patterns: Sequence[str], what: str) -> dict[str, bool]:
-    """`match` with patterns that say yes, or, with a "!" before them, no; a path that none fits is a no."""
+    """`match` with patterns that mean yes, or no with a "!" before them; a path without a match is a no."""
     rules = [(pattern.removeprefix("!"), not pattern.startswith("!")) for pattern in patterns]
     return match(paths, rules, False, what)
 
@@ -62,11 +62,11 @@ def select(params: Mapping[str, Any], patterns: Sequence[str], buffers: str = ""
 
     Args:
       params: nested dict of arrays or shapes.
-      patterns: regexes of what trains; one that starts with "!" freezes. What none fits is frozen.
+      patterns: regexes of what trains; a leading "!" freezes. Leaves without a match are frozen.
       buffers: regex of what never trains, `BUFFERS` of a backbone.
 
     Raises:
-      UserError: when a pattern never has its way, or nothing trains.
+      UserError: a pattern never wins, or nothing trains.
     """
     flat = flatten(params)
     chosen = _choose((path for path in flat if not re.fullmatch(buffers, path)), patterns, "train")
@@ -95,14 +95,15 @@ def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any
 def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
     """Step (from 0) -> learning rate: linear warm-up, then constant or a cosine.
 
-    The warm-up is the reference's, lr (k + 1) / (warmup + 1) at step k.
+    The warm-up is the reference's, lr (k + 1) / (warmup + 1) at step k. Optax's schedules give the same curve in other
+    last bits.
 
     Args:
       config: lr, warmup (steps), decay ("constant" or "cosine"), final (share of lr at the end of the cosine).
       steps: of the whole training.
 
     Raises:
-      UserError: for another decay.
+      UserError: the decay has another name.
     """
     lr, warmup, final = config["lr"], config["warmup"], config["final"]
     if config["decay"] not in ("constant", "cosine"):
@@ -133,7 +134,7 @@ def make(config: Mapping[str, Any], trained: Mapping[str, Any], steps: int) -> o
       steps: of the whole training.
 
     Raises:
-      UserError: for an unknown name, or a regex that never has its way.
+      UserError: a name is unknown, or a regex never wins.
     """
     if config["optimizer"] not in ("adamw", "muon", "sgd"):
         raise UserError(f"optimizer {config['optimizer']!r}: choose adamw, muon or sgd")
@@ -180,7 +181,7 @@ def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     """The mean of `function` over `parts` micro-batches, one after the other.
 
     For means over samples this is `function(batch)` but for rounding, with the activations of one part. What is random
-    belongs into the batch, as a key for each sample.
+    belongs in the batch, as a key for each sample.
 
     Args:
       function: batch -> tree of arrays: losses, metrics, gradients.
@@ -188,7 +189,7 @@ def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
         keeps its samples.
 
     Raises:
-      UserError: when the batch cannot be cut so.
+      UserError: the batch cannot be cut into as many equal parts.
     """
     if parts == 1:
         return function(batch)
