@@ -10,11 +10,11 @@ import numpy as np
 from tora_jax.conditioning import resolutions
 from tora_jax.errors import UserError
 
-APPROXIMATE = 0.8  # a clip fits a resolution from this share of its area on
+MIN_AREA = 0.8  # of a resolution's area, for a clip that fits it
 
 
 class Bucket(NamedTuple):
-    """Clips of one size. `ratio` is height / width, as the table's keys have it."""
+    """Clips of one size. `ratio` is height / width, a key of the table."""
 
     resolution: str
     frames: int
@@ -25,17 +25,17 @@ class Bucket(NamedTuple):
 
 
 class Buckets:
-    """Which clip goes into which bucket, as Open-Sora's training draws it.
+    """Draws the bucket of a clip, as Open-Sora's training does.
 
-    A clip tries the resolutions from the largest to the smallest, and in each the lengths from the longest to the
-    shortest, and is taken or passed on by chance: so large clips are shared out among the resolutions.
+    A clip tries the resolutions from the largest to the smallest, and the lengths of each from the longest to the
+    shortest. Chance takes it or passes it on, so that large clips are shared out among the resolutions.
 
     Args:
-      table: resolution -> length in frames -> (probability, batch size). A pair in place of the probability is that
-        of the resolution, once the length is chosen, and that of the length. Lengths may be strings, as in JSON.
+      table: resolution -> length in frames -> (probability, batch size). In place of the probability may stand a pair:
+        of the resolution, once the length is chosen, and of the length. Lengths may be strings, as in JSON.
 
     Raises:
-      UserError: a resolution or a length is none, a probability is not in 0..1, or a batch is empty.
+      UserError: there is no such resolution or length, a probability is not in 0..1, or a batch is empty.
 
     Source: Open-Sora v1.2, opensora/datasets/bucket.py.
     """
@@ -67,15 +67,16 @@ class Buckets:
                     yield Bucket(name, length, ratio, height, width, batch)
 
     def __call__(self, frames: int, height: int, width: int, seed: int, interval: int = 1) -> Bucket | None:
-        """The bucket of a clip; None if it fits none, or chance leaves it out.
+        """The bucket of a clip; None if none fits or chance leaves the clip out.
 
         Args:
           frames: of the clip; 1 = an image.
           seed: of the clip; the same seed, the same bucket.
-          interval: takes every so many frames. A clip of just as many as it needs is too short, as in the source.
+          interval: between the frames that are taken. A clip of exactly the needed length is too short, as in the
+            source.
         """
         for name, lengths in self._lengths.items():
-            if height * width < self._sizes[name]["area"] * APPROXIMATE:
+            if height * width < self._sizes[name]["area"] * MIN_AREA:
                 continue
             for length, (number, keep, reach, batch) in lengths.items():
                 fits = frames == length if 1 in (frames, length) else frames > length * interval

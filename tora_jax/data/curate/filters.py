@@ -30,7 +30,7 @@ ClipFacts = Mapping[str, Any]
 
 
 def reason(clip: ClipFacts, limits: Mapping[str, Any]) -> str:
-    """Why a clip is dropped; "" if it is kept, as far as its own scores tell.
+    """The reason for which a clip's own scores drop it; "" if they keep it.
 
     Args:
       clip: `height`, `width`, `black`, `frozen`, `flow`, `foreground`, `camera`, `aesthetic` (or None) and `name`.
@@ -39,8 +39,8 @@ def reason(clip: ClipFacts, limits: Mapping[str, Any]) -> str:
         max_black: share of black frames.
         max_frozen: seconds without any change.
         min_flow: flow score, under which nothing moves.
-        min_foreground: share of pixels that move by themselves: with less of them a clip is "still" if the camera
-          is static, and "camera motion" if it moves.
+        min_foreground: share of pixels that move by themselves; with less, a clip is "still" if the camera is static,
+          and "camera motion" if it moves.
         cameras: camera motions that are kept with moving objects.
         strong: flow score from which a clip is kept with probability 1 - score / 100 (Tora), by the hash of its name.
         min_aesthetic: of the score, where there is one.
@@ -61,7 +61,7 @@ def reason(clip: ClipFacts, limits: Mapping[str, Any]) -> str:
 
 
 def bands(code: bytes, most: int) -> Iterator[tuple[int, bytes]]:
-    """Parts of a perceptual hash, of which two clips share at least one if at most `most` of their bits differ."""
+    """(number, bits) of each part of a perceptual hash; hashes that differ in at most `most` bits share a part."""
     bits = np.unpackbits(np.frombuffer(code, np.uint8))
     for number, part in enumerate(np.array_split(bits, most + 1)):
         yield number, np.packbits(part).tobytes()
@@ -70,8 +70,8 @@ def bands(code: bytes, most: int) -> Iterator[tuple[int, bytes]]:
 def copies(clips: Sequence[ClipFacts], most: int) -> Iterator[tuple[str, str]]:
     """(name, name of the better one) of each clip whose perceptual hash is within `most` bits of a better one's.
 
-    Better is the larger picture, then the longer clip, then the name that sorts first. A clip is a copy even if the
-    better one is itself a copy of a third: what is kept does not depend on the order.
+    Better is the larger picture, then the longer clip, then the name that sorts first. A copy of a copy is a copy, so
+    that the result does not depend on the order.
     """
     clips = sorted(clips, key=lambda clip: (-clip["height"] * clip["width"], -clip["seconds"], clip["name"]))
     codes = np.array([np.frombuffer(bytes.fromhex(clip["hash"]), np.uint8) for clip in clips]).reshape(-1, BITS // 8)

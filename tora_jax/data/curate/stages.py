@@ -152,8 +152,8 @@ def measure(
 
     Args:
       options: with all of
-        short: pixels of the shorter side, that flow is found at. fps: frames a second, that it is found between.
-        static: see `camera.analyse`. track_seconds, tracks: see `tracks.inside_objects`.
+        short: pixels of the shorter side, and fps: frames a second, at which flow is found. static: see
+          `camera.analyse`. track_seconds: between the first frames of tracks. tracks: from each of these frames, at most.
 
     Raises:
       UnusableError: "damaged".

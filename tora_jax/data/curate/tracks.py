@@ -1,4 +1,4 @@
-"""Tracks for stage 2: points inside moving objects, followed for as long as they can be trusted."""
+"""Tracks for stage 2: points inside moving objects, followed as long as the flow can be trusted."""
 
 from __future__ import annotations
 
