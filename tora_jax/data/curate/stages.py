@@ -153,7 +153,7 @@ def measure(
     Args:
       options: with all of
         short: pixels of the shorter side, and fps: frames a second, at which flow is found. static: see
-          `camera.analyse`. track_seconds: between the first frames of tracks. tracks: from each of these frames, at most.
+          `camera.analyse`. track_seconds: between the first frames of tracks. tracks: from each such frame, at most.
 
     Raises:
       UnusableError: "damaged".
