@@ -66,7 +66,7 @@ def make_train_step(
 
         keys = sample_keys(key, state.step, batch)
         metrics, grads = optim.accumulate(loss_and_grad, {"batch": batch, "keys": keys}, accumulate)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         # In a short run, or early in a long one, the average must not remember the first weights.
