@@ -69,7 +69,14 @@ def rotary_tables(frames: int, grid: tuple[int, int], head_dim: int, base: tuple
       grid: (rows, columns) of patches.
       head_dim: d; a multiple of 16.
       base: the grid at which positions are whole numbers.
+
+    Raises:
+      ValueError: for another `head_dim`.
     """
+    if head_dim % 16:
+        raise ValueError(
+            f"heads of {head_dim} channels: rotary positions in time, height and width want multiples of 16"
+        )
     near, far = fit_grid(grid, base)
     positions = [np.arange(frames)]
     positions += [np.linspace(a, b * (n - 1) / n, n) for a, b, n in zip(near, far, grid, strict=True)]
@@ -160,9 +167,9 @@ class JointAttention(nn.Module):
             for x in (text, video):
                 x = einops.rearrange(layer(x), "... (k d) -> ... k d", k=self.num_heads)
                 if normalise is not None:
-                    x = normalise(x)
+                    x = normalise(x).astype(self.dtype)
                     x = rotate(x, tables) if x.ndim == 6 else x
-                parts.append(x.astype(self.dtype).reshape(len(x), -1, *x.shape[-2:]))
+                parts.append(x.reshape(len(x), -1, *x.shape[-2:]))
             return jnp.concatenate(parts, axis=1)
 
         q, k = project("q", norm(HEAD_EPS, "q_norm")), project("k", norm(HEAD_EPS, "k_norm"))

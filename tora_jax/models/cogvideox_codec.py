@@ -37,7 +37,7 @@ class Caches:
     def extend(self, x: Float[Array, "b t h w c"], frames: int) -> Float[Array, "b t2 h w c"]:
         """x with `frames` frames in front: those kept from the chunk before, or else copies of the first one."""
         front = jnp.repeat(x[:, :1], frames, axis=1) if self._old is None else next(self._old)
-        x = jnp.concatenate([front.astype(x.dtype), x], axis=1)
+        x = jnp.concatenate([front, x], axis=1)
         self.new.append(x[:, -frames:])
         return x
 
@@ -54,7 +54,7 @@ class CausalConv(nn.Module):
         conv = nn.Conv(
             self.features, (3, 3, 3), padding=padding, dtype=self.dtype, conv_general_dilated=CONV3D, name="conv"
         )
-        return conv(caches.extend(x, 2))
+        return conv(caches.extend(x.astype(self.dtype), 2))
 
 
 def pointwise(features: int, *, dtype: Dtype, name: str) -> nn.Conv:
