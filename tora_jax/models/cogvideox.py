@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from tora_jax.errors import UserError
 from tora_jax.models import layers
 from tora_jax.models.attention import attention
-from tora_jax.models.cogvideox_motion import Fusion, MotionFuser
+from tora_jax.models.cogvideox_motion import CONV, Fusion, MotionFuser
 from tora_jax.models.layers import Dtype, dense, modulate
 from tora_jax.models.stdit import Size, parse_variant
 
@@ -279,8 +279,8 @@ class CogVideoX(nn.Module):
 
     def setup(self):
         size = size_of(self.variant)
-        patch = (size.patch, size.patch)
-        self.patch_embedder = nn.Conv(size.width, patch, strides=patch, padding="VALID", dtype=self.dtype)
+        patch, options = (size.patch, size.patch), {"dtype": self.dtype, "conv_general_dilated": CONV}
+        self.patch_embedder = nn.Conv(size.width, patch, strides=patch, padding="VALID", **options)
         self.text_embedder = dense(size.width, dtype=self.dtype, name="text_embedder")
         self.time_fc1, self.time_fc2 = (dense(self.time_channels, dtype=self.dtype, name=f"time_fc{i}") for i in (1, 2))
         if self.learned_positions:
