@@ -1,20 +1,20 @@
 """v-prediction, its solvers and its guidance where the golden files say nothing."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tora_jax import typing
 from tora_jax.diffusion.v_prediction import CLEAN, GUIDANCE, SOLVERS, VPrediction
+from tora_jax.typing import Step
 
 PROCESSES = [VPrediction(), VPrediction("sat")]
 
 
-class Step(NamedTuple):
-    coefficients: tuple
-    noise: jax.Array | None = None
+def test_what_the_loop_asks_for():
+    assert all(isinstance(process, typing.Process) for process in PROCESSES)
+    assert all(isinstance(solver, typing.Solver) for solver in SOLVERS.values())
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -29,8 +29,9 @@ def test_a_perfect_prediction_ends_at_the_data(process, name, steps):
         levels = process.levels(times, i)
         v = (levels.read * x - data) / np.sqrt(1 - levels.read**2)
         noise = jax.random.normal(jax.random.key(i + 1), x.shape) if solver.noisy else None
-        end, memory = solver.step(process, x, v, Step(solver.coefficients(process, times, i), noise), memory)
-        np.testing.assert_allclose(solver.clean(process, x, end, None, memory), data, atol=1e-3)
+        at = Step(jnp.asarray(times[i : i + 3]), solver.coefficients(process, times, i), noise)
+        end, memory = solver.step(process, x, v, at, memory)
+        np.testing.assert_allclose(solver.clean(process, x, end, at, memory), data, atol=1e-3)
         x = end
     np.testing.assert_allclose(x, data, atol=1e-3)
 

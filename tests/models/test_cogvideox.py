@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tora_jax import typing
 from tora_jax.errors import UserError
 from tora_jax.models.cogvideox import rotary_tables, size_of
 from tora_jax.models.cogvideox_tora import CogVideoXTora
@@ -85,6 +86,7 @@ def test_the_full_size():
         lambda p, x, t, y, f: denoise({"params": p}, x, t, y, given=x, features=f), params, x, t, text, fusion
     )
     assert v.shape == x.shape
+    assert isinstance(model, typing.Denoiser)
     assert (model.depth, model.patch, model.in_channels) == (42, 2, 16)
     assert (model.caption_channels, model.caption_length) == (4096, 226)
 
@@ -112,6 +114,7 @@ def test_sizes_that_cannot_be():
 @pytest.mark.parametrize("whole", [False, True])
 def test_frames_and_latents(whole):
     """The VAE's own count is that of its nets, at any number of frames."""
+    assert isinstance(VAE, typing.VAE)
     vae = VAE.clone(encoder_chunk=0) if whole else VAE
     params = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 1, 8, 8, 3)))
     encode = functools.partial(vae.apply, method="encode")

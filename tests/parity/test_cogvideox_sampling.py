@@ -1,7 +1,6 @@
 """Schedules, guidance and whole samplings of the released Tora against its two front ends."""
 
 import functools
-from typing import NamedTuple
 
 import einops
 import jax
@@ -15,15 +14,9 @@ from tests.parity import cogvideox, golden, test_cogvideox_vae
 from tests.parity.cogvideox import channels_last
 from tora_jax.diffusion.v_prediction import GUIDANCE, SOLVERS, VPrediction, signal_levels
 from tora_jax.models.cogvideox_vae import CogVideoXVAE
+from tora_jax.typing import Step
 
 FILES = ["cogvideox_sampler_dpm", "cogvideox_sampler_ddim", "cogvideox_sampler_i2v"]
-
-
-class Step(NamedTuple):
-    """What a solver reads of a step."""
-
-    coefficients: tuple
-    noise: jax.Array | None = None
 
 
 def process_of(scheduler: dict, spacing: str = "trailing") -> VPrediction:
@@ -101,7 +94,7 @@ def solve(name, process, predict, x, config, noise) -> list:
     memory, results = solver.init(x), []
     for i, (t, scale) in enumerate(zip(times[1:-1], guidance, strict=True)):
         drawn = noise(i) if solver.noisy else None
-        at = Step(solver.coefficients(process, times, i), drawn)
+        at = Step(jnp.asarray(times[i : i + 3]), solver.coefficients(process, times, i), drawn)
         x, memory = step(x, jnp.float32(t), jnp.float32(scale), at, memory)
         results.append((x, memory))
     return results

@@ -16,12 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
+
+from tora_jax.typing import Step
 
 START = 1000.0  # before the first step: no timestep of the table, as in `rectified_flow`
 CLEAN = -1.0
@@ -189,7 +191,7 @@ def _coefficients(levels: Levels, keep: float, clean: float, before: float = 0.0
     return Coefficients(*map(np.float32, (levels.read, math.sqrt(1 - levels.read**2), keep, clean, before, noise)))
 
 
-def _step(x: Array, prediction: Array, at: Any, memory: Array) -> tuple[Array, Array]:
+def _step(x: Array, prediction: Array, at: Step, memory: Array) -> tuple[Array, Array]:
     """The end of a step, and its clean latents, which are the next one's memory."""
     c: Coefficients = at.coefficients
     clean = c.signal * x - c.sigma * prediction
@@ -222,10 +224,10 @@ class DPM2MSDE:
         noise = math.sqrt((1 - end) * (1 - drop))
         return _coefficients(levels, keep, clean * (1 + share), -clean * share, noise)
 
-    def step(self, process: VPrediction, x: Array, prediction: Array, at: Any, memory: Array) -> tuple[Array, Array]:
+    def step(self, process: VPrediction, x: Array, prediction: Array, at: Step, memory: Array) -> tuple[Array, Array]:
         return _step(x, prediction, at, memory)
 
-    def clean(self, process: VPrediction, x: Array, end: Array, at: Any, memory: Array) -> Array:
+    def clean(self, process: VPrediction, x: Array, end: Array, at: Step, memory: Array) -> Array:
         return memory
 
 
@@ -244,10 +246,10 @@ class DDIM:
         keep = math.sqrt((1 - levels.end**2) / (1 - levels.now**2))
         return _coefficients(levels, keep, levels.end - levels.now * keep)
 
-    def step(self, process: VPrediction, x: Array, prediction: Array, at: Any, memory: Array) -> tuple[Array, Array]:
+    def step(self, process: VPrediction, x: Array, prediction: Array, at: Step, memory: Array) -> tuple[Array, Array]:
         return _step(x, prediction, at, memory)
 
-    def clean(self, process: VPrediction, x: Array, end: Array, at: Any, memory: Array) -> Array:
+    def clean(self, process: VPrediction, x: Array, end: Array, at: Step, memory: Array) -> Array:
         return memory
 
 
