@@ -53,7 +53,7 @@ def test_every_command(tmp_path, monkeypatch):
     convert, *rest = COMMANDS
     assert convert[:3] == ["-m", "convert_weights", "tora"]
     video_vae = [words for words in rest if any("configs/vae.py" in word for word in words)]
-    assert len(video_vae) == 3
+    assert len(video_vae) == 4
     for words in video_vae:
         run(words)
     Path("weights/tora").rename("weights/random")
