@@ -1,4 +1,4 @@
-"""Pictures and clips that are given for frames of a video."""
+"""Pictures and clips given for frames of a video."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tora_jax.errors import UserError
 from tora_jax.io.video import probe, read_image, read_video, resize_crop
 
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-MAX_CLIP_PIXELS = 10**9  # of all frames of a clip that are decoded, 3 GB; a small file can hold any number
+MAX_CLIP_PIXELS = 10**9  # decoded for one clip, 3 GB; a small file can hold any number of frames
 
 Pixels = UInt8[np.ndarray, "... h w 3"]
 
@@ -25,8 +25,8 @@ class Given(NamedTuple):
 
     Attributes:
       pixels: a picture [h, w, 3], or a clip [n, h, w, 3] whose first frame stands at the condition's frame.
-      edit: 0 = keep it; up to 1 = the share of the way from noise that it goes along, and so may change
-        (Open-Sora's edit ratio).
+      edit: Open-Sora's edit ratio. 0 keeps the pixels; up to 1, they are denoised for that share of the way from
+        noise, and may change.
     """
 
     pixels: Pixels
@@ -37,12 +37,12 @@ Images = Mapping[int, Pixels | Given]  # by frame number
 
 
 class Condition(NamedTuple):
-    """What is to be seen at a frame.
+    """A picture or clip asked for at a frame.
 
     Attributes:
-      frame: of the video; a negative one counts from the end, and there a clip ends.
+      frame: of the video; a negative number counts from the end, and a clip ends there.
       source: a file, or uint8 pixels [h, w, 3] or [n, h, w, 3].
-      edit: 0 = keep it, up to 1 = make it anew; see `Given`.
+      edit: 0 (keep) to 1 (make anew); see `Given`.
     """
 
     frame: int
@@ -80,7 +80,7 @@ def parse(given: Any) -> Condition:
 
 
 def check(conditions: Sequence[Condition], num_frames: int) -> None:
-    """Before anything is read.
+    """Checks frame numbers, before anything is read.
 
     Raises:
       UserError: for a frame that the video does not have, or that has two conditions.
@@ -97,10 +97,10 @@ def check(conditions: Sequence[Condition], num_frames: int) -> None:
 
 
 def read(conditions: Sequence[Condition], num_frames: int, fps: float) -> dict[int, Given]:
-    """Pixels by the frame at which they start; a clip is taken at the video's own frames per second.
+    """Reads the pixels, by the frame at which they start; a clip plays at the video's own frames per second.
 
     Raises:
-      UserError: for a file that cannot be read, or a clip that is longer than the room for it.
+      UserError: for a file that cannot be read, or a clip longer than the frames left for it.
     """
     check(conditions, num_frames)
     found = {}
@@ -130,11 +130,11 @@ def _read(path: Path, room: int, fps: float) -> np.ndarray:
     wanted, most = math.ceil((room + 1) * rate / fps), MAX_CLIP_PIXELS // (height * width)
     if (needed := min(count, wanted)) > most:
         raise UserError(f"{path}: {needed} frames of {width}x{height} are too much; cut it to {most}, or shrink it")
-    frames, _ = read_video(path, max_frames=min(wanted, most))  # it may have more than it says
+    frames, _ = read_video(path, max_frames=min(wanted, most))  # a file may have more frames than it declares
     index = np.round(np.arange(math.ceil(len(frames) * fps / rate)) * rate / fps).astype(int)
     return frames[index[index < len(frames)]]
 
 
 def fit(images: Mapping[int, Given], size: tuple[int, int]) -> dict[int, Given]:
-    """Scales and cuts what is given to the video's (height, width)."""
+    """Scales and crops the given pixels to the video's (height, width)."""
     return {frame: Given(resize_crop(pixels, *size), edit) for frame, (pixels, edit) in images.items()}

@@ -1,8 +1,8 @@
-"""Flow: tracks -> displacement maps -> RGB, and dense flow -> tracks.
+"""Motion maps: tracks -> displacement maps -> RGB; and dense flow -> tracks.
 
-A map is float32 [t, h, w, 2], (u, v) in pixels. The displacement from frame j - 1 to frame j stands in frame
-j, at the point of frame j - 1; frame 0 is zero (Tora, section 3.2). A Gaussian of peak 1 spreads each
-displacement. In shapes, n counts trajectories.
+A displacement map is float32 [t, h, w, 2], (u, v) in pixels. The displacement from frame j - 1 to frame j stands in
+frame j, at the point of frame j - 1; frame 0 is zero (Tora, section 3.2). A Gaussian of peak 1 spreads each
+displacement. A motion map is its picture, by the colour wheel. In shapes, n counts trajectories.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ RELEASED_SIGMA, RELEASED_SIZE = 10.0, 99  # pixels, at the released code's 480x7
 def blur_kernel(height: int, width: int) -> tuple[float, int]:
     """(sigma, radius) in pixels of the Gaussian for a frame size.
 
-    The released code's blur at 480x720, scaled with the shorter side, so that a trajectory controls the same
-    share of the picture at each resolution. The kernel has 2 * radius + 1 taps a side.
+    Scales the released code's blur at 480x720 with the shorter side, so that a trajectory controls the same share of
+    the picture at each resolution. The kernel has 2 * radius + 1 taps a side.
     """
     scale = min(height, width) / 480
     return RELEASED_SIGMA * scale, max(round((RELEASED_SIZE * scale - 1) / 2), 0)
@@ -33,22 +33,22 @@ def displacement_maps(
     width: int,
     visible: Bool[np.ndarray, "n t"] | None = None,
 ) -> Maps:
-    """The blurred displacement maps of tracks; where several meet, they add.
+    """Makes the blurred displacement maps of tracks; tracks that meet add up.
 
-    A point between pixels is shared bilinearly by its four neighbours, so a shift of the track shifts the map
-    smoothly, and by exactly k pixels for k whole pixels. At the border the blur reflects (without repeating
-    the edge pixel), as in the released code.
+    A point between pixels is shared bilinearly by its four neighbours: a shift of the track shifts the map smoothly,
+    and a shift by k whole pixels by exactly k pixels. At the border the blur reflects (without repeating the edge
+    pixel), as in the released code.
 
     Args:
-      tracks: (x, y) in 0..1 of the frame; pixel = x * width - 0.5. None (n = 0) gives zero maps.
+      tracks: (x, y) in 0..1 of the frame; pixel = x * width - 0.5. No track (n = 0) gives zero maps.
       height, width: of the maps, in pixels.
-      visible: where False, at either end of a displacement, that displacement is left out.
+      visible: leaves out each displacement with False at either end.
 
     Returns:
       float32 [t, height, width, 2]; frame 0 is zero.
     """
     sigma, radius = blur_kernel(height, width)
-    # Sums depend on their order in the last bit; an order of its own makes the one given not matter.
+    # The last bit of a sum depends on its order; a sorted order gives any order of tracks the same bits.
     order = np.lexsort(tracks.reshape(len(tracks), -1).T) if tracks.size else slice(None)
     pixels = tracks[order].astype(np.float64) * (width, height) - 0.5
     moves = np.diff(pixels, axis=1)
@@ -60,8 +60,8 @@ def displacement_maps(
 def released_maps(points: Int[np.ndarray, "n t 2"], height: int, width: int) -> Maps:
     """The released code's maps (sat/utils/flow_utils.py), for comparison with `displacement_maps`.
 
-    Whole pixels, a 99x99 kernel of sigma 10 at every size, and a later trajectory replaces an earlier one
-    that shares its pixel, even where the later one stands still.
+    Takes whole pixels and a 99x99 kernel of sigma 10 at every size. A later trajectory replaces an earlier one on a
+    shared pixel, even if the later one stands still.
 
     Args:
       points: (x, y) in pixels, `trajectory.released_points` of each trajectory.
@@ -71,7 +71,7 @@ def released_maps(points: Int[np.ndarray, "n t 2"], height: int, width: int) -> 
       float32 [t, height, width, 2]; frame 0 is zero.
 
     Raises:
-      IndexError: a point that something moves from lies outside the frame, as there.
+      IndexError: a displacement starts outside the frame; the released code raises it too.
     """
     start = points[:, :-1]
     if start.size and (start.min() < 0 or (start >= (width, height)).any()):
@@ -84,17 +84,17 @@ def released_maps(points: Int[np.ndarray, "n t 2"], height: int, width: int) -> 
 
 
 def largest_norm(flow: Maps) -> float:
-    """The largest length of a displacement in a whole video, the `max_norm` that its segments share."""
+    """The longest displacement of a whole video, in pixels: the `max_norm` that its segments share."""
     return float(max((np.hypot(*f[_moving(f)].T).max(initial=0) for f in flow), default=0))
 
 
 def flow_to_color(flow: Maps, max_norm: float | int | None = None) -> Float[np.ndarray, "t h w 3"]:
-    """The colour-wheel picture of a flow as the models take it: float32 in [-1, 1], white (1) = no motion.
+    """Paints displacements by the colour wheel, as the models take them: float32 in [-1, 1], white (1) = no motion.
 
     Args:
       flow: displacements in pixels.
-      max_norm: the length that gets full colour; longer ones get it too. None: the longest of `flow`. A video
-        made in segments passes `largest_norm` of the whole.
+      max_norm: the length from which on displacements have full colour; None = the longest of `flow`. A video made
+        in segments passes `largest_norm` of the whole.
     """
     return _paint(flow, max_norm, lambda color: 2 * color - 1, np.float32)
 
@@ -114,8 +114,8 @@ def follow(
       points: (x, y) in 0..1 in the first frame.
 
     Returns:
-      tracks float32 [n, frames, 2], (x, y) in 0..1, and visible bool [n, frames]: False from the frame on in
-      which the point has left the picture; it then rests where it crossed the edge.
+      tracks float32 [n, frames, 2], (x, y) in 0..1, and visible bool [n, frames]: False once the point has left the
+      picture; it then rests where it crossed the edge.
     """
     height, width = flow.shape[1:3]
     size = np.array([width, height])
@@ -134,7 +134,7 @@ def follow(
 
 @functools.lru_cache(maxsize=8)
 def _blur_matrix(size: int, sigma: float, radius: int) -> Float[np.ndarray, "size size"]:
-    """Row j: what a 1 at pixel j becomes along an axis of `size` pixels; reflected at both ends."""
+    """Row j is the blur of a 1 at pixel j along an axis of `size` pixels; reflected at both ends."""
     matrix = np.zeros((size, size))
     pixel, period = np.arange(size), max(2 * (size - 1), 1)
     for tap in range(-radius, radius + 1):
@@ -152,7 +152,7 @@ def _place(
     sigma: float,
     radius: int,
 ) -> Float[np.ndarray, "t+1 h w 2"]:
-    """Adds each move, blurred, around its pixel, behind a zero frame; only the kernel's window is touched."""
+    """Adds each move, blurred, around its pixel, behind a zero frame; touches only the kernel's window."""
     maps = np.zeros((moves.shape[1] + 1, height, width, 2), np.float32)
     for n, t in np.argwhere(moves.any(-1)):
         rows, y = _bump(pixels[n, t, 1], height, sigma, radius)
@@ -164,7 +164,7 @@ def _place(
 def _bump(
     position: float | np.integer, size: int, sigma: float, radius: int
 ) -> tuple[slice, Float[np.ndarray, " window"]]:
-    """The blur of a point along one axis (the Gaussian is separable), and where on the axis it lies."""
+    """The window of a point's blur along one axis, and its values (the Gaussian is separable)."""
     matrix = _blur_matrix(size, sigma, radius)
     position = min(max(position, 0), size - 1)
     left = int(position)

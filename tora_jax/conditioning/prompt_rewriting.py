@@ -1,4 +1,4 @@
-"""Prompts made longer by a language model behind an OpenAI-compatible server; nothing is sent unless it is named."""
+"""Prompts rewritten by a language model behind an OpenAI-compatible server; without a server, nothing is sent."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TOKENS = 300  # of an answer, at most
 
 
 def rewrite(prompts: Sequence[str], server: str, model: str = "") -> list[str]:
-    """The prompts, rewritten.
+    """Rewrites prompts.
 
     Args:
-      server: address, such as "http://localhost:8000/v1". The key, if it wants one, is taken from OPENAI_API_KEY.
-      model: its name there; "" = the first that the server names.
+      server: address, such as "http://localhost:8000/v1". A key comes from OPENAI_API_KEY.
+      model: its name on the server; "" = the first that the server lists.
 
     Raises:
-      UserError: the `openai` package or the server is not there, or it gives no answer.
+      UserError: the `openai` package or the server is missing, or the server gives no answer.
     """
     try:
         import openai

@@ -20,11 +20,11 @@ def image_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
 
     Args:
       resolution: "144p" to "4k".
-      aspect_ratio: width:height, so that "16:9" is landscape. The reference's names are height:width; they are
-        turned around here and nowhere else.
+      aspect_ratio: width:height, so that "16:9" is landscape. The reference's names are height:width; this
+        function alone turns them around.
 
     Raises:
-      UserError: for a name that is not in the table; the message lists those that are.
+      UserError: for a name outside the table; the message lists the table's names.
     """
     sizes, ratios = table()["sizes"], table()["ratio_names"]
     if resolution not in sizes:
@@ -50,7 +50,7 @@ def frame_count(name: str) -> int:
     """Frames of a named length ("2s" is 51), or of a plain number.
 
     Raises:
-      UserError: when it is neither.
+      UserError: for any other text.
     """
     names = table()["num_frames"]
     if name in names:

@@ -1,8 +1,8 @@
 """Captions: score suffixes, cleaning, tokens.
 
-The order is `append_scores` -> `clean` -> `Tokenizer`. All three repeat what the released weights were
-trained with (Open-Sora v1.2, opensora/models/text_encoder/t5.py and utils/inference_utils.py), quirks
-included: a caption cleaned differently is a caption that the model has never seen.
+The order is `append_scores` -> `clean` -> `Tokenizer`. All three repeat the training of the released weights
+(Open-Sora v1.2, opensora/models/text_encoder/t5.py and utils/inference_utils.py), quirks included: the model has
+never seen a caption that was cleaned differently.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def append_scores(
 ) -> str:
     """Appends the scores that Open-Sora v1.2 was trained to see at the end of a caption.
 
-    A score that the prompt already names is left alone, None adds nothing.
+    None adds nothing, and a score that the prompt already names stays as it is.
 
     Args:
-      prompt: the caption, not cleaned yet (cleaning comes after, as in the reference).
+      prompt: the caption, not cleaned yet (cleaning comes later, as in the reference).
       aesthetic_score: about 4 to 7; 6.5 is a good-looking video.
       motion_score: mean flow magnitude; 5 is calm, 20 is fast.
       camera_motion: "pan left", "zoom in", "static" ...
@@ -67,9 +67,9 @@ def append_scores(
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """A substitution: what it removes or changes, where, and by what.
+    """A substitution: its purpose, its pattern, its replacement.
 
-    With `at_least`, it is applied only to a text in which the pattern occurs that often.
+    `at_least` leaves a text alone in which the pattern occurs less often.
     """
 
     what: str
@@ -89,7 +89,7 @@ def _decode_and_lower(text: str) -> str:
 
 def _strip_html(text: str) -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bs4 wonders whether a caption that looks like a path is one
+        warnings.simplefilter("ignore")  # bs4 warns of captions that look like paths
         try:
             return BeautifulSoup(text, features="html.parser").text
         except (ParserRejectedMarkup, ValueError):  # broken markup, lone surrogates: kept as text
@@ -110,7 +110,7 @@ _DASHES = (
     r"\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d-"
 )
 
-# The order matters: many rules see what the ones above them left behind.
+# The order matters: many rules see what the rules above left behind.
 _STEPS: tuple[Callable[[str], str], ...] = (
     # -- the page that the caption came from
     _decode_and_lower,
@@ -165,15 +165,15 @@ _STEPS: tuple[Callable[[str], str], ...] = (
 def clean(caption: str) -> str:
     """Cleans a caption as the training captions of the released weights were cleaned.
 
-    Lower-cases it and removes what does not describe a scene: addresses, HTML, CJK, numbers of articles, file
-    names, advertising, stray punctuation. The steps run twice, as in the reference (`text_preprocessing`):
-    the second round sees what the first one uncovered.
+    Lower-cases the caption and removes all that describes no scene: addresses, HTML, CJK, numbers of articles, file
+    names, advertising, stray punctuation. The steps run twice, as in the reference (`text_preprocessing`): the second
+    round sees what the first uncovered.
 
     Args:
       caption: any text; score suffixes already appended (`append_scores`).
 
     Returns:
-      The cleaned caption, possibly empty. Never raises: markup that cannot be parsed is kept as text.
+      The cleaned caption, possibly empty. Never raises: unreadable markup stays as text.
     """
     for _ in range(2):
         for step in _STEPS:
@@ -194,7 +194,7 @@ class Tokenizer:
       max_length: tokens per caption, the end mark included; 300 for the released weights.
 
     Raises:
-      UserError: if the file is missing, is no sentencepiece model, or is not laid out as T5's (pad 0, eos 1).
+      UserError: the file is missing, is no sentencepiece model, or has other ids than T5's (pad 0, eos 1).
     """
 
     def __init__(self, model: str | Path | bytes, max_length: int):
@@ -212,7 +212,7 @@ class Tokenizer:
     def __call__(self, captions: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
         """Cleaned captions -> token ids and a mask that is True for tokens, the end mark included.
 
-        Each row is the caption's pieces, cut so that the end mark fits, the end mark, and padding.
+        Each row holds the caption's pieces, cut so that the end mark fits, the end mark, and padding.
         """
         ids = np.full((len(captions), self.max_length), PAD, np.int32)
         mask = np.zeros(ids.shape, bool)

@@ -1,12 +1,12 @@
 """Trajectories: files and arrays of points -> tracks.
 
-A *trajectory* is what a person draws: any number of points, float64 [p, 2] as (x, y) or [p, 3] as
-(x, y, t), x and y in 0..1 of the frame, t in 0..1 of the video. A *track* is a trajectory sampled once for
-each frame of a video: float32 [frames, 2].
+A *trajectory* is a drawn path: any number of points, float64 [p, 2] as (x, y) or [p, 3] as (x, y, t), x and y in
+0..1 of the frame, t in 0..1 of the video. A *track* is a trajectory sampled once for each frame of a video:
+float32 [frames, 2].
 
 Coordinates are continuous: 0 is the left (upper) edge of the frame, 1 the right (lower) edge, and the pixel
 centre i of W pixels lies at (i + 0.5) / W, so pixel = x * W - 0.5. A canvas coordinate c becomes c / canvas,
-which puts it inside pixel floor(c / canvas * W): the pixel that the released code takes too.
+which lies inside pixel floor(c / canvas * W): the released code takes the same pixel.
 
 In shapes, p counts points, n trajectories, t frames.
 """
@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 
 from tora_jax.errors import UserError
 
-CANVAS = (256, 256)  # width, height of the canvas that a file without one means
+CANVAS = (256, 256)  # width, height; of files that name no canvas
 MAX_POINTS = 100_000  # in one file; far more than the frames of any video
 MAX_BYTES = 32 * 2**20
 THIN_OUT = "thin the trajectory out to about one point a frame"
@@ -35,32 +35,32 @@ Canvas = tuple[float | int, float | int]
 SEQUENCE = (list, tuple, np.ndarray)
 
 Trajectory = Float[np.ndarray, "_ _"]
-Tracks = Float[np.ndarray, "_ t 2"]  # each video may have another number of them
+Tracks = Float[np.ndarray, "_ t 2"]  # the number may differ from video to video
 
 
 def presets() -> dict[str, Path]:
-    """The trajectories that ship, by name."""
+    """The files of the shipped trajectories, by name."""
     folder = Path(str(resources.files("tora_jax").joinpath("assets/trajectories")))
     return {path.stem: path for path in sorted(folder.iterdir())}
 
 
 def find(source: str | os.PathLike) -> Path:
-    """The file that a name means: a file of that name, else the preset."""
+    """Finds the file of a name: a file of that name wins over a preset."""
     return Path(source) if os.path.lexists(source) else presets().get(str(source), Path(source))
 
 
 def names(sources: Any) -> tuple[str, ...]:
-    """The files and presets among sources of trajectories; empty where they are points."""
+    """The names of sources that are files or presets; empty for points."""
     sources = [sources] if isinstance(sources, str | os.PathLike) else sources
     named = isinstance(sources, Sequence) and all(isinstance(each, str | os.PathLike) for each in sources)
     return tuple(map(str, sources)) if named else ()
 
 
 def read(sources: Any) -> list[Trajectory] | None:
-    """Files, presets or points (as in `parse`) -> trajectories; None where there are none.
+    """Files, presets or points (as in `parse`) -> trajectories; None without any source.
 
     Raises:
-      UserError: for what cannot be read.
+      UserError: for a source that cannot be read.
     """
     if sources is None or (isinstance(sources, Sequence) and not sources):
         return None
@@ -72,14 +72,14 @@ def read(sources: Any) -> list[Trajectory] | None:
 def load(path: str | os.PathLike) -> list[Trajectory]:
     """Reads the trajectories of a file.
 
-    The content decides, not the name:
+    The content decides on the format, not the name:
       * text: a line `x,y` or `x, y` for each point (the format of the released code), one trajectory;
       * JSON: `[[x, y], ...]`, `[[x, y, t], ...]`, `[{"x": .., "y": ..}, ...]` (also with `"t"`), a list of
         those, or `{"canvas": [width, height], "trajectories": [...]}`;
       * NumPy's .npy: [p, 2], [p, 3] or [n, p, 2 or 3].
 
-    x and y are on a canvas of 256x256 unless the file names another. Points off the canvas are moved to its
-    edge, with one warning for the file.
+    x and y are on a canvas of 256x256 unless the file names another. Points off the canvas move to its edge,
+    with one warning for the file.
 
     Returns:
       One float64 array for each trajectory, [p, 2] (x, y) or [p, 3] (x, y, t), all in 0..1.
@@ -119,8 +119,8 @@ def parse(data: Any, canvas: Canvas = CANVAS, name: str = "trajectory") -> list[
 
     Args:
       data: what `load` takes from a file: nested lists, dicts or arrays.
-      canvas: (width, height) that x and y are measured on, (1, 1) for fractions; a canvas in `data` wins.
-      name: what messages call the data, such as the file.
+      canvas: (width, height) of x and y, (1, 1) for fractions; a canvas in `data` wins.
+      name: of the data in messages, such as the file.
 
     Returns, raises: see `load`.
     """
@@ -147,22 +147,21 @@ def parse(data: Any, canvas: Canvas = CANVAS, name: str = "trajectory") -> list[
 
 
 def resample(points: Trajectory, frames: int, arc_length: bool = False) -> Float[np.ndarray, "t 2"]:
-    """Samples a trajectory once for each frame, linearly; the ends are kept.
+    """Samples a trajectory once for each frame, linearly, both ends included.
 
-    Points (x, y) are taken as equally spaced in time, so pauses (repeated points) and changes of speed
-    survive. Points (x, y, t) are taken at their times; before the first and after the last the track stands
-    still.
+    Points (x, y) lie at equal distances in time, so pauses (repeated points) and changes of speed survive. Points
+    (x, y, t) lie at their times; the track rests before the first and after the last.
 
     Args:
       points: as `load` returns them.
       frames: of the video, at least 1; one frame gives the trajectory's start.
-      arc_length: constant speed along the path instead, length measured in fractions of the frame.
+      arc_length: moves at constant speed along the path instead; lengths are in fractions of the frame.
 
     Returns:
       float32 [frames, 2], (x, y) in 0..1.
 
     Raises:
-      UserError: `frames` is under 1.
+      UserError: `frames` is below 1.
     """
     if frames < 1:
         raise UserError(f"the number of frames is {frames}; it must be at least 1")
@@ -190,10 +189,10 @@ def released_points(
 ) -> Int[np.ndarray, "t 2"]:
     """The released code's points for each frame, in its integer arithmetic (sat/utils/flow_utils.py).
 
-    Kept for comparison; `resample` is what the rest of the project uses. Its quirks: more points than frames
-    are thinned by a whole stride and the rest is cut off, so the path may end early; missing ones are
-    inserted between neighbours, the surplus in the first gaps; everything is cut to whole canvas units and
-    then to whole pixels. With fewer than two points left it gives a point off the frame.
+    Serves comparison alone; the rest of the project uses `resample`. The quirks of the released code: a whole stride
+    thins out more points than frames and the rest is dropped, so the path may end early; missing points go between
+    neighbours, the surplus into the first gaps; everything is cut to whole canvas units and then to whole pixels.
+    Fewer than two remaining points give a point off the frame.
 
     Args:
       points: (x, y) on the 256x256 canvas.
@@ -272,7 +271,7 @@ def _unwrap(data: dict, canvas: Canvas, name: str) -> tuple[Any, Canvas]:
 
 
 def _split(data: Any, name: str) -> list:
-    """The trajectories in `data`: it is one, or a list of them."""
+    """The trajectories in `data`, one or a list."""
     if isinstance(data, np.ndarray):
         parts = list(data) if data.ndim == 3 else [np.atleast_1d(data)]
     elif isinstance(data, SEQUENCE):
