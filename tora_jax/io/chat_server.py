@@ -6,15 +6,15 @@ from typing import Any
 
 
 def connect(server: str, timeout: float, retries: int = 2):
-    """The `openai.OpenAI` client of a server.
+    """Makes the `openai.OpenAI` client of a server.
 
     Args:
-      server: address, such as "http://localhost:8000/v1". The key, if it wants one, is taken from OPENAI_API_KEY.
+      server: address, such as "http://localhost:8000/v1". A key comes from OPENAI_API_KEY.
       timeout: seconds that a call may take.
-      retries: of a call that fails by the server's or the network's fault; the waits grow from half a second to eight.
+      retries: of a call that fails by a fault of the server or the network; waits grow from half a second to eight.
 
     Raises:
-      ImportError: the `openai` package is not there.
+      ImportError: the `openai` package is missing.
     """
     import openai  # takes a second, and most runs do without
 
@@ -26,7 +26,7 @@ def connect(server: str, timeout: float, retries: int = 2):
 
 
 def ask(client, model: str, messages: list[dict[str, Any]], tokens: int) -> str:
-    """The likeliest answer of a model, in one line; "" if there is none.
+    """Asks for the likeliest answer of a model, in one line; "" without an answer.
 
     Args:
       client: of `connect`.
@@ -34,7 +34,7 @@ def ask(client, model: str, messages: list[dict[str, Any]], tokens: int) -> str:
       tokens: length of the answer, at most.
 
     Raises:
-      openai.OpenAIError: the server is not there, or refuses.
+      openai.OpenAIError: the server does not answer, or refuses.
     """
     answer = client.chat.completions.create(model=model, messages=messages, temperature=0.0, max_tokens=tokens)
     text = (answer.choices[0].message.content or "") if answer.choices else ""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and notes of what a folder was made with."""
+"""Files that appear whole or not at all, and notes of the settings behind a folder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tora_jax.errors import UserError
 def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and puts it in place of `path` when the block ends well.
 
-    Whatever goes wrong inside, Ctrl-C too, leaves neither a half-written `path` nor the temporary file; an
-    older `path` stays as it was.
+    A fault inside the block, Ctrl-C too, leaves neither a half-written `path` nor the temporary file; an older `path`
+    stays as it was.
 
     Raises:
       UserError: the folder is missing or not writable, the disk is full, or `path` is a folder.
@@ -52,10 +52,10 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def note_made(path: str | os.PathLike, made: Mapping[str, Any]) -> None:
-    """Notes the settings that the content of a folder is made with, in a file of that folder; makes the folder.
+    """Notes the settings behind the content of a folder, in a file of that folder; makes the folder.
 
     Args:
-      made: name -> value, as JSON can hold it.
+      made: name -> value, of JSON's types.
 
     Raises:
       UserError: as `write_atomic`.
@@ -71,11 +71,11 @@ def made_otherwise(path: str | os.PathLike, made: Mapping[str, Any]) -> tuple[st
       made: with tuples in place of lists, as `tuples` gives them.
 
     Returns:
-      The first setting that differs: its name, and its value in the note (None = not there). None when all are equal;
-      what the note holds beyond `made` does not count.
+      (name, value in the note) of the first setting that differs, the value None if the note has none; None if all are
+      equal. Settings that the note alone has do not count.
 
     Raises:
-      FileNotFoundError: there is no note.
+      FileNotFoundError: the note is missing.
       ValueError: the note is not valid JSON.
     """
     before = tuples(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -83,7 +83,7 @@ def made_otherwise(path: str | os.PathLike, made: Mapping[str, Any]) -> tuple[st
 
 
 def tuples(value: Any) -> Any:
-    """Lists, as JSON gives them, into tuples: fields of Linen modules must be hashable."""
+    """Turns JSON's lists into tuples: fields of Linen modules must be hashable."""
     if isinstance(value, Mapping):
         return {k: tuples(v) for k, v in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Trajectories drawn over a video, to compare what was asked for with what came out."""
+"""Trajectories drawn over a video, to compare the asked path with the result."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ FRACTION_BITS = 4  # OpenCV draws at sub-pixel positions given as fixed-point in
 def draw_tracks(
     video: UInt8[np.ndarray, "t h w 3"], tracks: Float[np.ndarray, "n _ 2"], start: int = 0
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """Draws each track's path so far and a dot where it is now, each track in its own colour.
+    """Draws each track's path so far and a dot at its present point, each track in its own colour.
 
     Args:
-      video: uint8 RGB; it is not changed.
+      video: uint8 RGB; stays unchanged.
       tracks: (x, y) in 0..1 of the frame, one point for each frame of the whole video; pixel = x * width - 0.5.
-      start: which frame of the whole video the first one given is.
+      start: number of the first frame of `video` in the whole video.
 
     Returns:
-      uint8 RGB, a copy with the drawing. Lines are as wide at every size as 1/180 of the shorter side, with a
-      dark rim that keeps them readable on a picture of any colour.
+      uint8 RGB, a copy with the drawing. At every size, lines are 1/180 of the shorter side wide, with a dark rim that
+      keeps them readable on any colour.
     """
     height, width = video.shape[1:3]
     side = min(height, width)

@@ -26,47 +26,47 @@ from tora_jax.io.files import write_atomic
 Frames = UInt8[np.ndarray, "t h w 3"]
 Source = str | os.PathLike | bytes
 
-MAX_PIXELS = 100_000_000  # of a still, or a frame; a small file can claim any size
+MAX_PIXELS = 100_000_000  # of a still or a frame; a small file can claim any size
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# FFmpeg goes by a file's content, whatever its name: playlists (concat, HLS, DASH ...), which name other files to read,
-# are not among these.
+# FFmpeg goes by a file's content, whatever its name. This list leaves out playlists (concat, HLS, DASH ...): they name
+# other files to read.
 CONTAINERS = {
     "format_whitelist": "mov,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,asf,ogg,mxf,nut,dv"
 }
-# x264's output depends on the number of threads, so it is fixed; and with these two of its lookahead's parts
-# (measured on a machine with AVX-512) the same frames gave other bytes from one run to the next.
+# x264's output depends on the number of threads, so the number is fixed. Two parts of its lookahead are off, because
+# with them the same frames gave other bytes from one run to the next (measured on a machine with AVX-512).
 ENCODER_THREADS = 4
 REPEATABLE = "weightp=0:mbtree=0"
-REORDERED = 32  # frames, between the orders in which they are stored and shown; H.264 allows 16
+REORDERED = 32  # frames between the stored and the shown order; H.264 allows 16
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
 
 
 def to_float(pixels: UInt8[np.ndarray | jax.Array, "*shape"]) -> Float32[np.ndarray | jax.Array, "*shape"]:
-    """Pixels 0..255 -> [-1, 1], by NumPy or by JAX, whichever holds them.
+    """Pixels 0..255 -> [-1, 1], in NumPy or in JAX, as given.
 
-    A compiled function gives other last bits than NumPy: XLA multiplies by the reciprocal of 127.5.
+    The last bits of a compiled function differ from NumPy's: XLA multiplies by the reciprocal of 127.5.
     """
     return pixels.astype(np.float32) / 127.5 - 1
 
 
 def from_float(video: Float[np.ndarray | jax.Array, "*shape"]) -> UInt8[np.ndarray | jax.Array, "*shape"]:
-    """The inverse of `to_float`: rounds, and clips what is beyond [-1, 1]. NaN gives no defined pixel."""
+    """Inverts `to_float`: rounds, and clips to [-1, 1]. NaN gives no defined pixel."""
     return (video.clip(-1, 1) * 127.5 + 127.5).round().astype(np.uint8)
 
 
 def write_video(path: str | os.PathLike, frames: Frames, fps: float | int) -> None:
     """Writes an .mp4 (H.264, yuv420p, BT.709, index in front: plays in every browser) or a .gif.
 
-    H.264 needs even sides: an odd one is made even by repeating the last row or column. The same frames give
-    the same bytes. A GIF's clock ticks in 1/100 s, so its frame rate is approximate.
+    H.264 needs even sides, so the last row or column is repeated where a side is odd. The same frames give the same
+    bytes. A GIF's clock ticks in 1/100 s, so its frame rate is approximate.
 
     Args:
-      path: ends in .mp4 or .gif; its folder exists. Written aside and renamed, see `write_atomic`.
+      path: ends in .mp4 or .gif; its folder exists. The file is written aside and renamed, see `write_atomic`.
       frames: uint8 0..255, RGB; at least one.
       fps: frames per second, above 0.
 
     Raises:
-      UserError: the ending is another, fps is no positive number, or the file cannot be written.
+      UserError: the ending is wrong, fps is no positive number, or the file cannot be written.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [t, h, w, 3]")
@@ -78,7 +78,7 @@ def write_video(path: str | os.PathLike, frames: Frames, fps: float | int) -> No
 def video_writer(path: str | os.PathLike, fps: float | int) -> Iterator[Callable[[Frames], None]]:
     """`write_video` for frames that come piece by piece: yields the function that takes them, at least one in all.
 
-    An .mp4 is encoded as they come; a .gif is held in memory until the end.
+    Frames of an .mp4 are encoded as they come; those of a .gif stay in memory until the end.
     """
     if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
         raise UserError(f"{path}: fps is {fps}; it must be from 0.01 to 1000")
@@ -118,7 +118,7 @@ def _mp4_writer(path: Path, fps: float | int) -> Iterator[Callable[[Frames], Non
 
 
 def _convert(frame: av.VideoFrame, pixels: str, **options) -> av.VideoFrame:
-    # One thread: with several, FFmpeg's scaler gives other pixels from one run to the next.
+    # With several threads, FFmpeg's scaler gives other pixels from one run to the next.
     return frame.reformat(format=pixels, interpolation="AREA", threads=1, **options)
 
 
@@ -126,13 +126,13 @@ def _convert(frame: av.VideoFrame, pixels: str, **options) -> av.VideoFrame:
 def _gif_writer(path: Path, fps: float | int) -> Iterator[Callable[[Frames], None]]:
     pictures: list[Image.Image] = []
     yield lambda frames: pictures.extend(map(Image.fromarray, frames))
-    # Browsers slow a GIF down whose frames last under 2/100 s.
+    # Browsers slow down a GIF with frames under 2/100 s.
     milliseconds = 10 * max(round(100 / fps), 2)
     pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
 
 
 class VideoInfo(NamedTuple):
-    """Frames, their height and width in pixels as they are shown (upright), and frames per second."""
+    """Number of frames, height and width in pixels as shown (upright), frames per second."""
 
     frames: int
     height: int
@@ -141,20 +141,20 @@ class VideoInfo(NamedTuple):
 
 
 def probe(source: Source) -> VideoInfo:
-    """What a video file says of itself, and the size of its first frame, which is decoded.
+    """Reads the header of a video file, and decodes the first frame for its size.
 
     Args:
       source: path, or the file's bytes.
 
     Raises:
-      UserError: as `read_video`, as far as the header and the first frame show it.
+      UserError: as `read_video`, for faults that the header or the first frame show.
     """
     with _open_video(source, decoded := []) as (container, stream):
         count = stream.frames
         for frame in container.decode(stream):
             decoded.append(_upright(frame))
             break
-        if not count:  # not every container says it
+        if not count:  # some containers do not declare it
             container.seek(0)
             count = sum(packet.pts is not None for packet in container.demux(stream))
         fps = float(stream.average_rate or stream.guessed_rate or 0)
@@ -170,17 +170,17 @@ def read_video(
 
     Args:
       source: path, or the bytes, of a video in one of CONTAINERS.
-      max_frames: stop after so many.
-      only: the numbers of the frames that are wanted, rising; what lies before the key frame that they need, and
-        after the last one, is not decoded, where the file has an index (as mp4 has).
-      strict: what is otherwise a warning is an error.
+      max_frames: stops after that number.
+      only: the numbers of the wanted frames, rising. In a file with an index (such as mp4), decoding starts at the key
+        frame before the first of them; it ends after the last.
+      strict: raises an error in place of a warning.
       threads: of the decoder; 0 = one for each core.
 
     Returns:
       uint8 [t, h, w, 3] RGB, and frames per second (the average rate).
 
     Warns:
-      the file declares more frames than it gives, or some of them are damaged.
+      the file declares more frames than it gives, or some frames are damaged.
 
     Raises:
       UserError: the file is missing, is no video, has no frame, is cut off, or changes its size midway.
@@ -223,7 +223,7 @@ def _name(source: Source) -> str:
 
 @contextlib.contextmanager
 def _open_video(source: Source, frames: list) -> Iterator[tuple]:
-    """The container and its video stream; faults inside become `UserError`, which counts the `frames` so far."""
+    """Yields the container and its video stream. Faults inside become a `UserError` that counts the `frames` so far."""
     name = _name(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise UserError(f"{name}: no such video file; check the path")
@@ -243,11 +243,11 @@ def _open_video(source: Source, frames: list) -> Iterator[tuple]:
 
 
 def _jump(container: av.container.InputContainer, stream: av.VideoStream, number: int) -> int:
-    """Goes to a key frame before the frame of that number, and returns the number of that one; 0 = to the beginning.
+    """Goes to a key frame before the frame of that number, and returns the key frame's number; 0 = the beginning.
 
-    That is where all files go of which the index does not tell for sure which frame is which.
+    Files go to the beginning if their index does not tell for sure which frame is which.
     """
-    entries = list(getattr(stream, "index_entries", ())) if number > REORDERED else []  # older PyAV has none
+    entries = list(getattr(stream, "index_entries", ())) if number > REORDERED else []  # older PyAV has no index
     if not entries or len(entries) != stream.frames or any(entry.is_discard for entry in entries):
         return 0
     keys = {entry.pos: place for place, entry in enumerate(entries) if entry.is_keyframe}
@@ -255,8 +255,8 @@ def _jump(container: av.container.InputContainer, stream: av.VideoStream, number
     container.seek(target, stream=stream)
     packets = list(itertools.islice((packet for packet in container.demux(stream) if packet.size), REORDERED))
     times = [packet.pts for packet in packets]
-    start = keys.get(packets[0].pos, 0) if packets else 0  # none where the file is cut off before the target
-    # Nothing after it is shown before it.
+    start = keys.get(packets[0].pos, 0) if packets else 0  # empty if the file is cut off before the target
+    # No later packet may be shown before the key frame.
     if start > number or None in times or any(time < times[0] for time in times):
         start = 0
     container.seek(target, stream=stream) if start else container.seek(0)
@@ -268,7 +268,7 @@ def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads a still as uint8 RGB: upright (EXIF), transparency over white, the first frame of several.
+    """Reads a still as uint8 RGB: upright (EXIF), over white where transparent, the first of several frames.
 
     Raises:
       UserError: the file is missing, broken, not an image (whatever its name says), or over MAX_PIXELS.
@@ -283,7 +283,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except Image.DecompressionBombError as e:  # Pillow raises it too, at its own, larger limit
+    except Image.DecompressionBombError as e:  # Pillow also raises this, at its own, larger limit
         limit = f"{MAX_PIXELS // 10**6} million pixels"
         raise UserError(f"{path}: has over {limit}; make it smaller") from e
     except Exception as e:  # a broken file raises nearly anything from Pillow's decoders
@@ -294,7 +294,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a pixel, of no known range")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips it
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits
         return Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -303,7 +303,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def cover(old_height: int, old_width: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """How `resize_crop` scales and cuts: the scaled (height, width), and (top, left) of the part that is kept."""
+    """Plans `resize_crop`: the scaled (height, width), and (top, left) of the part that stays."""
     scale = max(height / old_height, width / old_width)
     new_height, new_width = max(round(old_height * scale), height), max(round(old_width * scale), width)
     return new_height, new_width, round((new_height - height) / 2), round((new_width - width) / 2)
@@ -314,7 +314,7 @@ def resize_crop(
 ) -> UInt8[np.ndarray, "*t height width 3"]:
     """Scales images to cover height x width, antialiased, and crops the middle.
 
-    Source: what Open-Sora does to reference images (opensora/datasets/utils.py, resize_crop_to_fill).
+    Source: Open-Sora's treatment of reference images (opensora/datasets/utils.py, resize_crop_to_fill).
     """
     old_height, old_width = images.shape[-3:-1]
     new_height, new_width, top, left = cover(old_height, old_width, height, width)
