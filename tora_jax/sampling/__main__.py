@@ -31,7 +31,7 @@ the same with the trajectories drawn over it (*_trajectory), the flow map that t
 (*.json). With --batch: the same for each line of a file.
 """
 
-DEFINE = {  # by the type of a setting, the first that fits
+DEFINE = {  # by the type of a setting; the first that fits wins
     tuple: flags.DEFINE_multi_string,
     str: flags.DEFINE_string,
     float: flags.DEFINE_float,
@@ -135,7 +135,7 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     server = "OpenAI-compatible server that rewrites the prompt, such as http://localhost:8000/v1. Off by default."
     flags.DEFINE_string("rewrite_url", None, server, **to)
     flags.DEFINE_string("rewrite_model", "", "Its model. Default: the first that it names.", **to)
-    # What is left out comes from the config's sampling section.
+    # A flag that is not given leaves its setting to the config's sampling section.
     for field in dataclasses.fields(sampling.Settings):
         define = next(define for kind, define in DEFINE.items() if kind in sampling.kinds()[field.name])
         define(field.name, None, field.metadata["help"], **to)

@@ -1,11 +1,11 @@
 """Many videos from one file of JSON lines: grouped by shape, shared out over devices, resumable.
 
 Each line is an object: settings of sampling by name, "trajectories", "conditions" and scores (`request.make`), and a
-"name" for the files (left out: the number of the line). What a line leaves out comes from the command.
+"name" for the files (without one, the number of the line). Settings that a line leaves out come from the command.
 
-The report NAME.json of a video is written last, so where it stands, the video is done; it holds a hash of what was
-asked for, with the weights and the files named, and what has changed is made again. A line that cannot be made gets a
-report with "error" in place of a video, and is tried again in the next run.
+The report NAME.json of a video is written last, so a video with a report is done. The report holds a hash of the line,
+the weights and the named files; a video whose hash has changed is made again. A line that fails gets a report with
+"error" in place of a video, and the next run tries it again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Job:
     Attributes:
       line: its number, from 1.
       name: of its files.
-      key: hash of what it asks for.
-      wanted: what it asks for, or what is wrong with it.
+      key: hash of the line, with its files and the weights.
+      wanted: the request of the line, or its mistake.
     """
 
     line: int
@@ -52,7 +52,7 @@ class Job:
 
 
 class Counts(NamedTuple):
-    """Of the lines of a file: made now, made before, failed now."""
+    """Numbers of lines: made now, made before, failed now."""
 
     made: int
     before: int
@@ -60,15 +60,15 @@ class Counts(NamedTuple):
 
 
 def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any], weights: str = "") -> list[Job]:
-    """Reads the lines; blank ones are left out.
+    """Reads the lines, without blank ones.
 
     Args:
-      folder: where the videos go; tried here.
+      folder: of the videos; this function checks that it can be written.
       section, given: of `request.make`; a line's own settings win.
-      weights: what tells them apart, `release.checksum`.
+      weights: `release.checksum` of the weights.
 
     Raises:
-      UserError: the file cannot be read, has no lines, or names a file twice. What is wrong in a line is kept in it.
+      UserError: the file cannot be read, has no lines, or names a file twice. A mistake in a line stays in its `Job`.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,7 +76,7 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path}: is over {MAX_BYTES >> 20} MB; cut it into several")
     try:
-        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside of a text, too
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also cut at U+2028 inside a text
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text; --batch takes JSON lines, a video each") from None
     writer.check_folder(folder, str(folder))
@@ -102,7 +102,7 @@ def _content(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # said when the line's turn comes
+    except OSError:  # reported when the line's turn comes
         return ""
 
 
@@ -135,12 +135,12 @@ def run(
     quiet: bool = False,
     check_interrupt: Callable[[], None] = lambda: None,
 ) -> Counts:
-    """Makes what is not there yet; a failure is recorded, and the others go on.
+    """Makes the missing videos; records a failure and goes on with the others.
 
     Args:
-      folder: of the videos, for this run alone; made where it is missing.
+      folder: of the videos, for this run alone; made if missing.
       per_device: videos that each device makes at once.
-      mesh: the videos at once are shared out over its axis "data".
+      mesh: its axis "data" shares out the videos made at once.
       check_interrupt: called after each step.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def _video(folder: Path, job: Job) -> Path:
 
 
 def _report(folder: Path, job: Job) -> dict:
-    """What an earlier run wrote of a job; empty where it wrote nothing, or of another line."""
+    """The report of an earlier run on this job; empty without one, or if the report is of another line."""
     try:
         report = json.loads((folder / f"{job.name}.json").read_text())
         return report if report["key"] == job.key else {}
@@ -202,7 +202,7 @@ def _fail(folder: Path, job: Job, error: Exception) -> None:
 def _make(
     models: Models, jobs: list[Job], folder: Path, size: int, mesh: Mesh | None, check_interrupt: Callable[[], None]
 ) -> int:
-    """Makes jobs of one shape together; those that fail are recorded. The number of videos made."""
+    """Makes jobs of one shape together, and records those that fail. Returns the number of videos made."""
     images, able = [], []
     for job in jobs:
         try:
@@ -212,7 +212,7 @@ def _make(
             _fail(folder, job, error)
     if not able:
         return 0
-    # Filled up to a full batch with the last one, so that nothing new is compiled.
+    # The last job fills up the batch, so that nothing new is compiled.
     filled = [min(i, len(able) - 1) for i in range(size)]
     wanted = [able[i].wanted for i in filled]
     try:

@@ -34,9 +34,9 @@ class Result:
 
     Attributes:
       video: uint8 [t, h, w, 3].
-      motion: the trajectory map that the model saw, uint8 [t, h, w, 3]; None without a trajectory.
+      motion: the motion map that the model saw, uint8 [t, h, w, 3]; None without a trajectory.
       seconds: part -> {"run": seconds, "compile": seconds} of the whole batch; compilation is not in "run".
-      latents: that `video` was decoded from, float32.
+      latents: the clean latents of `video`, before decoding, float32.
     """
 
     video: UInt8[np.ndarray, "t h w 3"]
@@ -54,17 +54,16 @@ def generate_batch(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """Makes videos, all at once; each comes out as it does alone, but for rounding.
+    """Makes videos, all at once; each equals the same video made alone, but for rounding.
 
     Args:
       models: of `assembly.load`.
       inputs: of each video.
-      settings: of all videos, with their size in pixels and their length in frames. The model is told the size as it
-        stands there, the videos have `video_size` of it. What `inputs` and `seeds` say of each video, and how a longer
-        one is cut, is not read.
+      settings: of all videos, with their size in pixels and their length in frames. The model is told this size; the
+        videos have `video_size` of it. Fields that `inputs` and `seeds` replace, and those of segments, are not read.
       seeds: of each video's noise. The same seed gives the same pixels on the same machine.
-      mesh: the videos are shared out over it, whose "data" axis divides their number; the parameters lie on it
-        already (`place`).
+      mesh: shares out the videos; its "data" axis divides their number, and the parameters lie on the mesh already
+        (`place`).
       progress: called after each step with the number of steps done and a function that gives the estimate of the clean
         latents, see `sampler.run`; an exception from it (or Ctrl-C) stops the generation.
 
@@ -120,7 +119,7 @@ def generate_batch(
 def _noise(
     seeds: Sequence[int], shape: tuple[int, ...], spread: Callable[[Any], Any]
 ) -> tuple[Float[Array, "b t h w c"], Callable[[int], Array]]:
-    """The noise that the videos start from, and that of a step, for frames that start there."""
+    """The noise at the start of the videos, and a function: step -> the noise for frames that start there."""
     keys = [jax.random.split(jax.random.key(seed)) for seed in seeds]
 
     def at_step(step: int) -> Array:
@@ -134,7 +133,7 @@ def _place(
     given: Sequence[Mapping[int, tuple[Array, float]]],
     prefixes: Sequence[Float[np.ndarray, "k h w c"] | None],
 ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t"] | None]:
-    """Puts the latents that are given into the noise; also each latent's edit ratio, None where nothing is given."""
+    """Puts given latents into the noise. Also returns the edit ratio of each latent; None if no latent is given."""
     if not any(given) and all(prefix is None for prefix in prefixes):
         return x, None
     edit = jnp.ones(x.shape[:2])
@@ -146,7 +145,7 @@ def _place(
 
 
 def video_size(models: Models, height: int, width: int) -> tuple[int, int]:
-    """Pixels (height, width) of the video that a size gives: whole cells of the VAE, what is over is cut off.
+    """Cuts a size to whole cells of the VAE: pixels (height, width) of the video.
 
     Raises:
       UserError: for a size under one patch of the denoiser.
@@ -159,14 +158,14 @@ def video_size(models: Models, height: int, width: int) -> tuple[int, int]:
 
 
 def place(models: Models, mesh: Mesh, rules: sharding.Rules) -> Models:
-    """The models with their parameters laid out over a mesh."""
+    """Lays the parameters of models out over a mesh."""
     params = dict(models.params)
     shardings = sharding.param_shardings(params, mesh, rules)
     return dataclasses.replace(models, params=jax.device_put(params, shardings))
 
 
 def _spread(mesh: Mesh, tree: Any) -> Any:
-    """Arrays whose first axis counts videos, or passes of videos, shared out over the mesh."""
+    """Shares out arrays over the mesh by their first axis, which counts videos or passes of videos."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
 
 
@@ -191,7 +190,7 @@ def timed(seconds: dict[str, dict[str, float]], part: str) -> Iterator[None]:
 
 
 def add_seconds(total: dict[str, dict[str, float]], more: Mapping[str, Mapping[str, float]]) -> None:
-    """Adds the seconds of each part of a `Result` to others."""
+    """Adds the seconds of each part, as in a `Result`, to a total."""
     for part, spent in more.items():
         before = total.get(part, {})
         total[part] = {name: before.get(name, 0.0) + value for name, value in spent.items()}

@@ -1,4 +1,4 @@
-"""What a person gives for each video; what the denoiser is told of it is up to the backbone."""
+"""Inputs of each video, as a person gives them; the backbone makes the denoiser's conditions of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tora_jax.errors import UserError
 
 
 class Inputs(NamedTuple):
-    """What is asked for one video.
+    """Inputs of one video.
 
     Attributes:
       prompt: a caption, not cleaned yet; several are for the segments of a long video.
       tracks: (x, y) for each frame, in 0..1 of the frame (`trajectory.tracks`); None = plain Open-Sora, the fusers are
         left out.
-      images: frame number -> what is to be seen there, of the size that `video_size` gives: a picture, a clip from that
-        frame on, or either as `Given`. A clip sets the latents that it fills, a picture its frame's.
-      prefix: the latents of the first frames, from the `Result` of the piece before; None = they are made.
-      max_norm: the displacement in pixels that has full colour in the trajectory map (`motion_maps.flow_to_color`);
-        None = the map's own largest.
+      images: frame number -> a picture, a clip from that frame on, or either as `Given`, of the size that `video_size`
+        gives. A clip sets the latents that it fills, a picture its frame's.
+      prefix: the latents of the first frames, from the `Result` of the piece before; None = the model makes them.
+      max_norm: the displacement in pixels with full colour in the motion map (`motion_maps.flow_to_color`); None = the
+        map's own largest.
     """
 
     prompt: str | Sequence[str]
@@ -38,13 +38,13 @@ class Inputs(NamedTuple):
 def check_inputs(
     inputs: Sequence[Inputs], seeds: Sequence[int], num_frames: int, size: tuple[int, int]
 ) -> list[Inputs]:
-    """The inputs with each image as `Given`.
+    """Checks inputs, and returns them with each image as `Given`.
 
     Args:
       num_frames, size: frames and pixels (height, width) of the videos.
 
     Raises:
-      UserError: for inputs that do not fit to the videos, or to each other.
+      UserError: for inputs that do not fit the videos, or each other.
     """
     if len(inputs) != len(seeds) or not inputs:
         raise UserError(f"inputs and seeds are {[len(inputs), len(seeds)]}; there must be one for each video")

@@ -1,6 +1,6 @@
-"""What a person asks for: settings over a config's own, trajectories, visual conditions.
+"""Requests for videos: settings over a config's own, trajectories, visual conditions.
 
-The command line, batches, the web page and `tora_jax.generate` all ask through here.
+The command line, batches, the web page and `tora_jax.generate` all use this module.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ INPUTS = ("trajectories", "conditions")
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One video.
+    """A request for one video.
 
     Attributes:
-      settings: of a config, with what was asked for.
+      settings: of the config, under those that were asked for.
       trajectories: None = plain Open-Sora, without the fusers.
       conditions: not read yet.
     """
@@ -42,7 +42,7 @@ class Request:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """One for each part of the video, with their scores."""
+        """The prompt of each part of the video, with its scores."""
         given = self.settings.prompt
         scores = {name: getattr(self.settings, name) for name in sampling.SCORES}
         return tuple(text.append_scores(each, **scores) for each in ([given] if isinstance(given, str) else given))
@@ -55,17 +55,17 @@ class Request:
 
     @property
     def shape(self) -> tuple:
-        """Equal for requests that one call can make together, and one compilation serves."""
+        """A key that is equal for requests that one call, of one compilation, can make together."""
         return self.settings.shared, self.trajectories is None, bool(self.conditions)
 
     @property
     def files(self) -> list[Path]:
-        """That were named for trajectories and conditions."""
+        """The files named for trajectories and conditions."""
         named = [each.source for each in self.conditions if not isinstance(each.source, np.ndarray)]
         return [*map(trajectory.find, self.settings.trajectory), *map(Path, named)]
 
     def read(self) -> dict[int, images.Given]:
-        """The conditions by frame, not yet of the video's size.
+        """Reads the conditions, by frame, not yet of the video's size.
 
         Raises:
           UserError: for a file that cannot be read, or does not fit into the video.
@@ -74,16 +74,16 @@ class Request:
 
 
 def make(section: Any, given: Mapping[str, Any]) -> Request:
-    """Reads what was asked for.
+    """Makes a request of settings, and reads its trajectories.
 
     Args:
       section: the sampling section of a config.
-      given: settings by name, which win over the section's; "trajectories": file, preset, points, or a list of them
-        ([] or None: none; left out: those of the section); "conditions": a list of `Condition` or of texts
-        "frame=file[:edit]".
+      given: settings by name, which win over the section's. "trajectories": file, preset, points, or a list of them;
+        [] or None for no trajectory; without this key, those of the section. "conditions": a list of `Condition` or of
+        texts "frame=file[:edit]".
 
     Raises:
-      UserError: for the first thing that is wrong.
+      UserError: for the first mistake.
     """
     known = {*sampling.kinds(), *INPUTS} - {"trajectory"}
     for name in given.keys() - known:
@@ -126,7 +126,7 @@ def generate(
 
 
 def steps(models: Models, wanted: Request) -> int:
-    """How many steps of the sampler a request takes, in all segments."""
+    """The number of the sampler's steps for a request, in all segments."""
     settings = wanted.settings
     plan = segments.plan(models, settings.num_frames, settings.segment, settings.overlap)
     return len(plan.starts) * settings.steps

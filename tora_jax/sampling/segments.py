@@ -1,4 +1,4 @@
-"""Videos longer than the model's own: segment after segment, each begun with the end of the one before."""
+"""Videos longer than the model's own: segment after segment, each begins with the end of the one before."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SEED_STEP = 0x9E3779B9  # between the seeds of a video's segments; any odd numbe
 
 
 class Segments(NamedTuple):
-    """How a video is made piece by piece.
+    """The plan of a video made piece by piece.
 
     Attributes:
       starts: the first frame of each segment.
       length: frames of a segment.
-      latents, shared: latent frames, and the frames in them, that a segment takes over from the one before.
-      aligned: they are whole micro-frames in both, so the latents themselves are taken over; otherwise the frames are
-        encoded again.
+      latents, shared: latent frames that a segment takes over from the one before, and the frames in them.
+      aligned: the shared frames are whole micro-frames in both segments, so the next takes the latents themselves;
+        otherwise it encodes the frames again.
     """
 
     starts: range
@@ -45,9 +45,9 @@ def plan(models: Models, num_frames: int, segment: int, overlap: int = 0) -> Seg
     """Cuts a video of `num_frames` into segments of at most `segment` frames.
 
     Args:
-      segment: what the model makes at once.
-      overlap: latent frames that a segment takes over; 0 = a micro-frame's where a segment has several, else 2 (fewer
-        where it has no more).
+      segment: frames that the model makes at once.
+      overlap: latent frames that a segment takes over; 0 = those of a micro-frame where a segment has several, else 2
+        (fewer in a shorter segment).
 
     Raises:
       UserError: a segment would bring nothing new.
@@ -73,19 +73,19 @@ def generate_pieces(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Iterator[list[Result]]:
-    """Makes videos of any length: `generate_batch`, segment after segment, each begun with the end of the one before.
+    """Makes videos of any length: `generate_batch`, segment after segment; each begins with the end of the one before.
 
-    The device and the host hold one segment at a time. Tracks are cut without a jump, and one displacement has full
-    colour in the maps of the whole video.
+    The device and the host hold one segment at a time. Tracks are cut without a jump, and full colour means the same
+    displacement in all maps of the video.
 
     Args:
-      inputs: of the whole videos. Several prompts are shared out among the segments in equal parts.
+      inputs: of the whole videos. Segments share several prompts in equal parts.
       settings: `segment` and `overlap` as in `plan`; the others as in `generate_batch`.
       seeds, mesh: as in `generate_batch`.
       progress: as in `generate_batch`; it counts the steps of all segments.
 
     Yields:
-      for each segment, what is new: its frames after those that it took over.
+      The new frames of each segment, after those that it took over.
 
     Raises:
       UserError: for a value out of its range.
@@ -118,7 +118,7 @@ def generate_pieces(
 
 
 def joined(pieces: Sequence[Result]) -> Result:
-    """The pieces of one video as one; its seconds are theirs together."""
+    """Joins the pieces of one video, and adds up their seconds."""
     seconds: dict[str, dict[str, float]] = {}
     for piece in pieces:
         add_seconds(seconds, piece.seconds)
@@ -142,7 +142,7 @@ def _largest_norm(tracks: Tracks, windows: Sequence[tuple[int, int]], size: tupl
 
 
 def _part(inputs: Inputs, start: int, stop: int, prompt: int, taken: int) -> Inputs:
-    """The inputs of one segment, as it counts the frames; the first `taken` are made already."""
+    """The inputs of one segment, with frames counted from its start; the first `taken` exist already."""
     return inputs._replace(
         prompt=inputs.prompt[prompt],
         tracks=None if inputs.tracks is None else _window(inputs.tracks, start, stop),
@@ -151,7 +151,7 @@ def _part(inputs: Inputs, start: int, stop: int, prompt: int, taken: int) -> Inp
 
 
 def _begun(inputs: Inputs, before: Result, cut: Segments) -> Inputs:
-    """The inputs of a segment with the end of the one before."""
+    """The inputs of a segment that begins with the end of the one before."""
     if cut.aligned:
         return inputs._replace(prefix=before.latents[-cut.latents :])
     return inputs._replace(images={**inputs.images, 0: Given(before.video[-cut.shared :])})
@@ -163,7 +163,7 @@ def _window(tracks: Tracks, start: int, stop: int) -> Float[np.ndarray, "_ _ 2"]
 
 
 def _within(images: Mapping[int, Given], start: int, stop: int, taken: int) -> dict[int, Given]:
-    """What is given for the frames of a segment, as it counts them; the first `taken` are made already."""
+    """The images of a segment, with frames counted from its start; the first `taken` exist already."""
     found = {}
     for frame, (pixels, edit) in images.items():
         clip = pixels if pixels.ndim == 4 else pixels[None]

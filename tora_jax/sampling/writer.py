@@ -1,4 +1,4 @@
-"""The files of a generated video: the video, the one with its paths, the flow map, the report; all or none."""
+"""The files of a generated video: the video, the same with its paths, the motion map, the report; all or none."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from tora_jax.sampling.generate import Result, add_seconds
 
 
 def paths(out: Path) -> dict[str, Path]:
-    """All that is written: the video, the one with the trajectories, the flow map, the report."""
+    """The paths of all files: the video, the same with the trajectories, the motion map, the report."""
     named = {part: out.with_stem(f"{out.stem}_{part}") for part in ("trajectory", "flow")}
     return {"video": out, **named, "report": out.with_suffix(".json")}
 
 
 def check(name: str, inputs: Sequence[str | Path] = (), weights: str | None = None) -> Path:
-    """The path of a video that is to be written, tried before the long work starts.
+    """Checks the path of a video, before the long work starts.
 
     Args:
-      inputs: what is read, and may not be overwritten.
-      weights: a folder into which nothing is written.
+      inputs: files that are read, and must not be overwritten.
+      weights: a folder that must not be written to.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the video cannot be written there.
     """
     out = Path(name)
     if out.suffix.lower() not in (".mp4", ".gif"):
@@ -55,10 +55,10 @@ def check(name: str, inputs: Sequence[str | Path] = (), weights: str | None = No
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Can something be written there? What is missing of the folder may be made later.
+    """Checks that files can be written to a folder; a missing folder may be made later.
 
     Raises:
-      UserError: no.
+      UserError: no file can be written there.
     """
     try:
         exists = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
@@ -74,16 +74,16 @@ def check_folder(folder: Path, name: str) -> None:
 def open_files(
     out: Path, tracks: Float[np.ndarray, "n t 2"] | None, report: dict[str, Any]
 ) -> Iterator[Callable[[Result], None]]:
-    """Yields what takes the pieces of one video, in order; at the end all files are there, or none.
+    """Yields a function that takes the pieces of one video, in order; at the end all files are there, or none.
 
-    Each is written aside as the pieces come, and all are renamed at the end, the report last: where it stands, the
-    others do. Folders that are missing are made.
+    Each file is written aside as the pieces come. All are renamed at the end, the report last: a report means that the
+    others are there. Makes missing folders.
 
     Args:
       out: of the video.
       tracks: of the whole video.
-      report: has "settings"; the files and the seconds of the pieces are added to it, and what the caller adds in the
-        meantime is written, too.
+      report: has "settings". Gets the files and the seconds of the pieces; entries that the caller adds meanwhile are
+        written, too.
     """
     fps, files = report["settings"]["fps"], paths(out)
     report.setdefault("seconds", {})
@@ -109,7 +109,7 @@ def open_files(
 
 
 def finish(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with rounded seconds, versions and the device."""
+    """Completes a report: rounded seconds, versions, the device."""
     return {
         **report,
         "seconds": {part: {k: round(v, 3) for k, v in s.items()} for part, s in report["seconds"].items()},
