@@ -12,7 +12,8 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tora_jax.conditioning import resolutions, trajectory
+from tora_jax.conditioning import resolutions, trajectory, trajectory_hints
+from tora_jax.conditioning.trajectory_hints import Hints
 from tora_jax.diffusion import solvers
 from tora_jax.diffusion.sampler import Acceleration
 from tora_jax.errors import UserError
@@ -21,6 +22,7 @@ from tora_jax.io.files import tuples
 LARGEST = 16384  # frames, or pixels a side: past any memory, and in the range of float32 whole numbers
 MAX_TEXT = 10_000  # letters: cleaning takes time by their square, and the model reads some hundred tokens
 SCORES = ("aesthetic_score", "motion_score", "camera_motion")  # at the end of the prompt, see `text.append_scores`
+READING = ("trajectory_canvas", "trajectory_axes", "trajectory_times", "trajectory_tracks")  # of trajectory files
 
 
 def setting(default: Any, help: str) -> Any:
@@ -38,7 +40,15 @@ class Settings:
     )
     negative_prompt: str = setting("", "What it shall not show.")
     trajectory: tuple[str, ...] = setting(
-        ("arc",), f"Trajectory file (text, JSON or .npy), or one of {', '.join(trajectory.presets())}. Repeatable."
+        ("arc",),
+        f"Trajectory file (text, table, JSON, .npy, .npz), or one of {', '.join(trajectory.presets())}. Repeatable.",
+    )
+    # These four are None, so that configs and keys of batches from before they were there stay as they are.
+    trajectory_canvas: str | None = setting(None, "WIDTHxHEIGHT that trajectory files are drawn on; 1x1 = fractions.")
+    trajectory_axes: str | None = setting(None, "Of an array: nt = paths, then points; tn = frames, then paths ...")
+    trajectory_times: str | None = setting(None, "points = spread over the video; frames = one point a frame.")
+    trajectory_tracks: str | None = setting(
+        None, 'Paths to take of a file: "0,3,7", or how many of those that move most.'
     )
     resolution: str = setting("", 'Named size, such as "480p"; with --aspect_ratio.')
     aspect_ratio: str = setting("16:9", 'width:height, such as "16:9".')
@@ -71,7 +81,17 @@ class Settings:
     @property
     def shared(self) -> Settings:
         """These settings without what each video has for itself: equal where videos can be made together."""
-        return dataclasses.replace(self, prompt="", trajectory=(), seed=0, **dict.fromkeys(SCORES))
+        own = dict.fromkeys((*SCORES, *READING))
+        return dataclasses.replace(self, prompt="", trajectory=(), seed=0, **own)
+
+    @property
+    def hints(self) -> Hints:
+        """What settles trajectory files with two readings.
+
+        Raises:
+          UserError: for a text of another form.
+        """
+        return trajectory_hints.hints(*(getattr(self, name) for name in READING), num_frames=self.num_frames)
 
     def report(self) -> dict[str, Any]:
         """name -> value of what is set, sizes in pixels alone."""
@@ -139,6 +159,8 @@ def resolve(config: Any, given: Mapping[str, Any]) -> Settings:
         if not isinstance(tuples(found[name]), kind) or isinstance(found[name], bool):
             where = "" if name in given else "config: sampling."
             raise UserError(f"{where}{name} is {found[name]!r}; it should be like {known[name]!r}")
+    for name in READING:
+        found[name] = _reading(name, found.get(name))
     _check_texts(found)
     _check_size(given.keys(), found)
     if {"resolution", "aspect_ratio"} & given.keys() or not (found["height"] and found["width"]):
@@ -149,6 +171,19 @@ def resolve(config: Any, given: Mapping[str, Any]) -> Settings:
     settings = Settings(**tuples(found))
     settings.check()
     return settings
+
+
+def _reading(name: str, value: Any) -> str | None:
+    """As a flag has it: Python and batches may say [720, 480], [0, 3, 7] and 5."""
+    if isinstance(value, list | tuple):
+        ends = {"trajectory_canvas": ("x", ""), "trajectory_tracks": (",", ",")}
+        mark, end = ends.get(name, (",", ""))
+        return mark.join(map(str, value)) + end
+    if value is None or isinstance(value, str):
+        return value
+    if name == "trajectory_tracks" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise UserError(f"{name} is {value!r}; give a text")
 
 
 def _check_texts(found: Mapping[str, Any]) -> None:

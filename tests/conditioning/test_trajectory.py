@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tora_jax.conditioning import trajectory
+from tora_jax.conditioning.trajectory_hints import hints
 from tora_jax.errors import UserError
 
 EXAMPLES = sorted(Path(trajectory.__file__).parent.parent.glob("assets/trajectories/*.txt"))
@@ -63,7 +64,7 @@ def test_several_trajectories_in_one_file(tmp_path, form):
         "canvas": lambda: write(tmp_path, json.dumps({"canvas": [256, 256], "trajectories": pair})),
         "npy": lambda: npy(tmp_path, np.array(pair)),
     }[form]()
-    first, second = trajectory.load(path)
+    first, second = trajectory.load(path, hints(axes="nt"))
     np.testing.assert_array_equal(first, UNIT)
     np.testing.assert_array_equal(second, UNIT[::-1])
 
@@ -107,7 +108,7 @@ def test_the_examples_are_there():
         ("10,20\n", "single point"),
         ("10,20\nhello\n", "line 2: 'hello'"),
         ("10,20\n10,20,30\n", "line 2"),
-        ("10 20\n30 40\n", "line 1"),
+        ("10,20\n30 40\n", "line 2"),
         ("10,20\nnan,5\n", "point 2 is not finite"),
         ("10,20\n5,-inf\n", "point 2 is not finite"),
         ("1,2\n" * 1_000_000, "over 100000 points"),
@@ -163,16 +164,18 @@ def test_missing_file_and_folder(tmp_path):
         trajectory.load(tmp_path)
 
 
-def test_points_off_the_canvas_are_clipped_with_one_warning(tmp_path):
+def test_points_off_the_canvas_are_refused_or_clipped_with_one_warning(tmp_path):
     path = write(tmp_path, "-5,10\n128,300\n256,256\n1e300,0\n")
+    with pytest.raises(UserError, match=r"3 of 4 points lie off the 256x256 canvas; .*--trajectory_canvas"):
+        trajectory.load(path)
     with pytest.warns(UserWarning, match="3 of 4 points lie off the 256x256 canvas") as seen:
-        (points,) = trajectory.load(path)
+        (points,) = trajectory.load(path, hints(canvas="256x256:clip"))
     assert len(seen) == 1
     np.testing.assert_array_equal(points, np.array([[0, 10], [128, 256], [256, 256], [256, 0]]) / 256)
 
 
 def test_fractions_without_a_canvas_are_pointed_out(tmp_path):
-    with pytest.warns(UserWarning, match="one corner"):
+    with pytest.raises(UserError, match="one corner"):
         trajectory.load(write(tmp_path, "[[0.1, 0.2], [0.8, 0.9]]"))
 
 

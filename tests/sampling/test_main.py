@@ -236,9 +236,12 @@ def test_sampling_section_of_a_release(sample, tiny_release, tmp_path, section):
         assert "sampling should hold" in outcome.stderr
 
 
-def test_points_off_the_canvas_are_clipped_with_a_warning(sample):
+def test_points_off_the_canvas_are_refused_or_clipped_with_a_warning(sample):
     write("path.txt", "-5,100\n300,100\n")
     outcome = sample("--trajectory=path.txt")
+    assert outcome.code == 2
+    assert "path.txt: 2 of 2 points lie off" in outcome.stderr
+    outcome = sample("--trajectory=path.txt", "--trajectory_canvas=256x256:clip")
     assert outcome.code == 0
     assert "path.txt: 2 of 2 points" in outcome.stderr
     assert outcome.stderr.count("warning") == 1

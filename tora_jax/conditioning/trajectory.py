@@ -13,26 +13,32 @@ In shapes, p counts points, n trajectories, t frames.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from tora_jax.conditioning import trajectory_arrays, trajectory_json, trajectory_tables
+from tora_jax.conditioning.trajectory_hints import (
+    CANVAS,
+    MAX_POINTS,
+    SAY_CANVAS,
+    THIN_OUT,
+    Canvas,
+    Drawing,
+    Hints,
+    Marks,
+)
 from tora_jax.errors import UserError
 
-CANVAS = (256, 256)  # width, height; of files that name no canvas
-MAX_POINTS = 100_000  # in one file; far more than the frames of any video
 MAX_BYTES = 32 * 2**20
-THIN_OUT = "thin the trajectory out to about one point a frame"
-
-Canvas = tuple[float | int, float | int]
-SEQUENCE = (list, tuple, np.ndarray)
+MAX_ZIP_BYTES = 1024 * 2**20  # an .npz may hold the video, too
+UNKNOWN = Hints()
 
 Trajectory = Float[np.ndarray, "_ _"]
 Tracks = Float[np.ndarray, "_ t 2"]  # the number may differ from video to video
@@ -56,94 +62,71 @@ def names(sources: Any) -> tuple[str, ...]:
     return tuple(map(str, sources)) if named else ()
 
 
-def read(sources: Any) -> list[Trajectory] | None:
+class Reading(NamedTuple):
+    """What was read, and how.
+
+    Attributes:
+      trajectories: as `load` returns them.
+      name: of the file, or what messages call the points.
+      line: how it was read, for people.
+    """
+
+    trajectories: list[Trajectory]
+    name: str
+    line: str
+
+
+def read(sources: Any, hints: Hints = UNKNOWN) -> list[Trajectory] | None:
     """Files, presets or points (as in `parse`) -> trajectories; None without any source.
+
+    Args:
+      hints: of `trajectory_hints.hints`, for all but the presets.
 
     Raises:
       UserError: for a source that cannot be read.
     """
+    found = readings(sources, hints)
+    return found and [points for each in found for points in each.trajectories]
+
+
+def readings(sources: Any, hints: Hints = UNKNOWN) -> list[Reading] | None:
+    """`read`, each file apart."""
     if sources is None or (isinstance(sources, Sequence) and not sources):
         return None
     if named := names(sources):
-        return [points for name in named for points in load(find(name))]
-    return parse(sources)
+        shipped = presets().values()
+        return [_open(path, UNKNOWN if path in shipped else hints) for path in map(find, named)]
+    return [_finish(trajectory_json.from_data(sources, hints, "trajectory"), hints, CANVAS, "trajectory")]
 
 
-def load(path: str | os.PathLike) -> list[Trajectory]:
+def load(path: str | os.PathLike, hints: Hints = UNKNOWN) -> list[Trajectory]:
     """Reads the trajectories of a file.
 
-    The content decides on the format, not the name:
-      * text: a line `x,y` or `x, y` for each point (the format of the released code), one trajectory;
-      * JSON: `[[x, y], ...]`, `[[x, y, t], ...]`, `[{"x": .., "y": ..}, ...]` (also with `"t"`), a list of
-        those, or `{"canvas": [width, height], "trajectories": [...]}`;
-      * NumPy's .npy: [p, 2], [p, 3] or [n, p, 2 or 3].
-
-    x and y are on a canvas of 256x256 unless the file names another. Points off the canvas move to its edge,
-    with one warning for the file.
+    The content decides, not the name; docs/sampling.md has the forms. x and y are on a canvas of 256x256 unless the
+    file or the hints name another. Hidden points are left out; the others keep their times.
 
     Returns:
       One float64 array for each trajectory, [p, 2] (x, y) or [p, 3] (x, y, t), all in 0..1.
 
     Raises:
-      UserError: the file is missing, is not one of these formats, has no trajectory of two points or more, a
-        value that is no finite number, times that do not rise within 0..1, or more than MAX_POINTS points.
+      UserError: the file is missing, has no form that is known, or has two readings and no hint settles it; points lie
+        off the canvas; there is no trajectory of two points or more, a value that is no finite number, times that do
+        not rise within 0..1, or more than MAX_POINTS points.
     """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give a trajectory file (.txt, .json or .npy)")
-        if not path.is_file():
-            raise UserError(f"{path}: no such trajectory file; check the path")
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: is over {MAX_BYTES >> 20} MB; {THIN_OUT}")
-        content = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
-    if content.startswith(b"\x93NUMPY"):
-        return parse(_read_npy(path), name=str(path))
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise UserError(f"{path}: is not a trajectory; give text lines x,y, JSON or a NumPy .npy file")
-    if not text.strip():
-        raise UserError(f"{path}: is empty; write one point x,y a line, at least 2")
-    if text.lstrip()[0] in "[{":
-        return parse(_read_json(text, path), name=str(path))
-    return parse(_read_lines(text, path), name=str(path))
+    return _open(Path(path), hints).trajectories
 
 
-def parse(data: Any, canvas: Canvas = CANVAS, name: str = "trajectory") -> list[Trajectory]:
+def parse(data: Any, canvas: Canvas = CANVAS, name: str = "trajectory", hints: Hints = UNKNOWN) -> list[Trajectory]:
     """Turns points in memory into trajectories.
 
     Args:
-      data: what `load` takes from a file: nested lists, dicts or arrays.
-      canvas: (width, height) of x and y, (1, 1) for fractions; a canvas in `data` wins.
+      data: nested lists or dicts as in JSON, or arrays.
+      canvas: (width, height) of x and y, (1, 1) for fractions; a canvas in `data` or of the hints wins.
       name: of the data in messages, such as the file.
 
     Returns, raises: see `load`.
     """
-    if isinstance(data, dict):
-        data, canvas = _unwrap(data, canvas, name)
-    parts = _split(data, name)
-    labels = [f"{name}, trajectory {i + 1}" if len(parts) > 1 else name for i in range(len(parts))]
-    if sum(map(len, parts)) > MAX_POINTS:
-        raise UserError(f"{name}: has over {MAX_POINTS} points; {THIN_OUT}")
-    arrays = [_points(part, label) for part, label in zip(parts, labels, strict=True)]
-
-    size = np.asarray(canvas, np.float64)
-    xy = np.concatenate([a[:, :2] for a in arrays])
-    off = int(((xy < 0) | (xy > size)).any(-1).sum())
-    if off:
-        where = f"off the {canvas[0]:g}x{canvas[1]:g} canvas; they were moved to its edge"
-        warnings.warn(f"{name}: {off} of {len(xy)} points lie {where}", stacklevel=3)
-    elif size.min() > 1 and xy.max() <= 1 and (xy % 1).any():
-        hint = 'if they are fractions of the frame, write {"canvas": [1, 1], "trajectories": [...]}'
-        warnings.warn(f"{name}: all points lie in one corner of the canvas; {hint}", stacklevel=3)
-    for a in arrays:
-        a[:, :2] = np.clip(a[:, :2], 0, size) / size
-    return arrays
+    return _finish(trajectory_json.from_data(data, hints, name), hints, canvas, name).trajectories
 
 
 def resample(points: Trajectory, frames: int, arc_length: bool = False) -> Float[np.ndarray, "t 2"]:
@@ -217,99 +200,135 @@ def released_points(
     return np.trunc(points * np.array([width, height]) / 256).astype(np.int32)
 
 
-# ---------------------------------------------------------------- file formats
+# ---------------------------------------------------------------- files, and the way from drawings to trajectories
 
 
-def _read_npy(path: Path) -> np.ndarray:
+def _open(path: Path, hints: Hints) -> Reading:
+    return _finish(_drawing(path, hints), hints, CANVAS, str(path))
+
+
+def _drawing(path: Path, hints: Hints) -> Drawing:
+    name = str(path)
     try:
-        # Mapped: NumPy then checks the header's shape against the file before it allocates anything.
-        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError, SyntaxError) as e:
-        raise UserError(f"{path}: is not a readable array of numbers; save it again with numpy.save") from e
-
-
-def _read_json(text: str, path: Path) -> Any:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give a trajectory file (.txt, .csv, .json, .npy or .npz)")
+        if not path.is_file():
+            raise UserError(f"{path}: no such trajectory file; check the path")
+        with path.open("rb") as file:
+            start = file.read(8)
+        zipped = start.startswith(b"PK\x03\x04")
+        limit = MAX_ZIP_BYTES if zipped else MAX_BYTES
+        if path.stat().st_size > limit:
+            raise UserError(f"{path}: is over {limit >> 20} MB; {THIN_OUT}")
+        if zipped:
+            return trajectory_arrays.read_npz(path, hints, name)
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e
+    if content.startswith(b"\x93NUMPY"):
+        array = trajectory_arrays.read_npy(content, name)
+        return trajectory_arrays.from_array(array, hints, name, form="NumPy's .npy")
+    if content[:1] == b"\x80" and content[-1:] == b".":
+        raise UserError(f"{path}: {trajectory_arrays.CONVERT}")
+    if content.startswith(b"\x89HDF"):
+        raise UserError(f"{path}: is HDF5 (SLEAP's?), which is not read; save its points with numpy.save, [n, t, 2]")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}: is not valid JSON (line {e.lineno}: {e.msg}); correct it there") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: is not a JSON list of points [[x, y], ...]; write it so") from e
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{path}: is not a trajectory; give text lines x,y, a table, JSON or NumPy's .npy or .npz")
+    if not text.strip():
+        raise UserError(f"{path}: is empty; write one point x,y a line, at least 2")
+    if text.lstrip()[0] in "[{" or text.lstrip()[:2] in ('"[', '"{', "'[", "'{"):
+        data = trajectory_json.loads(text, name)
+        return trajectory_json.from_data(data, hints, name, form="JSON")
+    return trajectory_tables.from_text(text, hints, name)
 
 
-def _read_lines(text: str, path: Path) -> list[list[float]]:
-    lines = text.splitlines()
-    if len(lines) > 2 * MAX_POINTS:  # blank ones are forgiven
-        raise UserError(f"{path}: has over {MAX_POINTS} points; {THIN_OUT}")
-    points = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            x, y = line.split(",")
-            points.append([float(x), float(y)])
-        except ValueError:
-            wrong = f"{path}, line {number}: {line.strip()[:40]!r}"
-            raise UserError(f"{wrong} is not a point; write two numbers x,y") from None
-    return points
+def _finish(drawing: Drawing, hints: Hints, canvas: Canvas, name: str) -> Reading:
+    """Paths in their own units -> trajectories: those asked for, their visible points, fractions of the frame."""
+    said = drawing.canvas or hints.canvas
+    canvas = said or canvas
+    late = [path.times[0] for path in drawing.paths if path.times is not None and drawing.canvas is None]
+    if drawing.bare and late and min(late) > 0:
+        what = f"the third number, from {min(late):g} on, was taken as the time"
+        warnings.warn(f"{name}: {what}; if it is none, --trajectory_axes=xyz leaves it out", stacklevel=4)
+    paths = _chosen(drawing.paths, hints.tracks, name)
+    if sum(len(path.xy) for path in paths) > MAX_POINTS:
+        raise UserError(f"{name}: has over {MAX_POINTS} points; {THIN_OUT}, or choose with --trajectory_tracks")
+    marks = [path.at for path in paths if path.at is not None]
+    span = (min(at.min() for at in marks), max(at.max() for at in marks)) if marks else None
+    found, hidden, dropped = [], 0, 0
+    for i, path in enumerate(paths):
+        seen = ~np.isnan(path.xy).any(-1)
+        hidden += int((~seen).sum())
+        if seen.sum() < 2 and not seen.all():
+            dropped += 1
+        elif seen.sum() < 2:
+            label = f"{name}, trajectory {i + 1}" if len(paths) > 1 else name
+            raise UserError(f"{label}: has a single point; a trajectory needs at least 2 (of one at rest: it, twice)")
+        else:
+            found.append(_timed(path, seen, span, hints.frames, name))
+    if not found:
+        raise UserError(f"{name}: no path has two points that are visible; there is nothing to follow")
+    size = np.asarray(canvas, np.float64)
+    _check_places(np.concatenate([each[:, :2] for each in found]), size, bool(said), hints.clip, drawing.form, name)
+    for each in found:
+        if hints.up:
+            each[:, 1] = size[1] - each[:, 1]
+        each[:, :2] = np.clip(each[:, :2], 0, size) / size
+    counts = sorted({len(each) for each in found})
+    points = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    what = f"{len(found)} path{'s' * (len(found) > 1)} of {points} points on {canvas[0]:g}x{canvas[1]:g}"
+    notes = [
+        *drawing.notes,
+        *(["y upwards"] if hints.up else []),
+        *([f"{hidden} hidden points left out"] if hidden else []),
+    ]
+    notes += [f"{dropped} of the paths hidden"] * bool(dropped) + ["one point a frame"] * (hints.frames is not None)
+    return Reading(found, name, "; ".join([what, f"from {drawing.form}", *notes]))
 
 
-# ---------------------------------------------------------------- checks
+def _chosen(paths: list[Marks], wanted: tuple[int, ...] | int | None, name: str) -> list[Marks]:
+    if wanted is None:
+        return paths
+    if isinstance(wanted, tuple):
+        if max(wanted) >= len(paths):
+            raise UserError(f"{name}: has no path {max(wanted)}; --trajectory_tracks takes 0 to {len(paths) - 1}")
+        return [paths[i] for i in wanted]
+    visible = [path.xy[~np.isnan(path.xy).any(-1)] for path in paths]
+    length = [np.hypot(*np.diff(xy, axis=0).T).sum() for xy in visible]
+    return [paths[i] for i in sorted(np.argsort(length, kind="stable")[::-1][:wanted])]
 
 
-def _unwrap(data: dict, canvas: Canvas, name: str) -> tuple[Any, Canvas]:
-    if "trajectories" not in data or set(data) - {"canvas", "trajectories"}:
-        form = 'the form is {"canvas": [width, height], "trajectories": [...]}'
-        raise UserError(f"{name}: has the keys {', '.join(map(str, data))[:80] or '(none)'}; {form}")
-    try:
-        width, height = (float(side) for side in data.get("canvas", canvas))
-    except (TypeError, ValueError, OverflowError):
-        width = height = np.nan
-    if not (np.isfinite([width, height]).all() and width > 0 and height > 0):
-        raise UserError(f"{name}: the canvas is not two positive numbers; write it as [width, height]")
-    return data["trajectories"], (width, height)
+def _timed(path: Marks, seen: np.ndarray, span: tuple | None, frames: int | None, name: str) -> Trajectory:
+    """[p, 2] where the points are spread evenly over the video, else [p, 3], still in canvas units."""
+    if path.times is not None:
+        if frames is not None:
+            raise UserError(f"{name}: has times of its own; leave --trajectory_times out")
+        return np.column_stack([path.xy, path.times])[seen]
+    at = np.arange(len(path.xy), dtype=np.float64) if path.at is None else path.at - span[0]
+    end = len(path.xy) - 1 if path.at is None else span[1] - span[0]
+    if frames is None and seen.all() and len(at) == end + 1 and (np.diff(at) == 1).all():
+        return path.xy.copy()
+    points = np.column_stack([path.xy, at / max(end if frames is None else frames - 1, 1)])[seen]
+    inside = np.flatnonzero(points[:, 2] <= 1)
+    return points[: max(len(inside), 2)]
 
 
-def _split(data: Any, name: str) -> list:
-    """The trajectories in `data`, one or a list."""
-    if isinstance(data, np.ndarray):
-        parts = list(data) if data.ndim == 3 else [np.atleast_1d(data)]
-    elif isinstance(data, SEQUENCE):
-        nested = bool(data) and isinstance(data[0], SEQUENCE) and len(data[0]) > 0
-        parts = list(data) if nested and isinstance(data[0][0], (*SEQUENCE, dict)) else [data] if data else []
-    else:
-        raise UserError(f"{name}: is not a list of points; write [[x, y], ...]")
-    if not parts:
-        raise UserError(f"{name}: holds no points; write at least 2")
-    if not all(isinstance(part, SEQUENCE) for part in parts):
-        raise UserError(f"{name}: mixes points and trajectories; write a list of lists of points")
-    return parts
-
-
-def _points(part: Any, name: str) -> Trajectory:
-    """One trajectory as float64 [p, 2 or 3], checked, still in canvas units."""
-    try:
-        if not isinstance(part, np.ndarray):
-            keys = ("x", "y", "t") if part and isinstance(part[0], dict) and "t" in part[0] else ("x", "y")
-            part = np.asarray([[p[k] for k in keys] if isinstance(p, dict) else p for p in part])
-        fits = part.ndim == 2 and part.shape[1] in (2, 3) and part.dtype.kind in "fiu"
-    except (KeyError, ValueError, TypeError):
-        fits = False
-    if len(part) == 0:
-        raise UserError(f"{name}: holds no points; write at least 2")
-    if not fits:
-        raise UserError(f"{name}: every point must be two numbers x, y or three x, y, t; correct the others")
-    points = part.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(points).all(-1))
-    if len(bad):
-        raise UserError(f"{name}: point {bad[0] + 1} is not finite (NaN or infinity); correct or remove it")
-    if len(points) < 2:
-        raise UserError(f"{name}: has a single point; a trajectory needs at least 2")
-    if points.shape[1] == 3:
-        t = points[:, 2]
-        if t.min() < 0 or t.max() > 1:
-            raise UserError(f"{name}: times run from {t.min():g} to {t.max():g}; scale t to 0..1")
-        late = np.flatnonzero(np.diff(t) <= 0)
-        if len(late):
-            raise UserError(f"{name}: point {late[0] + 2} is not later than the one before; sort by rising t")
-    return points
+def _check_places(xy: np.ndarray, size: np.ndarray, said: bool, clip: bool, form: str, name: str) -> None:
+    on = f"{size[0]:g}x{size[1]:g} canvas"
+    normalized = ", or give KJNodes' coord_str in place of its normalized_str" if form == "JSON" else ""
+    off = int(((xy < 0) | (xy > size)).any(-1).sum())
+    if off and not clip:
+        small = normalized if np.abs(xy).max() <= 3 else ""
+        clipped = f", or move points to the edge with {size[0]:g}x{size[1]:g}:clip there"
+        raise UserError(f"{name}: {off} of {len(xy)} points lie off the {on}; {SAY_CANVAS}{clipped}{small}")
+    if off:
+        warnings.warn(f"{name}: {off} of {len(xy)} points lie off the {on}; they were moved to its edge", stacklevel=4)
+    elif size.min() > 1 and xy.max() <= 1 and (xy % 1).any():
+        corner = f"{name}: all points lie in one corner of the {on}"
+        if not said:
+            raise UserError(f"{corner}; {SAY_CANVAS}{normalized}")
+        warnings.warn(f"{corner}; 1x1 is the canvas of fractions of the frame", stacklevel=4)

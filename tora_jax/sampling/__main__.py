@@ -71,9 +71,14 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         folder = Path(args.out if args["out"].present else "outputs/batch")
         weights = release.checksum(args.weights) if args.weights else ""
         jobs = batch_file.read(args.batch, folder, section, given, weights)
+        lines = [line for job in jobs if isinstance(job.wanted, request.Request) for line in job.wanted.lines]
     else:
         out = writer.check(args.out, wanted.files, args.weights)
         pictures = wanted.read()
+        lines = wanted.lines
+    if not args.quiet:
+        for line in dict.fromkeys(lines):
+            print(line)
     command_line.use_compilation_cache()
 
     rules = tuple(common.training()["rules"].items())
@@ -123,7 +128,7 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("weights", None, folder, **to)
     flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **to)
     flags.DEFINE_boolean("low_memory", False, "Parts of the model are on the device only while they are used.", **to)
-    flags.DEFINE_boolean("quiet", False, "No progress bar.", **to)
+    flags.DEFINE_boolean("quiet", False, "No progress bar, and no word on how trajectories were read.", **to)
     flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **to)
     flags.DEFINE_string("image", None, "Picture for the first frame.", **to)
     flags.DEFINE_string("last_image", None, "Picture for the last frame.", **to)

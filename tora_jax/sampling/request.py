@@ -34,11 +34,13 @@ class Request:
       settings: of the config, under those that were asked for.
       trajectories: None = plain Open-Sora, without the fusers.
       conditions: not read yet.
+      lines: how trajectories were read, the presets aside.
     """
 
     settings: Settings
     trajectories: Sequence[trajectory.Trajectory] | None = None
     conditions: Sequence[images.Condition] = ()
+    lines: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -91,14 +93,17 @@ def make(section: Any, given: Mapping[str, Any]) -> Request:
         raise UserError(f"there is no setting {name!r}; did you mean {close}?")
     settings = sampling.resolve(section, {name: value for name, value in given.items() if name not in INPUTS})
     sources = given.get("trajectories", settings.trajectory)
-    trajectories = trajectory.read(sources)
+    readings = trajectory.readings(sources, settings.hints)
+    trajectories = readings and [points for each in readings for points in each.trajectories]
     settings = dataclasses.replace(settings, trajectory=trajectory.names(sources) if trajectories else ())
     conditions = given.get("conditions") or ()
     if not isinstance(conditions, Sequence) or isinstance(conditions, str):
         raise UserError('conditions should be a list, such as ["0=first.png", "-1=last.png"]')
     conditions = [c if isinstance(c, images.Condition) else images.parse(c) for c in conditions]
     images.check(conditions, settings.num_frames)
-    return Request(settings, trajectories, conditions)
+    shipped = trajectory.presets().values()
+    lines = tuple(f"{each.name}: {each.line}" for each in readings or () if Path(each.name) not in shipped)
+    return Request(settings, trajectories, conditions, lines)
 
 
 def generate(

@@ -1,0 +1,381 @@
+"""Trajectory files of other tools: each is read right, or refused in one line that says what to do."""
+
+import json
+import math
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tora_jax.configs import sampling
+
+from tora_jax.conditioning import trajectory
+from tora_jax.conditioning.trajectory_hints import hints
+from tora_jax.errors import UserError
+from tora_jax.sampling import request
+
+QUICK = settings(
+    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+ENDS = [(0.1, 0.25), (0.9, 0.75)]
+FIVE = np.stack([np.linspace((20, 50 + 10 * i), (180, 150 + 10 * i), 33) for i in range(5)])  # [n, t, 2] on 256x256
+
+
+def curve(width=1, height=1, count=16):
+    at = np.linspace(0, 1, count)
+    return np.stack([(0.1 + 0.8 * at) * width, (0.25 + 0.5 * at**2) * height], -1)
+
+
+def dicts(points):
+    return [{"x": float(x), "y": float(y)} for x, y in points]
+
+
+def write(folder, content, name="file.any"):
+    path = folder / name
+    if isinstance(content, np.ndarray):
+        path = path.with_suffix(".npy")
+        np.save(path, content)
+    elif isinstance(content, dict):
+        path = path.with_suffix(".npz")
+        np.savez(path, **content)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def lines(rows, mark=",", head=""):
+    return head + "".join(mark.join(map(str, row)) + "\n" for row in rows)
+
+
+def load(folder, content, **said):
+    return trajectory.load(write(folder, content), hints(**said))
+
+
+def refusal(folder, content, **said):
+    path = write(folder, content)
+    with pytest.raises(UserError) as error:
+        trajectory.load(path, hints(**said))
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def after_effects(points, width, height):
+    rows = [["", i, *point, 0] for i, point in enumerate(points)]
+    head = f"Adobe After Effects 8.0 Keyframe Data\n\n\tUnits Per Second\t24\n\tSource Width\t{width}\n"
+    head += f"\tSource Height\t{height}\n\tSource Pixel Aspect Ratio\t1\n\n"
+    anchor = "Transform\tAnchor Point\n\tFrame\tX pixels\tY pixels\tZ pixels\n" + lines([["", 0, 1, 2, 0]], "\t")
+    place = "\nTransform\tPosition\n\tFrame\tX pixels\tY pixels\tZ pixels\n" + lines(rows, "\t")
+    return head + anchor + place + "\n\nEnd of Keyframe Data\n"
+
+
+# ---------------------------------------------------------------- one path, in the forms of editors and tables
+
+
+ONE = {
+    "spline in a text": lambda p: json.dumps(json.dumps(dicts(p))),
+    "list of texts": lambda p: json.dumps([json.dumps(dicts(p))]),
+    "single quotes": lambda p: str(dicts(p)),
+    "quoted": lambda p: f"'{json.dumps(p.tolist())}'",
+    "header": lambda p: lines(p.tolist(), head="x,y\n"),
+    "header, tabs": lambda p: lines(p.tolist(), "\t", head="X\tY\n"),
+    "frame header": lambda p: lines([[i, *xy] for i, xy in enumerate(p.tolist())], head="frame,x,y\n"),
+    "frame header, from 1001": lambda p: lines(
+        [[1001 + i, *xy] for i, xy in enumerate(p.tolist())], head="Frame,X,Y\n"
+    ),
+    "spaces": lambda p: lines(p.tolist(), " "),
+    "semicolons": lambda p: lines(p.tolist(), ";"),
+    "decimal commas": lambda p: lines(p.tolist(), ";").replace(".", ","),
+    "boxes": lambda p: lines([[x - 3, y - 2, x + 3, y + 2] for x, y in p.tolist()], head="x_min,y_min,x_max,y_max\n"),
+    "[p, 2]": lambda p: p,
+    "[1, p, 2]": lambda p: p[None],
+    "[t, 1, 2]": lambda p: p[:, None],
+    "[n, t, 1, 2]": lambda p: p[None, :, None],
+    "float16": lambda p: p.astype(np.float32),
+    "npz": lambda p: {"tracks": p[None], "visibility": np.ones((1, len(p)), bool)},
+}
+
+
+@pytest.mark.parametrize("form", ONE)
+@pytest.mark.parametrize("size", [(720, 480), (1280, 720), (37, 512)])
+def test_one_path_on_its_canvas(tmp_path, form, size):
+    (points,) = load(tmp_path, ONE[form](curve(*size)), canvas="x".join(map(str, size)))
+    np.testing.assert_allclose(points, curve(), atol=1e-6)
+
+
+@QUICK
+@given(
+    st.sampled_from(sorted(ONE)),
+    st.lists(st.tuples(st.integers(0, 720), st.integers(0, 480)), min_size=3, max_size=20),
+)
+def test_every_form_is_read_back(tmp_path, form, points):
+    written = np.array(points) + 0.5  # no whole numbers: these could count frames
+    (found,) = load(tmp_path, ONE[form](written), canvas="721x481")
+    np.testing.assert_allclose(found, written / (721, 481), atol=1e-4)
+
+
+def test_after_effects_names_its_canvas(tmp_path):
+    (points,) = load(tmp_path, after_effects(curve(1280, 720), 1280, 720))
+    np.testing.assert_allclose(points, curve(), atol=1e-6)
+
+
+def test_a_canvas_is_asked_for(tmp_path):
+    for content in (json.dumps(dicts(curve(720, 480))), curve(1280, 720), curve()):
+        assert "--trajectory_canvas" in refusal(tmp_path, content)
+    (corner,) = load(tmp_path, json.dumps(dicts(curve(256, 256))), canvas="512x512")
+    np.testing.assert_allclose(corner[[0, -1]], np.array(ENDS) / 2)
+
+
+def test_normalized_splines_are_refused(tmp_path):
+    turned = 1 - curve(832, 480) / 480
+    for said in ({}, {"canvas": "1x1"}):
+        assert "coord_str" in refusal(tmp_path, json.dumps(dicts(turned)), **said)
+
+
+# ---------------------------------------------------------------- several paths
+
+
+MANY = {
+    "lists": lambda p: json.dumps(p.tolist()),
+    "lists of dicts": lambda p: json.dumps([dicts(each) for each in p]),
+    "texts": lambda p: json.dumps([json.dumps(dicts(each)) for each in p]),
+    "DragAnything": lambda p: json.dumps(
+        {str(i): {"comment": "", "mask_name": f"{i}.jpg", "trajectory": each.tolist()} for i, each in enumerate(p)}
+    ),
+    "[1, t, n, 2]": lambda p: p.swapaxes(0, 1)[None],
+    "[n, t, 1, 2]": lambda p: p[:, :, None],
+    "npz": lambda p: {"tracks": p.swapaxes(0, 1)[None], "visibility": np.ones((1, *p.shape[1::-1]), bool)},
+    "PointOdyssey": lambda p: {"trajs_2d": p.swapaxes(0, 1), "visibilities": np.ones(p.shape[1::-1], np.uint8)},
+    "TAP-Vid": lambda p: {"points": p, "occluded": np.zeros(p.shape[:2], bool)},
+    "table": lambda p: lines(
+        [[i, n, x, y, True, 0.9] for i in range(p.shape[1]) for n, (x, y) in enumerate(p[:, i].tolist())],
+        head="frame,point_id,x,y,visible,confidence\n",
+    ),
+    "MOT": lambda p: lines(
+        [[i + 1, n + 1, x - 15, y - 30, 30, 60, 1, 1, 1] for n, each in enumerate(p) for i, (x, y) in enumerate(each)]
+    ),
+}
+
+
+@pytest.mark.parametrize("form", MANY)
+def test_several_paths(tmp_path, form):
+    found = load(tmp_path, MANY[form](FIVE))
+    np.testing.assert_allclose(found, FIVE / 256, atol=1e-6)
+
+
+@QUICK
+@given(st.sampled_from(sorted(MANY)), st.integers(2, 6), st.integers(2, 9), st.integers(0, 99))
+def test_several_paths_of_any_shape(tmp_path, form, n, t, seed):
+    written = np.random.default_rng(seed).uniform(1, 639, (n, t, 2)).round(2)
+    found = load(tmp_path, MANY[form](written), canvas="640x640")
+    np.testing.assert_allclose(found, written / 640, atol=1e-4)
+
+
+@QUICK
+@given(st.integers(2, 9), st.integers(2, 9), st.sampled_from(["nt", "tn", "ntyx", "tnyx"]), st.integers(0, 99))
+def test_axes_that_are_not_said_are_asked_for(tmp_path, a, b, axes, seed):
+    array = np.random.default_rng(seed).uniform(1, 255, (a, b, 2))
+    assert "--trajectory_axes" in refusal(tmp_path, array)
+    written = array if axes.startswith("nt") else array.swapaxes(0, 1)
+    found = load(tmp_path, array, axes=axes)
+    np.testing.assert_allclose(found, (written[..., ::-1] if axes.endswith("yx") else written) / 256, atol=1e-4)
+
+
+def test_fractions(tmp_path):
+    assert "1x1" in refusal(tmp_path, FIVE / 256, axes="nt")
+    np.testing.assert_allclose(load(tmp_path, FIVE / 256, axes="[n, t, 2]", canvas="1x1"), FIVE / 256)
+
+
+def test_tracks_are_chosen(tmp_path):
+    text = json.dumps([[[9, 9], [9, 9 + 10 * step]] for step in (3, 9, 1, 5)])
+    chosen = {"1": [9], "2": [9, 5], "3,": [5], "0,2": [3, 1], "9": [3, 9, 1, 5]}
+    for said, steps in chosen.items():
+        found = load(tmp_path, text, tracks=said)
+        np.testing.assert_allclose([256 * (p[-1, 1] - p[0, 1]) / 10 for p in found], steps)
+    assert "takes 0 to 3" in refusal(tmp_path, text, tracks="0,4")
+
+
+# ---------------------------------------------------------------- hidden points and times
+
+
+LATE = np.arange(33) >= 10
+
+
+@pytest.mark.parametrize("form", ["NaN", "npz", "occluded", "three values", "table", "rows missing"])
+def test_hidden_points_are_left_out(tmp_path, form):
+    path, holes = FIVE[0], np.where(LATE[:, None], FIVE[0], np.nan)
+    rows = [[i, *xy, seen] for i, (xy, seen) in enumerate(zip(path.tolist(), LATE, strict=True))]
+    other = [[i, 7, 5, 5] for i in range(33)]
+    found = load(
+        tmp_path,
+        {
+            "NaN": holes[None],
+            "npz": {"tracks": np.where(LATE[:, None], path, 0)[None], "visibility": LATE[None]},
+            "occluded": {"points": path[None], "occluded": ~LATE[None]},
+            "three values": {"trajs_2d": path[:, None], "visibilities": np.where(LATE, 1, 2)[:, None]},
+            "table": lines(rows, head="frame,x,y,visible\n"),
+            "rows missing": lines([[i, 0, x, y] for i, x, y, seen in rows if seen] + other, head="frame,id,x,y\n"),
+        }[form],
+    )
+    np.testing.assert_allclose(found[0], np.column_stack([path / 256, np.arange(33) / 32])[LATE], atol=1e-6)
+    track = trajectory.resample(found[0], 33)
+    np.testing.assert_allclose(track[LATE], path[LATE] / 256, atol=1e-6)
+    np.testing.assert_allclose(track[~LATE], np.broadcast_to(path[10] / 256, (10, 2)), atol=1e-6)
+
+
+def test_zeros_at_an_end_are_pointed_out(tmp_path):
+    with pytest.warns(UserWarning, match="corner"):
+        load(tmp_path, np.where(LATE[:, None], FIVE[0], 0)[None])
+
+
+def test_one_point_a_frame(tmp_path):
+    text = json.dumps(FIVE[0].tolist())
+    for frames in (9, 17, 33, 49):
+        (points,) = load(tmp_path, text, times="frames", num_frames=frames)
+        want = FIVE[0][np.minimum(np.arange(frames), 32)] / 256
+        np.testing.assert_allclose(trajectory.resample(points, frames), want, atol=1e-6)
+    (points,) = load(tmp_path, text, times="points", num_frames=9)
+    np.testing.assert_allclose(trajectory.resample(points, 9), FIVE[0][::4] / 256, atol=1e-6)
+
+
+@pytest.mark.parametrize("third", [[2, 3, 4], [0.9, 0.8, 0.9], [0.5, 0.5, 0.5], [-1, 0, 1]])
+def test_a_third_number_that_is_no_time(tmp_path, third):
+    points = np.column_stack([[40, 130, 220], [128] * 3, third])
+    for content in (points, json.dumps(points.tolist()), lines(points.tolist())):
+        assert "if it is no time" in refusal(tmp_path, content)
+        (found,) = load(tmp_path, content, axes="xyz")
+        np.testing.assert_allclose(found, points[:, :2] / 256)
+
+
+def test_a_third_number_that_may_be_a_time_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="from 0.81 on, was taken as the time"):
+        load(tmp_path, "[[40, 128, 0.81], [128, 128, 0.85], [216, 128, 0.93]]")
+
+
+def test_depth_in_an_array_of_tracks(tmp_path):
+    deep = np.concatenate([FIVE[:2], np.full((2, 33, 1), 3.5)], -1).swapaxes(0, 1)
+    assert "if it is no time" in refusal(tmp_path, deep, axes="tn")
+    np.testing.assert_allclose(load(tmp_path, deep, axes="t,n,xyz"), FIVE[:2] / 256)
+
+
+def test_tables_of_tap_vid(tmp_path):
+    rows = [["clip", 10, 20, *np.column_stack([p / 256, ~LATE]).ravel().tolist()] for p in FIVE]
+    found = load(tmp_path, lines(rows))
+    np.testing.assert_allclose([p[0, :2] for p in found], FIVE[:, 10] / 256)
+    assert "several clips" in refusal(tmp_path, lines([*rows, ["other", *rows[0][1:]]]))
+
+
+def test_y_upwards(tmp_path):
+    text = lines([[i + 1, 120 + 24 * i, 405] for i in range(5)], ";", "frame;x;y\n")
+    assert "--trajectory_axes=up" in refusal(tmp_path, text, canvas="640x540")
+    (points,) = load(tmp_path, text, canvas="640x540", axes="up")
+    np.testing.assert_allclose(points[[0, -1]], [(0.1875, 0.25), (0.3375, 0.25)])
+    (points,) = load(tmp_path, text, canvas="640x540", axes="down")
+    np.testing.assert_allclose(points[[0, -1]], [(0.1875, 0.75), (0.3375, 0.75)])
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+class Trap:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('opened')",))
+
+
+def torch_file():
+    return {"archive/data.pkl": pickle.dumps(Trap()), "archive/version": b"3"}
+
+
+REFUSED = {
+    "frame and x": (lines([[i, 25.6 + i] for i in range(33)]), "write a header"),
+    "frame, x, y without a header": (lines([[i, 25.6 + i, 3] for i in range(33)]), "write a header"),
+    "key": ('[{"x": 1, "y": 2, "weight": 3}, {"x": 2, "y": 3, "weight": 3}]', "weight, which is not known"),
+    "column": ("x,y,weight\n1,2,3\n4,5,6\n", "'weight' is not known"),
+    "box or centre": ("x,y,w,h\n1,2,3,4\n4,5,6,7\n", "corner or the centre"),
+    "boxes of each frame": (np.full((5, 2, 2), 9.0), "--trajectory_axes"),
+    "frame twice": ("frame,x,y\n1,2,3\n1,5,6\n", "point_id"),
+    "detections": (lines([[i, -1, 5, 5, 9, 9, 0.9, -1, -1, -1] for i in range(1, 4)]), "tracker"),
+    "visibility alone": (np.ones((1, 9, 2), bool), "no places"),
+    "confidences": ({"tracks": FIVE[:1], "visibility": np.full((1, 33), 0.7)}, "threshold"),
+    "visibility of other frames": ({"tracks": FIVE[:1], "visibility": np.ones((1, 32), bool)}, "does not fit"),
+    "hidden throughout": ({"tracks": FIVE[:1], "visibility": np.zeros((1, 33), bool)}, "nothing to follow"),
+    "no places": ({"video": np.zeros(3)}, "has the arrays video"),
+    "space": ({"tracks_XYZ": np.zeros((4, 2, 3)), "visibility": np.ones((4, 2), bool)}, "in space"),
+    "object array": (pickle.dumps(Trap()), "not opened"),
+    "CVAT": ("<?xml version='1.0'?>\n<annotations></annotations>\n", "CVAT"),
+    "RealEstate10K": ("https://example.org/clip\n" + lines([[0] * 19], " "), "camera"),
+    "camera without the address": (lines([[0.5] * 19] * 3, " "), "camera"),
+    "camera in JSON": (json.dumps([[0.5] * 12] * 16), "camera"),
+    "camera by frames": ('{"frame0": {"cam01": "[1 0 0] "}}', "camera"),
+    "DeepLabCut": ("scorer,a,a,a\nbodyparts,b,b,b\ncoords,x,y,likelihood\n0,1,2,0.5\n", "DeepLabCut"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n\0\0", "SLEAP"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_in_one_line(tmp_path, what):
+    content, said = REFUSED[what]
+    assert said in refusal(tmp_path, content)
+
+
+def test_pickles_are_never_opened(tmp_path):
+    array = tmp_path / "objects.npy"
+    np.save(array, np.array([Trap()], dtype=object), allow_pickle=True)
+    saved = tmp_path / "tracks.pth"
+    with zipfile.ZipFile(saved, "w") as archive:
+        for name, content in torch_file().items():
+            archive.writestr(name, content)
+    inside = tmp_path / "inside.npz"
+    np.savez(inside, tracks=np.array([Trap()], dtype=object))
+    for path in (array, saved, inside):
+        with pytest.raises(UserError, match=r"numpy\.save"):
+            trajectory.load(path)
+
+
+def test_a_header_settles_what_counts(tmp_path):
+    (points,) = load(tmp_path, lines([[i, 25.6 + i] for i in range(33)], head="x,y\n"))
+    np.testing.assert_allclose(points[:, 0], np.arange(33) / 256)
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ({"canvas": "720"}, "trajectory_canvas"),
+        ({"canvas": "0x480"}, "trajectory_canvas"),
+        ({"axes": "abc"}, "trajectory_axes"),
+        ({"axes": ""}, "trajectory_axes"),
+        ({"times": "seconds"}, "trajectory_times"),
+        ({"tracks": "all"}, "trajectory_tracks"),
+        ({"tracks": "0"}, "trajectory_tracks"),
+        ({"tracks": "-1"}, "trajectory_tracks"),
+    ],
+)
+def test_hints_of_another_form(said, fault):
+    with pytest.raises(UserError, match=fault):
+        hints(**said)
+
+
+def test_settings_reach_the_reader_and_the_line_says_how(tmp_path):
+    path = write(tmp_path, json.dumps([dicts(curve(720, 480))] * 2))
+    section = {"num_frames": 5, "height": 32, "width": 32}
+    wanted = request.make(section, {"trajectories": ["circle", str(path)], "trajectory_canvas": "720x480"})
+    assert wanted.lines == (f"{path}: 2 paths of 16 points on 720x480; from JSON",)
+    np.testing.assert_allclose(wanted.trajectories[2], curve(), atol=1e-9)
+    (track,) = request.make(section, {"trajectories": curve(), "trajectory_canvas": [1, 1]}).tracks
+    np.testing.assert_allclose(track, trajectory.resample(curve(), 5))
+    given = {"trajectories": curve(), "trajectory_canvas": "1x1", "trajectory_times": "frames"}
+    np.testing.assert_allclose(request.make(section, given).tracks[0], curve()[:5], atol=1e-6)
+
+
+def test_configs_and_reports_without_hints_stay_as_they_were():
+    assert not {*sampling.READING} & {*sampling.section()}
+    plain = request.make({"num_frames": 5, "height": 32, "width": 32}, {})
+    assert not {*sampling.READING} & {*plain.settings.report()}
+    said = request.make({"num_frames": 5, "height": 32, "width": 32}, {"trajectory_tracks": "1"})
+    assert said.shape == plain.shape
+    assert math.prod(said.tracks.shape) == math.prod(plain.tracks.shape)

@@ -1,0 +1,191 @@
+"""Arrays of points, alone or by name (.npy, .npz, Python's): axes, hidden points, what the third number is."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tora_jax.conditioning.trajectory_hints import THIRD, Drawing, Hints, Marks
+from tora_jax.errors import UserError
+
+MAX_BYTES = 256 * 2**20  # of an array inside of an .npz
+POINTS = "every point must be two numbers x, y or three x, y, t; correct the others"
+ORDERS = {"trajs_2d": "tn", "track_path": "tn", "target_points": "nt"}  # of the tools that use these names
+PLACES = ("tracks", "pred_tracks", "track", "points", "trajectories", "trajectory", "array", "arr_0", *ORDERS)
+SEEN = ("visibility", "visibilities", "visible", "visibles", "visibs", "vis", "pred_visibility", "track_visibility")
+HIDDEN = ("occluded", "occlusion", "hidden")
+IN_SPACE = ("tracks_XYZ", "coords", "tracks_3d")
+SAVEZ = "numpy.savez(FILE, tracks=tracks, visibility=visibility)"
+CONVERT = (
+    "holds pickled Python, which can run anything and is not opened; convert it where it was made: "
+    f"save plain arrays with {SAVEZ}"
+)
+
+
+def read_npy(content: bytes, name: str) -> np.ndarray:
+    """An .npy, never unpickled."""
+    try:
+        file = io.BytesIO(content)
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        if dtype.hasobject:
+            raise UserError(f"{name}: {CONVERT}")
+        if int(np.prod(shape, dtype=object)) * dtype.itemsize > len(content):  # before anything is allocated
+            raise ValueError("cut off")
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError) as e:
+        raise UserError(f"{name}: is not a readable array of numbers; save it again with numpy.save") from e
+
+
+def read_npz(path: Path, hints: Hints, name: str) -> Drawing:
+    """An .npz: places and visibility by their names; other arrays are passed over."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            if any(each.endswith(".pkl") for each in members):
+                ati = "of ATI's: open(FILE_npz, 'wb').write(torch.load(FILE_pth))"
+                raise UserError(f"{name}: {CONVERT}, a tensor with numpy.save, {ati}")
+            wanted = {*PLACES, *SEEN, *HIDDEN, *IN_SPACE}
+            found = {}
+            for member, info in members.items():
+                key = member.removesuffix(".npy")
+                if key in wanted:
+                    if info.file_size > MAX_BYTES:
+                        raise UserError(f"{name}: {key} is over {MAX_BYTES >> 20} MB; keep fewer tracks")
+                    found[key] = read_npy(archive.read(member), name)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{name}: is not a readable .npz; save it again with numpy.savez") from e
+    return from_named(found, hints, name, "NumPy's .npz", tuple(key.removesuffix(".npy") for key in members))
+
+
+def from_named(arrays: Mapping[str, np.ndarray], hints: Hints, name: str, form: str, keys: tuple[str, ...]) -> Drawing:
+    """Arrays by the names that trackers and data sets use.
+
+    Args:
+      keys: all names, for the message.
+    """
+    if space := [key for key in IN_SPACE if key in arrays]:
+        raise UserError(f"{name}: {space[0]} holds places in space; project them into the picture, and save x, y")
+    places, seen = [key for key in PLACES if key in arrays], [key for key in (*SEEN, *HIDDEN) if key in arrays]
+    if len(places) != 1 or len(seen) > 1:
+        raise UserError(f"{name}: has the arrays {', '.join(keys)[:80] or '(none)'}; the form is {SAVEZ}")
+    (key,) = places
+    array = arrays[key]
+    if key == "array" and array.ndim == 4 and array.shape[1:] == (121, 1, 3) and np.isin(array[..., 2], (0, 8)).all():
+        scaled, shown = array[..., :2] / 8, array[..., 2] > 0
+        return from_array(scaled, hints, name, seen=shown, form="ATI's tracks")
+    visible = None
+    if seen:
+        visible = arrays[seen[0]]
+        if not np.isin(visible, (0, 1, 2)).all():
+            raise UserError(f"{name}: {seen[0]} is not of True and False; save it after the tool's threshold")
+        visible = visible == (0 if seen[0] in HIDDEN else 1)  # PointOdyssey's 2: behind the camera
+    order = ORDERS.get(key, "nt" if key == "points" and seen and seen[0] == "occluded" else "")
+    return from_array(array, hints, name, seen=visible, form=form, order=order)
+
+
+def from_array(
+    array: np.ndarray,
+    hints: Hints,
+    name: str,
+    seen: np.ndarray | None = None,
+    form: str = "an array",
+    order: str = "",
+) -> Drawing:
+    """One array: [p, 2 or 3], [n, p, ..] or [t, n, ..] as the hints say, [1, t, n, ..], [t, 1, ..], [n, t, 1, ..].
+
+    Args:
+      seen: where the points are visible; NaN is hidden in any case.
+      order: what the name of the array says of its axes.
+
+    Raises:
+      UserError: for other shapes, and where the numbers allow two readings.
+    """
+    if array.dtype.hasobject:
+        raise UserError(f"{name}: {CONVERT}")
+    if array.dtype == bool:
+        raise UserError(f"{name}: holds visibility and no places; give both in one file: {SAVEZ}")
+    if array.ndim < 2 or array.ndim > 4 or array.shape[-1] not in (2, 3) or array.dtype.kind not in "fiu":
+        raise UserError(f"{name}: {POINTS}")
+    if not array.size:
+        raise UserError(f"{name}: holds no points; write at least 2")
+    array = array.astype(np.float64)
+    if np.isinf(array).any():
+        raise UserError(f"{name}: a point is not finite (infinity); correct or remove it")
+    if seen is not None:
+        if seen.size != array[..., 0].size or np.squeeze(seen).shape != np.squeeze(array[..., 0]).shape:
+            raise UserError(f"{name}: visibility {list(seen.shape)} does not fit the places {list(array.shape)}")
+        array[~seen.reshape(array.shape[:-1])] = np.nan
+    paths = _paths(array, hints, name, order)
+    values = hints.values or "xy"
+    if array.shape[-1] == 2 and len(values) > 2:
+        raise UserError(f"{name}: points have two numbers, and --trajectory_axes names {', '.join(values)}; correct it")
+    marks, notes = [], set()
+    for i, points in enumerate(paths):
+        label = f"{name}, trajectory {i + 1}" if len(paths) > 1 else name
+        xy, times = points[:, :2].copy(), None
+        if array.shape[-1] == 3:
+            kind = hints.values[2:] or "t"
+            if kind == "t":
+                times = check_times(points[:, 2], label)
+                notes.add(THIRD)
+            elif kind == "v":
+                xy[~(points[:, 2] > 0)] = np.nan
+        if values.startswith("yx"):
+            xy = xy[:, ::-1]
+        zero = (xy == 0).all(-1)
+        if not zero.all() and (zero[:2].all() or zero[-2:].all()):
+            warnings.warn(
+                f"{label}: begins or ends in the corner (0, 0); if it is hidden there, use {SAVEZ}", stacklevel=5
+            )
+        marks.append(Marks(xy, times=times))
+    return Drawing(marks, form, notes=tuple(notes))
+
+
+def _paths(array: np.ndarray, hints: Hints, name: str, order: str) -> list[np.ndarray]:
+    shape = list(array.shape)
+    if array.ndim == 4:
+        if shape[0] == 1:
+            array, order = array[0], order or "tn"
+        elif shape[2] == 1:
+            array, order = array[:, :, 0], order or "nt"
+        else:
+            raise UserError(f"{name}: has the shape {shape}; give [n, t, 2] or [t, n, 2] and --trajectory_axes")
+    if array.ndim == 2:
+        return [array]
+    if 1 in array.shape[:2]:
+        return [array.reshape(-1, array.shape[-1])]
+    order = hints.order or order
+    if not order:
+        a, b = array.shape[:2]
+        corners = "; of corners of boxes give the centres" if b == 2 else ""
+        say = f"say --trajectory_axes=nt ({a} paths of {b} points) or tn ({b} paths of {a} points; tnyx: y before x)"
+        raise UserError(f"{name}: the shape {shape} has two readings; {say}{corners}")
+    return list(array if order == "nt" else array.swapaxes(0, 1))
+
+
+def check_times(t: np.ndarray, name: str) -> np.ndarray:
+    """Times of a path, 0..1 of the video and rising.
+
+    Raises:
+      UserError: for other numbers, such as a depth or a confidence.
+    """
+    other = "or, if it is no time, leave it out (of an array: --trajectory_axes with xyz)"
+    if not np.isfinite(t).all():
+        raise UserError(f"{name}: a time is not finite; correct it, {other}")
+    if t.min() < 0 or t.max() > 1:
+        raise UserError(f"{name}: times run from {t.min():g} to {t.max():g}; scale t to 0..1, {other}")
+    late = np.flatnonzero(np.diff(t) <= 0)
+    if len(late):
+        raise UserError(f"{name}: point {late[0] + 2} is not later than the one before; sort by rising t, {other}")
+    return t
