@@ -108,7 +108,7 @@ def test_one_path_on_its_canvas(tmp_path, form, size):
 @QUICK
 @given(
     st.sampled_from(sorted(ONE)),
-    st.lists(st.tuples(st.integers(0, 720), st.integers(0, 480)), min_size=3, max_size=20),
+    st.lists(st.tuples(st.integers(1, 720), st.integers(1, 480)), min_size=3, max_size=20),
 )
 def test_every_form_is_read_back(tmp_path, form, points):
     written = np.array(points) + 0.5  # no whole numbers: these could count frames
