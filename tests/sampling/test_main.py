@@ -236,6 +236,7 @@ def test_sampling_section_of_a_release(sample, tiny_release, tmp_path, section):
         assert "sampling should hold" in outcome.stderr
 
 
+@pytest.mark.filterwarnings("default")
 def test_points_off_the_canvas_are_refused_or_clipped_with_a_warning(sample):
     write("path.txt", "-5,100\n300,100\n")
     outcome = sample("--trajectory=path.txt")
