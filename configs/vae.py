@@ -38,11 +38,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.optim.muon_kernels = (r"!.*(conv_in|conv_out|quant_conv)/kernel", r".*/kernel")
         if arg.phase == "spatial":
             config.loss.coarse = 0.25
-        config.steps = {"spatial": 1000, "causal": 100, "joint": 90, "decoder": 1600}[arg.phase]
+        config.steps = {"spatial": 1000, "causal": 100, "joint": 90, "decoder": 500}[arg.phase]
         config.optim.lr = {"spatial": 2e-3, "causal": 1e-3, "joint": 5e-4, "decoder": 2e-3}[arg.phase]
         config.optim.warmup = {"spatial": 100, "causal": 20, "joint": 20, "decoder": 20}[arg.phase]
-        batch = {"spatial": 16, "causal": 8, "joint": 4, "decoder": 8}[arg.phase]
-        config.data.crop = 48 if arg.phase == "decoder" else 64
+        batch = {"spatial": 16, "causal": 8, "joint": 4, "decoder": 16}[arg.phase]
+        config.data.crop = 64
         config.data.buckets = (common.bucket(frames, 128, 128, batch=batch),)
     if arg.runlocal:
         config.update(common.few_steps())
