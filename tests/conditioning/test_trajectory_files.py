@@ -203,7 +203,7 @@ def test_tracks_are_chosen(tmp_path):
 LATE = np.arange(33) >= 10
 
 
-@pytest.mark.parametrize("form", ["NaN", "npz", "occluded", "three values", "table", "rows missing"])
+@pytest.mark.parametrize("form", ["NaN", "npz", "occluded", "three values", "table", "empty cells", "rows missing"])
 def test_hidden_points_are_left_out(tmp_path, form):
     path, holes = FIVE[0], np.where(LATE[:, None], FIVE[0], np.nan)
     rows = [[i, *xy, seen] for i, (xy, seen) in enumerate(zip(path.tolist(), LATE, strict=True))]
@@ -216,6 +216,7 @@ def test_hidden_points_are_left_out(tmp_path, form):
             "occluded": {"points": path[None], "occluded": ~LATE[None]},
             "three values": {"trajs_2d": path[:, None], "visibilities": np.where(LATE, 1, 2)[:, None]},
             "table": lines(rows, head="frame,x,y,visible\n"),
+            "empty cells": lines([[i, x, y] if seen else [i, "", ""] for i, x, y, seen in rows], head="frame,x,y\n"),
             "rows missing": lines([[i, 0, x, y] for i, x, y, seen in rows if seen] + other, head="frame,id,x,y\n"),
         }[form],
     )
@@ -310,6 +311,7 @@ REFUSED = {
     "camera in JSON": (json.dumps([[0.5] * 12] * 16), "camera"),
     "camera by frames": ('{"frame0": {"cam01": "[1 0 0] "}}', "camera"),
     "DeepLabCut": ("scorer,a,a,a\nbodyparts,b,b,b\ncoords,x,y,likelihood\n0,1,2,0.5\n", "DeepLabCut"),
+    "cut header": (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'shape': (3, 2,".ljust(128), "not a readable array"),
     "HDF5": (b"\x89HDF\r\n\x1a\n\0\0", "SLEAP"),
 }
 

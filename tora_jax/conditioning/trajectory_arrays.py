@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def read_npy(content: bytes, name: str) -> np.ndarray:
         return np.load(io.BytesIO(content), allow_pickle=False)
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError) as e:
+    except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError, TokenError) as e:
         raise UserError(f"{name}: is not a readable array of numbers; save it again with numpy.save") from e
 
 

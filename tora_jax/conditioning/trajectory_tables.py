@@ -55,7 +55,8 @@ def from_text(text: str, hints: Hints, name: str) -> Drawing:
         return _after_effects(filled, name)
     comma = next((mark for mark in ("\t", ";", ",") if mark in first), None)
     rows = [(number, _cells(line, comma)) for number, line in filled]
-    head = rows[0][1]
+    head = rows[0][1][:-1] if len(rows[0][1]) > 2 and not rows[0][1][-1] else rows[0][1]
+    rows = [(number, cells[: len(head)] if not any(cells[len(head) :]) else cells) for number, cells in rows]
     numbers = [_number(cell) is not None for cell in head]
     if len(head) > 6 and not numbers[0] and all(numbers[1:]):
         return _tap_vid(rows, name)
@@ -70,7 +71,7 @@ def _cells(line: str, comma: str | None) -> list[str]:
     cells = [cell.strip().strip("\"'") for cell in (line.split(comma) if comma else line.split())]
     if comma != "," and "." not in line:  # 25,6;64,0
         cells = [cell.replace(",", ".") for cell in cells]
-    return cells[:-1] if len(cells) > 2 and not cells[-1] else cells
+    return cells
 
 
 def _number(cell: str) -> float | None:
