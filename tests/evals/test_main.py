@@ -69,10 +69,10 @@ def test_what_it_leaves(config, perfect, tmp_path, capsys):
     assert results["cells"][1]["traj_error"] < 20  # pixels of 512, from clips of 48
 
     assert json.loads((tmp_path / "results.json").read_text())["cells"][0]["name"] == names[0]
-    rows = list(csv.DictReader((tmp_path / "clips.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "clips.csv").read_text().splitlines()))
     assert [row["cell"] for row in rows] == sorted(names * 5)
     assert float(rows[7]["traj_error"]) == records[names[1]][2]["metrics"]["traj_error"]
-    assert len(list(csv.DictReader((tmp_path / "cells.csv").open()))) == 3
+    assert len(list(csv.DictReader((tmp_path / "cells.csv").read_text().splitlines()))) == 3
 
     text = (tmp_path / "table.md").read_text()
     assert "| 9 frames, 48x48, 8 fps, no trajectory | 5 |" in text

@@ -258,14 +258,15 @@ def told(models, time_scale=1.0, **changes):
     calls = []
 
     class Recorder(Tora):
-        def apply(self, variables, x, timestep=None, *, method, **conditions):
+        def apply(self, variables, x, timestep=None, text=None, *, method, mutable=(), **conditions):
             if method == "extract":
                 return x[None]  # for one pair of blocks
-            calls.append({"x": np.asarray(x), "timestep": np.asarray(timestep), **conditions})
-            return jnp.ones_like(x)
+            calls.append({"x": np.asarray(x), "timestep": np.asarray(timestep), "text": text, **conditions})
+            return jnp.ones_like(x), {}  # it sows nothing
 
     with jax.disable_jit():
-        run(dataclasses.replace(models, tora=Recorder({"variant": "1x16x2/2"}, time_scale=time_scale)), **changes)
+        recorder = Recorder({"variant": "1x16x2/2"}, time_scale=time_scale)
+        run(dataclasses.replace(models, parts={**models.parts, "tora": recorder}), **changes)
     return calls
 
 
