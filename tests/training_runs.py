@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import signal
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ def run(config: str, workdir: Path, *arguments) -> Outcome:
     """`python train.py --config configs/CONFIG --workdir WORKDIR ...`"""
     argv = ["train.py", f"--config={ROOT}/configs/{config}", f"--workdir={workdir}", "--quiet", *map(str, arguments)]
     stderr, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)  # the command's own lines, as its user sees them
         try:
             command_line.run(train.main, argv)
         except SystemExit as stop:

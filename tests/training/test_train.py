@@ -288,7 +288,7 @@ def test_the_same_bits_after_every_stop(clips, tmp_path):
     process = start(SPATIAL, folder, *options)
     when(process, lambda: len(saved(folder)) > 1, delay=random.random() / 10)
     process.kill()
-    process.wait()
+    process.communicate()
     newest = saved(folder)[-1]
     files = [path for path in (folder / f"checkpoints/{newest}/state").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
