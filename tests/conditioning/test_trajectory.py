@@ -127,7 +127,7 @@ def test_the_examples_are_there():
         ("[[1,2],[3,1e999]]", "point 2 is not finite"),
         ("[1,2,3]", "must be two numbers"),
         ("[[[1,2],[3,4]],5]", "mixes"),
-        ("[[[1,2],[3,4]],[[1,2]]]", "trajectory 2: has a single point"),
+        ("[[[1,2]],[[1,2]]]", "trajectory 1: has a single point"),
         ('{"canvas": [256, 0], "trajectories": [[[1,2],[3,4]]]}', "canvas"),
         ('{"canvas": 256, "trajectories": [[[1,2],[3,4]]]}', "canvas"),
         ('{"canvsa": [9, 9], "trajectories": [[[1,2],[3,4]]]}', "keys canvsa"),

@@ -2,8 +2,6 @@
 
 import json
 import math
-import pickle
-import zipfile
 
 import numpy as np
 import pytest
@@ -53,8 +51,8 @@ def load(folder, content, **said):
     return trajectory.load(write(folder, content), hints(**said))
 
 
-def refusal(folder, content, **said):
-    path = write(folder, content)
+def refusal(folder, content, name="file.any", **said):
+    path = write(folder, content, name)
     with pytest.raises(UserError) as error:
         trajectory.load(path, hints(**said))
     assert str(error.value).startswith(str(path))
@@ -132,6 +130,10 @@ def test_normalized_splines_are_refused(tmp_path):
     turned = 1 - curve(832, 480) / 480
     for said in ({}, {"canvas": "1x1"}):
         assert "coord_str" in refusal(tmp_path, json.dumps(dicts(turned)), **said)
+    square = json.dumps(dicts(1 - curve()))  # all in 0..1: nothing tells
+    assert "coord_str" in refusal(tmp_path, square)
+    with pytest.warns(UserWarning, match="coord_str"):
+        load(tmp_path, square, canvas="1x1")
 
 
 # ---------------------------------------------------------------- several paths
@@ -186,6 +188,39 @@ def test_axes_that_are_not_said_are_asked_for(tmp_path, a, b, axes, seed):
 def test_fractions(tmp_path):
     assert "1x1" in refusal(tmp_path, FIVE / 256, axes="nt")
     np.testing.assert_allclose(load(tmp_path, FIVE / 256, axes="[n, t, 2]", canvas="1x1"), FIVE / 256)
+    np.testing.assert_allclose(load(tmp_path, FIVE / 256, canvas="1x1"), FIVE / 256)  # as TAP-Vid's are
+    assert "--trajectory_axes" in refusal(tmp_path, FIVE.swapaxes(0, 1) / 256, canvas="1x1")
+    assert "--trajectory_axes" in refusal(tmp_path, FIVE[:, ::8] / 256, canvas="1x1")
+
+
+def test_a_custom_of_axes_yields_to_what_the_points_do(tmp_path):
+    np.testing.assert_allclose(load(tmp_path, FIVE.swapaxes(0, 1)[None]), FIVE / 256)
+    assert "--trajectory_axes" in refusal(tmp_path, FIVE[None])  # with the leading axis of TAPIR's batches
+
+
+@QUICK
+@given(st.integers(2, 9), st.integers(2, 40), st.integers(0, 99), st.booleans())
+def test_fractions_are_never_read_the_other_way(tmp_path, n, t, seed, paths):
+    """Points without any order, and paths: as frames, then paths, they are asked for."""
+    noise = np.random.default_rng(seed).uniform(0.01, 0.99, (t, n, 2))
+    array = np.sort(noise, axis=0) if paths else noise
+    assert "--trajectory_axes" in refusal(tmp_path, array, canvas="1x1")
+
+
+def test_a_point_at_rest_among_paths(tmp_path):
+    moving, still = load(tmp_path, "[[[144, 80], [288, 240], [432, 80]], [[500, 300]]]", canvas="576x320")
+    np.testing.assert_allclose(moving, [(0.25, 0.25), (0.5, 0.75), (0.75, 0.25)])
+    np.testing.assert_allclose(trajectory.resample(still, 4), np.full((4, 2), [500 / 576, 300 / 320]), atol=1e-6)
+
+
+def test_visibility_beside_tracks(tmp_path):
+    """Wan-Move's two files."""
+    write(tmp_path, LATE[None, :, None], "a_visibility.npy")
+    reading = trajectory.readings([str(write(tmp_path, FIVE[:1].swapaxes(0, 1)[None], "a_tracks.npy"))])[0]
+    assert len(reading.trajectories[0]) == LATE.sum()
+    assert "a_visibility.npy" in reading.line
+    write(tmp_path, np.full((1, 33, 1), 0.5), "a_visibility.npy")
+    assert "threshold" in refusal(tmp_path, FIVE[:1].swapaxes(0, 1)[None], name="a_tracks.npy")
 
 
 def test_tracks_are_chosen(tmp_path):
@@ -261,6 +296,17 @@ def test_depth_in_an_array_of_tracks(tmp_path):
     np.testing.assert_allclose(load(tmp_path, deep, axes="t,n,xyz"), FIVE[:2] / 256)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_tables_of_deep_lab_cut(tmp_path, several):
+    heads = [["individuals", *["a"] * 3, *["b"] * 3]] if several else []
+    rows = [["scorer", *["net"] * 6], *heads, ["bodyparts", *["nose"] * 3, *["tail"] * 3]]
+    rows += [["coords", *["x", "y", "likelihood"] * 2]]
+    rows += [[i, *FIVE[0, i], 0.99, *FIVE[1, i], 0.99 if seen else 0.2] for i, seen in enumerate(LATE)]
+    nose, tail = load(tmp_path, lines(rows))
+    np.testing.assert_allclose(nose, FIVE[0] / 256)
+    np.testing.assert_allclose(tail[:, :2], FIVE[1, LATE] / 256)
+
+
 def test_tables_of_tap_vid(tmp_path):
     rows = [["clip", 10, 20, *np.column_stack([p / 256, ~LATE]).ravel().tolist()] for p in FIVE]
     found = load(tmp_path, lines(rows))
@@ -280,15 +326,6 @@ def test_y_upwards(tmp_path):
 # ---------------------------------------------------------------- what is refused
 
 
-class Trap:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('opened')",))
-
-
-def torch_file():
-    return {"archive/data.pkl": pickle.dumps(Trap()), "archive/version": b"3"}
-
-
 REFUSED = {
     "frame and x": (lines([[i, 25.6 + i] for i in range(33)]), "write a header"),
     "frame, x, y without a header": (lines([[i, 25.6 + i, 3] for i in range(33)]), "write a header"),
@@ -304,13 +341,12 @@ REFUSED = {
     "hidden throughout": ({"tracks": FIVE[:1], "visibility": np.zeros((1, 33), bool)}, "nothing to follow"),
     "no places": ({"video": np.zeros(3)}, "has the arrays video"),
     "space": ({"tracks_XYZ": np.zeros((4, 2, 3)), "visibility": np.ones((4, 2), bool)}, "in space"),
-    "object array": (pickle.dumps(Trap()), "not opened"),
-    "CVAT": ("<?xml version='1.0'?>\n<annotations></annotations>\n", "CVAT"),
+    "box, then centres": (json.dumps([[[40, 20], [80, 60], [60, 40], [70, 45], [90, 60]]]), "SG-I2V"),
     "RealEstate10K": ("https://example.org/clip\n" + lines([[0] * 19], " "), "camera"),
     "camera without the address": (lines([[0.5] * 19] * 3, " "), "camera"),
     "camera in JSON": (json.dumps([[0.5] * 12] * 16), "camera"),
     "camera by frames": ('{"frame0": {"cam01": "[1 0 0] "}}', "camera"),
-    "DeepLabCut": ("scorer,a,a,a\nbodyparts,b,b,b\ncoords,x,y,likelihood\n0,1,2,0.5\n", "DeepLabCut"),
+    "DeepLabCut's other table": ("scorer,a,a\nbodyparts,b,b\ncoords,x,y\n0,1,2\n1,2,3\n", "DeepLabCut"),
     "cut header": (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'shape': (3, 2,".ljust(128), "not a readable array"),
     "HDF5": (b"\x89HDF\r\n\x1a\n\0\0", "SLEAP"),
 }
@@ -320,20 +356,6 @@ REFUSED = {
 def test_refused_in_one_line(tmp_path, what):
     content, said = REFUSED[what]
     assert said in refusal(tmp_path, content)
-
-
-def test_pickles_are_never_opened(tmp_path):
-    array = tmp_path / "objects.npy"
-    np.save(array, np.array([Trap()], dtype=object), allow_pickle=True)
-    saved = tmp_path / "tracks.pth"
-    with zipfile.ZipFile(saved, "w") as archive:
-        for name, content in torch_file().items():
-            archive.writestr(name, content)
-    inside = tmp_path / "inside.npz"
-    np.savez(inside, tracks=np.array([Trap()], dtype=object))
-    for path in (array, saved, inside):
-        with pytest.raises(UserError, match=r"numpy\.save"):
-            trajectory.load(path)
 
 
 def test_a_header_settles_what_counts(tmp_path):
@@ -366,7 +388,7 @@ def test_settings_reach_the_reader_and_the_line_says_how(tmp_path):
     path = write(tmp_path, json.dumps([dicts(curve(720, 480))] * 2))
     section = {"num_frames": 5, "height": 32, "width": 32}
     wanted = request.make(section, {"trajectories": ["circle", str(path)], "trajectory_canvas": "720x480"})
-    assert wanted.lines == (f"{path}: 2 paths of 16 points on 720x480; from JSON",)
+    assert wanted.lines == (f"{path}: 2 paths of 16 points on 720x480, 5 frames; from JSON",)
     np.testing.assert_allclose(wanted.trajectories[2], curve(), atol=1e-9)
     (track,) = request.make(section, {"trajectories": curve(), "trajectory_canvas": [1, 1]}).tracks
     np.testing.assert_allclose(track, trajectory.resample(curve(), 5))

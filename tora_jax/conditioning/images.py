@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from tora_jax.errors import UserError
-from tora_jax.io.video import probe, read_image, read_video, resize_crop
+from tora_jax.io.video import IMAGE_FORMATS, probe, read_image, read_video, resize_crop
 
+ORIENTATION = 274  # of EXIF's tags; from 5 on, width and height change places
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 MAX_CLIP_PIXELS = 10**9  # decoded for one clip, 3 GB; a small file can hold any number of frames
 
@@ -94,6 +96,34 @@ def check(conditions: Sequence[Condition], num_frames: int) -> None:
         if at in taken:
             raise UserError(f"{name}: frame {at} has a picture already; give one of them")
         taken.add(at)
+
+
+def sizes(conditions: Sequence[Condition], num_frames: int) -> dict[str, tuple[int, int]]:
+    """(height, width) of what is given, upright, by its name; the earliest frame first.
+
+    Raises:
+      UserError: for a file that cannot be read.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for frame, source, _ in sorted(conditions, key=lambda each: each.frame % num_frames):
+        if isinstance(source, np.ndarray):
+            found.setdefault(f"the picture for frame {frame}", source.shape[-3:-1])
+        else:
+            found.setdefault(str(source), _size(Path(source)))
+    return found
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Of a picture the header is enough; the others are read."""
+    if path.suffix.lower() not in STILLS and path.is_file():
+        _, height, width, _ = probe(path)
+        return height, width
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size if turned else image.size[::-1]
+    except Exception:  # as of Pillow's decoders; what is wrong, the reader says
+        return read_image(path).shape[:2]
 
 
 def read(conditions: Sequence[Condition], num_frames: int, fps: float) -> dict[int, Given]:

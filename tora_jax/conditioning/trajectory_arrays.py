@@ -8,9 +8,11 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 
+from tora_jax.conditioning import trajectory_pickles
 from tora_jax.conditioning.trajectory_hints import THIRD, Drawing, Hints, Marks
 from tora_jax.errors import UserError
 
@@ -21,22 +23,21 @@ PLACES = ("tracks", "pred_tracks", "track", "points", "trajectories", "trajector
 SEEN = ("visibility", "visibilities", "visible", "visibles", "visibs", "vis", "pred_visibility", "track_visibility")
 HIDDEN = ("occluded", "occlusion", "hidden")
 IN_SPACE = ("tracks_XYZ", "coords", "tracks_3d")
+WANTED = {*PLACES, *SEEN, *HIDDEN, *IN_SPACE}
 SAVEZ = "numpy.savez(FILE, tracks=tracks, visibility=visibility)"
-CONVERT = (
-    "holds pickled Python, which can run anything and is not opened; convert it where it was made: "
-    f"save plain arrays with {SAVEZ}"
-)
+BESIDE = 0.9  # of the pairs of steps speak for one order of axes, or against it
+ENOUGH = 8  # steps each way, to let them speak
 
 
-def read_npy(content: bytes, name: str) -> np.ndarray:
-    """An .npy, never unpickled."""
+def read_npy(content: bytes, name: str) -> Any:
+    """An .npy; of objects what they are, as `trajectory_pickles` reads them."""
     try:
         file = io.BytesIO(content)
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(file)
         if dtype.hasobject:
-            raise UserError(f"{name}: {CONVERT}")
+            return trajectory_pickles.loads(content[file.tell() :], name)
         if int(np.prod(shape, dtype=object)) * dtype.itemsize > len(content):  # before anything is allocated
             raise ValueError("cut off")
         return np.load(io.BytesIO(content), allow_pickle=False)
@@ -46,19 +47,15 @@ def read_npy(content: bytes, name: str) -> np.ndarray:
         raise UserError(f"{name}: is not a readable array of numbers; save it again with numpy.save") from e
 
 
-def read_npz(path: Path, hints: Hints, name: str) -> Drawing:
+def read_npz(file: Path | io.BytesIO, hints: Hints, name: str, form: str = "NumPy's .npz") -> Drawing:
     """An .npz: places and visibility by their names; other arrays are passed over."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = {info.filename: info for info in archive.infolist()}
-            if any(each.endswith(".pkl") for each in members):
-                ati = "of ATI's: open(FILE_npz, 'wb').write(torch.load(FILE_pth))"
-                raise UserError(f"{name}: {CONVERT}, a tensor with numpy.save, {ati}")
-            wanted = {*PLACES, *SEEN, *HIDDEN, *IN_SPACE}
             found = {}
             for member, info in members.items():
                 key = member.removesuffix(".npy")
-                if key in wanted:
+                if key in WANTED:
                     if info.file_size > MAX_BYTES:
                         raise UserError(f"{name}: {key} is over {MAX_BYTES >> 20} MB; keep fewer tracks")
                     found[key] = read_npy(archive.read(member), name)
@@ -66,7 +63,34 @@ def read_npz(path: Path, hints: Hints, name: str) -> Drawing:
         if isinstance(e, UserError):
             raise
         raise UserError(f"{name}: is not a readable .npz; save it again with numpy.savez") from e
-    return from_named(found, hints, name, "NumPy's .npz", tuple(key.removesuffix(".npy") for key in members))
+    if len(found) == 1 and not isinstance(objects := next(iter(found.values())), np.ndarray):
+        return from_objects(objects, hints, name, f"objects in {form}")
+    return from_named(found, hints, name, form, tuple(key.removesuffix(".npy") for key in members))
+
+
+def from_objects(data: Any, hints: Hints, name: str, form: str) -> Drawing:
+    """What `trajectory_pickles` found: an array, arrays by name, one clip of TAP-Vid's, or ATI's bytes of an .npz."""
+    if isinstance(data, bytes) and data.startswith(b"PK\x03\x04"):
+        return read_npz(io.BytesIO(data), hints, name, f"an .npz in {form}")
+    if isinstance(data, np.ndarray):
+        return from_array(data, hints, name, form=form)
+    if isinstance(data, list) and data and all(isinstance(each, np.ndarray) for each in data):
+        paths = [path for each in data for path in from_array(each, hints, name).paths]
+        return Drawing(paths, form)
+    clips = list(data.values()) if isinstance(data, dict) and not WANTED & data.keys() else data
+    if isinstance(clips, list) and clips and all(isinstance(each, dict) and WANTED & each.keys() for each in clips):
+        if len(clips) > 1:
+            which = ", ".join(data)[:60] if isinstance(data, dict) else "0, 1 ..."
+            one = "numpy.savez(FILE, points=clip['points'], occluded=clip['occluded'])"
+            raise UserError(f"{name}: holds {len(clips)} clips ({which}); save the one that you want: {one}")
+        (data,) = clips
+    if not isinstance(data, dict):
+        raise UserError(f"{name}: holds no arrays of points; the form is {SAVEZ}")
+    found = {key: each for key, each in data.items() if key in WANTED and isinstance(each, np.ndarray)}
+    drawing = from_named(found, hints, name, form, tuple(data))
+    if {"video", "points", "occluded"} <= data.keys() and np.abs(found["points"]).max(initial=0) <= 2:
+        return drawing._replace(canvas=(1, 1), form=f"TAP-Vid's fractions in {form}")
+    return drawing
 
 
 def from_named(arrays: Mapping[str, np.ndarray], hints: Hints, name: str, form: str, keys: tuple[str, ...]) -> Drawing:
@@ -82,17 +106,27 @@ def from_named(arrays: Mapping[str, np.ndarray], hints: Hints, name: str, form: 
         raise UserError(f"{name}: has the arrays {', '.join(keys)[:80] or '(none)'}; the form is {SAVEZ}")
     (key,) = places
     array = arrays[key]
+    if not all(isinstance(arrays[each], np.ndarray) for each in (key, *seen)):
+        raise UserError(f"{name}: {key} is no array of numbers; the form is {SAVEZ}")
     if key == "array" and array.ndim == 4 and array.shape[1:] == (121, 1, 3) and np.isin(array[..., 2], (0, 8)).all():
         scaled, shown = array[..., :2] / 8, array[..., 2] > 0
         return from_array(scaled, hints, name, seen=shown, form="ATI's tracks")
-    visible = None
+    shown = None
     if seen:
-        visible = arrays[seen[0]]
-        if not np.isin(visible, (0, 1, 2)).all():
-            raise UserError(f"{name}: {seen[0]} is not of True and False; save it after the tool's threshold")
-        visible = visible == (0 if seen[0] in HIDDEN else 1)  # PointOdyssey's 2: behind the camera
+        shown = visible(arrays[seen[0]], seen[0], name, hidden=seen[0] in HIDDEN)
     order = ORDERS.get(key, "nt" if key == "points" and seen and seen[0] == "occluded" else "")
-    return from_array(array, hints, name, seen=visible, form=form, order=order)
+    return from_array(array, hints, name, seen=shown, form=form, order=order)
+
+
+def visible(array: np.ndarray, key: str, name: str, hidden: bool = False) -> np.ndarray:
+    """Where points are seen; PointOdyssey's 2 is behind the camera.
+
+    Raises:
+      UserError: it is a confidence.
+    """
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf" or not np.isin(array, (0, 1, 2)).all():
+        raise UserError(f"{name}: {key} is not of True and False; save it after the tool's threshold")
+    return array == (0 if hidden else 1)
 
 
 def from_array(
@@ -112,26 +146,24 @@ def from_array(
     Raises:
       UserError: for other shapes, and where the numbers allow two readings.
     """
-    if array.dtype.hasobject:
-        raise UserError(f"{name}: {CONVERT}")
     if array.dtype == bool:
         raise UserError(f"{name}: holds visibility and no places; give both in one file: {SAVEZ}")
     if array.ndim < 2 or array.ndim > 4 or array.shape[-1] not in (2, 3) or array.dtype.kind not in "fiu":
         raise UserError(f"{name}: {POINTS}")
     if not array.size:
         raise UserError(f"{name}: holds no points; write at least 2")
-    array = array.astype(np.float64)
+    array = array.astype(np.float64)  # a copy
     if np.isinf(array).any():
         raise UserError(f"{name}: a point is not finite (infinity); correct or remove it")
     if seen is not None:
         if seen.size != array[..., 0].size or np.squeeze(seen).shape != np.squeeze(array[..., 0]).shape:
             raise UserError(f"{name}: visibility {list(seen.shape)} does not fit the places {list(array.shape)}")
         array[~seen.reshape(array.shape[:-1])] = np.nan
-    paths = _paths(array, hints, name, order)
+    paths, read = _paths(array, hints, name, order)
     values = hints.values or "xy"
     if array.shape[-1] == 2 and len(values) > 2:
         raise UserError(f"{name}: points have two numbers, and --trajectory_axes names {', '.join(values)}; correct it")
-    marks, notes = [], set()
+    marks, notes = [], {read} - {""}
     for i, points in enumerate(paths):
         label = f"{name}, trajectory {i + 1}" if len(paths) > 1 else name
         xy, times = points[:, :2].copy(), None
@@ -153,26 +185,44 @@ def from_array(
     return Drawing(marks, form, notes=tuple(notes))
 
 
-def _paths(array: np.ndarray, hints: Hints, name: str, order: str) -> list[np.ndarray]:
-    shape = list(array.shape)
+def _paths(array: np.ndarray, hints: Hints, name: str, order: str) -> tuple[list[np.ndarray], str]:
+    """The paths, and a word on the order of axes where only a custom settles it."""
+    shape, custom = list(array.shape), ""
     if array.ndim == 4:
         if shape[0] == 1:
-            array, order = array[0], order or "tn"
+            array, custom = array[0], "tn"
         elif shape[2] == 1:
-            array, order = array[:, :, 0], order or "nt"
+            array, custom = array[:, :, 0], "nt"
         else:
             raise UserError(f"{name}: has the shape {shape}; give [n, t, 2] or [t, n, 2] and --trajectory_axes")
     if array.ndim == 2:
-        return [array]
+        return [array], ""
     if 1 in array.shape[:2]:
-        return [array.reshape(-1, array.shape[-1])]
-    order = hints.order or order
+        return [array.reshape(-1, array.shape[-1])], ""
+    order, word, smooth = hints.order or order, "", _smoothness(array)
+    if not order and custom and not (custom == "tn" and smooth > BESIDE):
+        order, word = custom, f"axes {'1, t, n' if custom == 'tn' else 'n, t, 1'}"
+    if not order and hints.canvas == (1, 1) and smooth > BESIDE:
+        order, word = "nt", "axes n, t, as TAP-Vid's fractions have them"
     if not order:
         a, b = array.shape[:2]
         corners = "; of corners of boxes give the centres" if b == 2 else ""
         say = f"say --trajectory_axes=nt ({a} paths of {b} points) or tn ({b} paths of {a} points; tnyx: y before x)"
         raise UserError(f"{name}: the shape {shape} has two readings; {say}{corners}")
-    return list(array if order == "nt" else array.swapaxes(0, 1))
+    return list(array if order == "nt" else array.swapaxes(0, 1)), word
+
+
+def _smoothness(array: np.ndarray) -> float:
+    """The share of pairs in which the step along the second axis is the shorter; 0.5 where there are too few steps.
+
+    Neighbours in time are nearer than neighbours in a list of tracks, in all but dense grids.
+    """
+    first, second = (np.linalg.norm(np.diff(array[..., :2], axis=axis), axis=-1).ravel() for axis in (0, 1))
+    first, second = np.sort(first[np.isfinite(first)]), second[np.isfinite(second)]
+    if min(len(first), len(second)) < ENOUGH:
+        return 0.5
+    shorter = len(first) - np.searchsorted(first, second, side="right")
+    return float(shorter.mean() / len(first))
 
 
 def check_times(t: np.ndarray, name: str) -> np.ndarray:

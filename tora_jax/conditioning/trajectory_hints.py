@@ -19,7 +19,7 @@ SAY_CANVAS = "name theirs with --trajectory_canvas=WxH (1x1 for fractions of the
 THIRD = "the third number is the time"
 
 AXES = re.compile(r"[1b]?(nt|tn|t)?(2|3|xy[tzv]?|yx[tzv]?)?(up|down)?")
-CANVAS_FORM = re.compile(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)(:clip)?")
+CANVAS_FORM = re.compile(r"(?:(image|frame)(?::|$))?(?:(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)(?::|$))?(clip)?")
 
 Canvas = tuple[float | int, float | int]
 
@@ -45,12 +45,14 @@ class Drawing(NamedTuple):
       form: what it is, for people.
       canvas: width, height; None where the file does not say.
       notes: further words on how it was read.
+      span: the first and the last frame of the clip; None = those that have a point.
     """
 
     paths: list[Marks]
     form: str
     canvas: Canvas | None = None
     notes: tuple[str, ...] = ()
+    span: tuple[float, float] | None = None
 
     @property
     def bare(self) -> bool:
@@ -65,19 +67,23 @@ class Hints:
     Attributes:
       canvas: width, height that x and y are measured on; (1, 1) for fractions.
       clip: points off the canvas move to its edge.
+      on: "image" = the canvas is that of a given picture, "frame" = it is the video's frame; "" = unsaid.
       order: "nt" = paths, then points; "tn" = frames, then paths; "" = unsaid.
       values: of a point, in order: "xy" or "yx", then t = time, z = anything to leave out, v = visible; "" = unsaid.
       up: y runs upwards; None = unsaid.
-      frames: of the video, with one point a frame; None spreads the points over the video.
+      each_frame: the points are one a frame of the video, not spread over it.
+      num_frames: of the video; None = unknown.
       tracks: numbers of the paths to take from 0, or how many of those that move most.
     """
 
     canvas: Canvas | None = None
     clip: bool = False
+    on: str = ""
     order: str = ""
     values: str = ""
     up: bool | None = None
-    frames: int | None = None
+    each_frame: bool = False
+    num_frames: int | None = None
     tracks: tuple[int, ...] | int | None = None
 
 
@@ -86,32 +92,33 @@ def hints(
     axes: str | None = None,
     times: str | None = None,
     tracks: str | None = None,
-    num_frames: int = 1,
+    num_frames: int | None = None,
 ) -> Hints:
     """Reads the settings `trajectory_canvas`, `trajectory_axes`, `trajectory_times` and `trajectory_tracks`.
 
     Args:
-      num_frames: of the video, for times "frames".
+      num_frames: of the video; times "frames" need it.
 
     Raises:
       UserError: for a text of another form.
     """
-    size, clip = _canvas(canvas)
+    size, clip, on = _canvas(canvas)
     order, values, up = _axes(axes)
     if times not in (None, "points", "frames"):
         raise UserError(f"trajectory_times is {times!r}; give points (spread over the video) or frames (one a frame)")
-    return Hints(size, clip, order, values, up, num_frames if times == "frames" else None, _tracks(tracks))
+    return Hints(size, clip, on, order, values, up, times == "frames", num_frames, _tracks(tracks))
 
 
-def _canvas(given: str | None) -> tuple[Canvas | None, bool]:
+def _canvas(given: str | None) -> tuple[Canvas | None, bool, str]:
     if given is None:
-        return None, False
+        return None, False, ""
     match = CANVAS_FORM.fullmatch(given.replace(" ", "").lower())
-    size = (float(match[1]), float(match[2])) if match else (0, 0)
-    if not 0 < min(size) <= max(size) < 1e6:
+    on, width, height, clip = match.groups() if match else (None,) * 4
+    size = (float(width), float(height)) if width else None
+    if not (on or size) or (size and not 0 < min(size) <= max(size) < 1e6):
         form = "give WIDTHxHEIGHT, such as 720x480 (1x1 for fractions; 720x480:clip moves points inside)"
-        raise UserError(f"trajectory_canvas is {given!r}; {form}")
-    return size, bool(match[3])
+        raise UserError(f"trajectory_canvas is {given!r}; {form}, or image for the pixels of the given picture")
+    return size, bool(clip), on or ""
 
 
 def _axes(given: str | None) -> tuple[str, str, bool | None]:

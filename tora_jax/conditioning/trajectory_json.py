@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -44,25 +45,48 @@ def from_data(data: Any, hints: Hints, name: str, form: str = "points", canvas: 
       UserError: for what has another form, for keys that are not known, and for points that are no finite numbers.
     """
     if hasattr(data, "__array__"):
-        try:
-            return trajectory_arrays.from_array(np.asarray(data), hints, name)
-        except (TypeError, RuntimeError) as e:
-            raise UserError(f"{name}: cannot become an array of NumPy; give it as one") from e
+        return trajectory_arrays.from_array(_array(data, name), hints, name)
     if isinstance(data, dict):
         return _from_dict(data, hints, name, form, canvas)
     if not isinstance(data, SEQUENCE):
         raise UserError(f"{name}: is not a list of points; write [[x, y], ...]")
-    data = [np.asarray(each) if hasattr(each, "__array__") else each for each in data]
+    data = [_array(each, name) if hasattr(each, "__array__") else each for each in data]
     if data and all(isinstance(each, str) and each.strip()[:1] == "[" for each in data):
         read = [from_data(loads(each, name), hints, name, form, canvas) for each in data]
         return Drawing([path for each in read for path in each.paths], form, canvas)
     parts = _split(data, name)
+    notes: tuple[str, ...] = ()
     if sum(map(len, parts)) > MAX_POINTS:
         raise UserError(f"{name}: has over {MAX_POINTS} points; {THIN_OUT}")
     labels = [f"{name}, trajectory {i + 1}" if len(parts) > 1 else name for i in range(len(parts))]
     paths = [_marks(part, hints, label) for part, label in zip(parts, labels, strict=True)]
-    timed = (THIRD,) if any(path.times is not None for path in paths) and not isinstance(parts[0][0], dict) else ()
-    return Drawing(paths, form, canvas, timed)
+    rest = [path.at is None and path.times is None and len(path.xy) == 1 for path in paths]
+    if any(rest) and not all(rest):  # DragNUWA's objects at rest
+        paths = [Marks(np.repeat(path.xy, 2, 0)) if still else path for path, still in zip(paths, rest, strict=True)]
+        notes += (f"{sum(rest)} of a single point, at rest",)
+    if any(path.times is not None for path in paths) and not isinstance(parts[0][0], dict):
+        notes += (THIRD,)
+    if all(_is_turned(part, hints) for part in parts):
+        what = "KJNodes' normalized_str is turned round; if this is one, give its coord_str"
+        warnings.warn(f"{name}: {what}", stacklevel=5)
+    return Drawing(paths, form, canvas, notes)
+
+
+def _array(data: Any, name: str) -> np.ndarray:
+    """An array of NumPy, JAX or PyTorch, from whatever device, as NumPy's."""
+    try:
+        data = data.detach().cpu() if hasattr(data, "detach") else data
+        if "bfloat16" in str(getattr(data, "dtype", "")):
+            data = data.float() if hasattr(data, "detach") else data.astype(np.float32)
+        return np.asarray(data)
+    except (TypeError, RuntimeError) as e:
+        raise UserError(f"{name}: cannot become an array of NumPy; give it as one") from e
+
+
+def _is_turned(part: Any, hints: Hints) -> bool:
+    """Whether points may be KJNodes' normalized_str, which nothing tells from fractions of the frame."""
+    keyed = all(isinstance(point, dict) and set(point) == {"x", "y"} for point in part)
+    return keyed and hints.canvas == (1, 1) and all(0 <= value <= 1 for point in part for value in point.values())
 
 
 def _from_dict(data: dict, hints: Hints, name: str, form: str, canvas: Canvas | None) -> Drawing:
@@ -75,7 +99,7 @@ def _from_dict(data: dict, hints: Hints, name: str, form: str, canvas: Canvas | 
         return from_data(inside, hints, name, f"{form} of DragAnything", canvas)
     if set(data) <= {*PLACES, *SEEN, *HIDDEN} and set(data) & {*SEEN, *HIDDEN, "tracks", "pred_tracks", "track_path"}:
         try:
-            arrays = {key: np.asarray(value) for key, value in data.items()}
+            arrays = {key: _array(value, name) for key, value in data.items()}
         except ValueError as e:
             raise UserError(f"{name}: {POINTS}") from e
         if any(each.dtype.hasobject for each in arrays.values()):

@@ -30,6 +30,7 @@ COLUMNS = {  # by other names, without case, spaces and underscores
 }
 NAMES = {other.replace("_", ""): name for name, others in COLUMNS.items() for other in others}
 TRUTH = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "": np.nan}
+LIKELY = 0.6  # pcutoff, DeepLabCut's own
 FORM = "write two numbers x,y"
 HEADER = "write a header that names the columns, such as x,y or frame,x,y"
 
@@ -47,8 +48,6 @@ def from_text(text: str, hints: Hints, name: str) -> Drawing:
         raise UserError(f"{name}: has over {MAX_POINTS} points; {THIN_OUT}")
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     first = filled[0][1].strip()
-    if first.startswith("<"):
-        raise UserError(f"{name}: is XML (CVAT's?), which is not read; write its tracks as a table frame,id,x,y")
     if first.startswith(("http://", "https://")):
         raise UserError(f"{name}: holds poses of a camera (RealEstate10K), no paths of points; give lines x,y")
     if first.startswith("Adobe After Effects"):
@@ -61,7 +60,7 @@ def from_text(text: str, hints: Hints, name: str) -> Drawing:
     if len(head) > 6 and not numbers[0] and all(numbers[1:]):
         return _tap_vid(rows, name)
     if head[0].lower() == "scorer":
-        raise UserError(f"{name}: is DeepLabCut's table, which is not read; write it as frame,point_id,x,y,visible")
+        return _deep_lab_cut(rows, name)
     if len(head) > 1 and not any(numbers):
         return _table(rows, comma, hints, name)
     return _headless(rows, filled, hints, name)
@@ -192,6 +191,29 @@ def _tap_vid(rows: Rows, name: str) -> Drawing:
         triples = np.array(values).reshape(-1, 3)
         paths.append(Marks(np.where(triples[:, 2:] > 0, np.nan, triples[:, :2])))
     return Drawing(paths, "TAP-Vid's table", (1, 1))
+
+
+def _deep_lab_cut(rows: Rows, name: str) -> Drawing:
+    """Rows of names (scorer, [individuals,] bodyparts, coords), then frame, x, y, likelihood again and again."""
+    heads = {cells[0].lower(): cells[1:] for _, cells in rows[:4] if _number(cells[0]) is None}
+    kinds, values = heads.get("coords", []), []
+    if len(kinds) % 3 or [kind.lower() for kind in kinds] != ["x", "y", "likelihood"] * (len(kinds) // 3) or not kinds:
+        raise UserError(f"{name}: DeepLabCut's table should have x, y, likelihood of each point; export it again")
+    for number, cells in rows[len(heads) :]:
+        found = [_number(cell) if cell else np.nan for cell in cells]
+        if None in found or len(found) != len(kinds) + 1:
+            raise UserError(f"{name}, line {number}: is no row of frame, then x, y, likelihood of each point")
+        values.append(found)
+    if not values:
+        raise UserError(f"{name}: holds no points; write at least 2")
+    table = np.array(values, np.float64)
+    points = table[:, 1:].reshape(len(table), -1, 3)
+    unsure = ~(points[..., 2] >= LIKELY)
+    xy = np.where(unsure[..., None], np.nan, points[..., :2])
+    if not np.isfinite(table[:, 0]).all() or (np.diff(table[:, 0]) <= 0).any():
+        raise UserError(f"{name}: frames do not rise; sort them")
+    notes = (f"likelihood under {LIKELY} = hidden",) if unsure.any() else ()
+    return Drawing([Marks(xy[:, i], table[:, 0]) for i in range(xy.shape[1])], "DeepLabCut's table", notes=notes)
 
 
 def _after_effects(filled: Sequence[tuple[int, str]], name: str) -> Drawing:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from tora_jax.checkpoints import release
 from tora_jax.conditioning import images, prompt_rewriting
 from tora_jax.configs import common, sampling
 from tora_jax.errors import UserError
-from tora_jax.sampling import batch_file, request, writer
+from tora_jax.sampling import batch_file, dry_run, request, writer
 from tora_jax.sampling.generate import place, timed
 
 USAGE = """Makes a video that moves along drawn trajectories.
@@ -60,25 +61,25 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         wanted = request.make(
             section, given | {"prompt": prompt_rewriting.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model)}
         )
-    mesh = sharding.make_mesh(args.mesh or f"data={len(jax.devices()) if args.batch and not args.low_memory else 1}")
-    if args.low_memory and mesh.size > 1:
-        raise UserError(f"--low_memory is for one device, and --mesh={args.mesh} has {mesh.size}; leave one out")
-    if not args.batch and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
-        raise UserError(
-            f"--mesh={args.mesh}: data and fsdp share out the videos of --batch; one video has seq and tensor"
-        )
+    mesh = None if args.dry_run else _mesh(args)  # a dry run leaves the devices alone
     if args.batch:
         folder = Path(args.out if args["out"].present else "outputs/batch")
         weights = release.checksum(args.weights) if args.weights else ""
         jobs = batch_file.read(args.batch, folder, section, given, weights)
         lines = [line for job in jobs if isinstance(job.wanted, request.Request) for line in job.wanted.lines]
     else:
-        out = writer.check(args.out, wanted.files, args.weights)
+        out = writer.check(args.out, wanted.files, args.weights, args.dry_run)
         pictures = wanted.read()
+        wanted = request.place(request.outline(config), wanted)
         lines = wanted.lines
+    if args.dry_run:
+        models = request.outline(config)
+        lines = dry_run.run_batch(models, jobs, folder) if args.batch else dry_run.run(models, wanted, pictures, out)
     if not args.quiet:
         for line in dict.fromkeys(lines):
             print(line)
+    if args.dry_run:
+        return
     command_line.use_compilation_cache()
 
     rules = tuple(common.training()["rules"].items())
@@ -114,6 +115,17 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         print(f"wrote {out} (seconds, run+compile: {spent})")
 
 
+def _mesh(args: flags.FlagValues) -> Mesh:
+    mesh = sharding.make_mesh(args.mesh or f"data={len(jax.devices()) if args.batch and not args.low_memory else 1}")
+    if args.low_memory and mesh.size > 1:
+        raise UserError(f"--low_memory is for one device, and --mesh={args.mesh} has {mesh.size}; leave one out")
+    if not args.batch and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
+        raise UserError(
+            f"--mesh={args.mesh}: data and fsdp share out the videos of --batch; one video has seq and tensor"
+        )
+    return mesh
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Flags and config
 # ----------------------------------------------------------------------------------------------------------
@@ -128,6 +140,8 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("weights", None, folder, **to)
     flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **to)
     flags.DEFINE_boolean("low_memory", False, "Parts of the model are on the device only while they are used.", **to)
+    dry = "Reads every input, says how, writes the report and a picture of the paths, and loads no model."
+    flags.DEFINE_boolean("dry_run", False, dry, **to)
     flags.DEFINE_boolean("quiet", False, "No progress bar, and no word on how trajectories were read.", **to)
     flags.DEFINE_boolean("no_trajectory", False, "Plain Open-Sora: leave the fusers out.", **to)
     flags.DEFINE_string("image", None, "Picture for the first frame.", **to)

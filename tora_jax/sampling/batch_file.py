@@ -86,7 +86,7 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
         raise UserError(f"{path}: is empty; write a JSON object a line, such as {{}}")
     taken: dict[str, int] = {}
     for job in jobs:
-        for file in writer.paths(_video(folder, job)).values():
+        for file in writer.paths(video(folder, job)).values():
             if (other := taken.setdefault(file.name.lower(), job.line)) != job.line:
                 raise UserError(f"{path}: lines {other} and {job.line} would both write {file.name}; change a name")
     return jobs
@@ -147,7 +147,7 @@ def run(
     for path in folder.iterdir():
         if ASIDE.fullmatch(path.name):  # a kill left it half-written
             path.unlink(missing_ok=True)
-    missing = [job for job in jobs if not _is_done(folder, job)]
+    missing = [job for job in jobs if not is_done(folder, job)]
     before, made, failed = len(jobs) - len(missing), 0, 0
     ready: dict[tuple, list[Job]] = {}
     for job in missing:
@@ -170,7 +170,7 @@ def run(
     return counts
 
 
-def _video(folder: Path, job: Job) -> Path:
+def video(folder: Path, job: Job) -> Path:
     return folder / f"{job.name}.mp4"
 
 
@@ -183,7 +183,8 @@ def _report(folder: Path, job: Job) -> dict:
         return {}
 
 
-def _is_done(folder: Path, job: Job) -> bool:
+def is_done(folder: Path, job: Job) -> bool:
+    """Whether the video of a job is there; a dry run's report has no key."""
     report = _report(folder, job)
     return bool(report) and "error" not in report
 
@@ -193,7 +194,7 @@ def _fail(folder: Path, job: Job, error: Exception) -> None:
     report = {"line": job.line, "key": job.key, "error": message}
     if _report(folder, job) == report:  # as in the run before
         return
-    for path in writer.paths(_video(folder, job)).values():  # of an older line of this name
+    for path in writer.paths(video(folder, job)).values():  # of an older line of this name
         path.unlink(missing_ok=True)
     with write_atomic(folder / f"{job.name}.json") as aside:
         aside.write_text(json.dumps(report, indent=2) + "\n")
@@ -207,7 +208,7 @@ def _make(
     for job in jobs:
         try:
             images.append(job.wanted.read())
-            able.append(job)
+            able.append(dataclasses.replace(job, wanted=request.place(models, job.wanted)))
         except UserError as error:
             _fail(folder, job, error)
     if not able:
@@ -239,7 +240,7 @@ def _write(models: Models, jobs: list[Job], folder: Path, pieces: Iterator[list[
                 "settings": job.wanted.settings.report(),
                 "weights": models.origin,
             }
-            writers.append(stack.enter_context(writer.open_files(_video(folder, job), job.wanted.tracks, report)))
+            writers.append(stack.enter_context(writer.open_files(video(folder, job), job.wanted.tracks, report)))
         for results in pieces:
             for write, result in zip(writers, results, strict=False):
                 write(result)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from tora_jax.backbones import assembly
 from tora_jax.backbones.assembly import Models
-from tora_jax.conditioning import images, text, trajectory
+from tora_jax.conditioning import images, text, trajectory, trajectory_pictures
 from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.configs import sampling
 from tora_jax.configs.sampling import Settings
@@ -35,12 +36,14 @@ class Request:
       trajectories: None = plain Open-Sora, without the fusers.
       conditions: not read yet.
       lines: how trajectories were read, the presets aside.
+      drawn: the given picture that each trajectory was drawn on; None = the video's frame. Empty = that for all.
     """
 
     settings: Settings
     trajectories: Sequence[trajectory.Trajectory] | None = None
     conditions: Sequence[images.Condition] = ()
     lines: tuple[str, ...] = ()
+    drawn: Sequence[trajectory_pictures.Drawn | None] = ()
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -51,9 +54,10 @@ class Request:
 
     @property
     def tracks(self) -> Tracks | None:
+        """Of a request that is `placed`: the trajectories at each frame; they stay at the edges of the frame."""
         if self.trajectories is None:
             return None
-        return trajectory.tracks(self.trajectories, self.settings.num_frames)
+        return trajectory.tracks(self.trajectories, self.settings.num_frames).clip(0, 1)
 
     @property
     def shape(self) -> tuple:
@@ -65,6 +69,16 @@ class Request:
         """The files named for trajectories and conditions."""
         named = [each.source for each in self.conditions if not isinstance(each.source, np.ndarray)]
         return [*map(trajectory.find, self.settings.trajectory), *map(Path, named)]
+
+    def placed(self, size: tuple[int, int]) -> Request:
+        """The request with its trajectories in the video's frame, of `size` (height, width).
+
+        Warns, raises: see `trajectory_pictures.place`.
+        """
+        if not any(self.drawn):
+            return self
+        placed = trajectory_pictures.place(self.trajectories, self.drawn, size)
+        return dataclasses.replace(self, trajectories=placed, drawn=())
 
     def read(self) -> dict[int, images.Given]:
         """Reads the conditions, by frame, not yet of the video's size.
@@ -92,18 +106,39 @@ def make(section: Any, given: Mapping[str, Any]) -> Request:
         close = closest(name, known) or ", ".join(sorted(known))
         raise UserError(f"there is no setting {name!r}; did you mean {close}?")
     settings = sampling.resolve(section, {name: value for name, value in given.items() if name not in INPUTS})
-    sources = given.get("trajectories", settings.trajectory)
-    readings = trajectory.readings(sources, settings.hints)
-    trajectories = readings and [points for each in readings for points in each.trajectories]
-    settings = dataclasses.replace(settings, trajectory=trajectory.names(sources) if trajectories else ())
     conditions = given.get("conditions") or ()
     if not isinstance(conditions, Sequence) or isinstance(conditions, str):
         raise UserError('conditions should be a list, such as ["0=first.png", "-1=last.png"]')
     conditions = [c if isinstance(c, images.Condition) else images.parse(c) for c in conditions]
     images.check(conditions, settings.num_frames)
-    shipped = trajectory.presets().values()
-    lines = tuple(f"{each.name}: {each.line}" for each in readings or () if Path(each.name) not in shipped)
-    return Request(settings, trajectories, conditions, lines)
+    sources = given.get("trajectories", settings.trajectory)
+    named = trajectory.names(sources)
+    presets = bool(named) and all(trajectory.is_preset(trajectory.find(each)) for each in named)
+    pictures = {} if presets or sources is None else images.sizes(conditions, settings.num_frames)
+    readings = trajectory.readings(sources, settings.hints, pictures) or []
+    settings = dataclasses.replace(settings, trajectory=named if readings else ())
+    return Request(
+        settings,
+        [points for each in readings for points in each.trajectories] if readings else None,
+        conditions,
+        tuple(f"{each.name}: {each.line}" for each in readings if not trajectory.is_preset(Path(each.name))),
+        tuple(each.drawn for each in readings for _ in each.trajectories),
+    )
+
+
+def outline(config: Mapping[str, Any]) -> Models:
+    """Models without parameters, for `place` before anything is loaded.
+
+    Raises:
+      UserError: the config makes no model.
+    """
+    parts = assembly.modules(config)
+    return Models(assembly.backbone(config), parts, {}, None, "not loaded", config.get("sampling", {}))
+
+
+def place(models: Models, wanted: Request) -> Request:
+    """`Request.placed` for the size of the video that models make of it."""
+    return wanted.placed(video_size(models, wanted.settings.height, wanted.settings.width))
 
 
 def generate(
@@ -123,7 +158,7 @@ def generate(
     size = video_size(models, settings.height, settings.width)
     given = [each.read() for each in requests] if given is None else given
     inputs = [
-        Inputs(each.prompts, each.tracks, images.fit(pictures, size))
+        Inputs(each.prompts, each.placed(size).tracks, images.fit(pictures, size))
         for each, pictures in zip(requests, given, strict=True)
     ]
     seeds = [each.settings.seed for each in requests]

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from tora_jax.io.files import write_atomic
 from tora_jax.io.video import video_writer
 from tora_jax.sampling.generate import Result, add_seconds
 
+POINT = re.compile(r"\[\n +(-?[\d.e-]+),\n +(-?[\d.e-]+)\n +\]")  # no text in JSON has a line break
+
 
 def paths(out: Path) -> dict[str, Path]:
     """The paths of all files: the video, the same with the trajectories, the motion map, the report."""
@@ -29,12 +32,18 @@ def paths(out: Path) -> dict[str, Path]:
     return {"video": out, **named, "report": out.with_suffix(".json")}
 
 
-def check(name: str, inputs: Sequence[str | Path] = (), weights: str | None = None) -> Path:
+def picture(out: Path) -> Path:
+    """The path of the picture that a dry run writes in place of a video."""
+    return out.with_name(f"{out.stem}_trajectory.png")
+
+
+def check(name: str, inputs: Sequence[str | Path] = (), weights: str | None = None, dry_run: bool = False) -> Path:
     """Checks the path of a video, before the long work starts.
 
     Args:
       inputs: files that are read, and must not be overwritten.
       weights: a folder that must not be written to.
+      dry_run: a picture is written in place of videos.
 
     Raises:
       UserError: the video cannot be written there.
@@ -46,7 +55,7 @@ def check(name: str, inputs: Sequence[str | Path] = (), weights: str | None = No
         raise UserError(f"--out {name}: this is a folder; name a file")
     check_folder(out.parent, name)
     taken = {Path(path).resolve() for path in inputs}
-    for path in paths(out).values():
+    for path in [picture(out), paths(out)["report"]] if dry_run else paths(out).values():
         if path.resolve() in taken:
             raise UserError(f"--out {name}: would overwrite {path}, which is read; choose another name")
     if weights is not None and Path(weights).resolve() in out.resolve().parents:
@@ -82,10 +91,12 @@ def open_files(
     Args:
       out: of the video.
       tracks: of the whole video.
-      report: has "settings". Gets the files and the seconds of the pieces; entries that the caller adds meanwhile are
-        written, too.
+      report: has "settings". Gets the tracks, the files and the seconds of the pieces; entries that the caller adds
+        meanwhile are written, too.
     """
     fps, files = report["settings"]["fps"], paths(out)
+    if tracks is not None:
+        report["tracks"] = listed(tracks)
     report.setdefault("seconds", {})
     out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -105,7 +116,17 @@ def open_files(
 
         yield write
         report["files"] = [files[part].name for part in wanted]
-        aside.write_text(json.dumps(finish(report), indent=2) + "\n")
+        aside.write_text(dumps(finish(report)))
+
+
+def listed(tracks: Float[np.ndarray, "n t 2"]) -> list:
+    """Tracks as a report has them."""
+    return np.round(np.asarray(tracks, np.float64), 6).tolist()
+
+
+def dumps(report: dict[str, Any]) -> str:
+    """A report as JSON; a point is on one line."""
+    return POINT.sub(r"[\1, \2]", json.dumps(report, indent=2)) + "\n"
 
 
 def finish(report: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +134,12 @@ def finish(report: dict[str, Any]) -> dict[str, Any]:
     return {
         **report,
         "seconds": {part: {k: round(v, 3) for k, v in s.items()} for part, s in report["seconds"].items()},
-        "versions": {name: importlib.metadata.version(name) for name in ("tora_jax", "jax", "flax", "numpy")},
-        "python": platform.python_version(),
+        **versions(),
         "device": jax.devices()[0].device_kind,
     }
+
+
+def versions() -> dict[str, Any]:
+    """Those of the packages and of Python, for a report."""
+    found = {name: importlib.metadata.version(name) for name in ("tora_jax", "jax", "flax", "numpy")}
+    return {"versions": found, "python": platform.python_version()}
