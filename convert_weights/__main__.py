@@ -2,6 +2,7 @@
 
   python -m convert_weights stdit3 hpcai-tech/OpenSora-STDiT-v3 weights/stdit
   python -m convert_weights tora --stdit3 SRC --vae SRC --t5 SRC weights/tora
+  python -m convert_weights tora_cogvideox Le0jc/Tora_T2V_diffusers weights/tora
   python -m convert_weights stdit3 weights/tora stdit3.safetensors --reverse
 
 docs/convert.md describes every flag and every message.
@@ -24,15 +25,16 @@ from typing import Any, NoReturn
 
 import jax
 
-from convert_weights import export, plan, sources, stream, writers
+from convert_weights import export, folders, pipelines, plan, sources, stream, writers
 from convert_weights.checkpoint_types import CHECKPOINT_TYPES
 from convert_weights.mapping import ConversionError
 from convert_weights.plan import Part
+from convert_weights.releases import COGVIDEOX, OPENSORA, ReleaseType
+from convert_weights.sources import Source
+from convert_weights.tables import tora_cogvideox
 from convert_weights.write_release import ReleaseWriter
 from tora_jax import command_line, sharding
 from tora_jax.errors import UserError
-
-PARTS = {"stdit": "stdit3", "vae": "vae", "motion_vae": "vae", "t5": "t5"}  # of a whole release: part -> its type
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,11 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="kind", required=True, metavar=f"{{{names}}}")
     for kind in CHECKPOINT_TYPES.values():
         one = commands.add_parser(kind.name, parents=[common], help=f"released: {', '.join(kind.released)}")
-        one.add_argument("src", metavar="SRC", help="a file, a folder with shards and their index, or a cached hub id")
+        one.add_argument("src", metavar="SRC", help="a file, a folder with shards and their index, or a hub id")
         one.add_argument("dst", metavar="DST", help="a folder that is not there yet; with --reverse a file")
         one.add_argument("--reverse", action="store_true", help="from ours to PyTorch-named safetensors")
-    whole = commands.add_parser("tora", parents=[common], help="all parts in one release folder")
-    for part, kind in PARTS.items():
+        if kind.split is not None:
+            one.add_argument("--split", action="store_true", help="with --reverse: DST gets fusers and extractor apart")
+            one.add_argument("--motion", metavar="SRC", help="fusers and extractor apart, to put on a plain SRC")
+            one.add_argument("--vae", metavar="SRC", help="unset: from SRC")
+            one.add_argument("--t5", metavar="SRC", help="unset: from SRC")
+    whole = commands.add_parser(OPENSORA.name, parents=[common], help="all parts in one release folder")
+    for part, kind in OPENSORA.checkpoints.items():
         flag = "--stdit3" if part == "stdit" else f"--{part}"
         optional = "; unset: starts as the video VAE" if part == "motion_vae" else ""
         whole.add_argument(flag, dest=part, metavar="SRC", required=not optional, help=f"{kind} checkpoint{optional}")
@@ -89,10 +96,13 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     cast = stream.Cast(stream.DTYPES.get(args.dtype), args.allow_nonfinite)
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UserError(f"--tokenizer {args.tokenizer}: no such file")
-    if args.kind == "tora":
-        report = _convert_tora(args, cast)
+    if args.kind == OPENSORA.name:
+        found = {part: getattr(args, part) for part in OPENSORA.checkpoints if getattr(args, part) is not None}
+        report = _convert_whole(args, OPENSORA, found, cast)
     elif args.reverse:
         report = _export(args, cast)
+    elif args.kind == COGVIDEOX.name:
+        report = _convert_whole(args, COGVIDEOX, _find_cogvideox(args), cast)
     else:
         report = _convert_part(args, cast)
     return {**report, "nonfinite": sorted(cast.nonfinite)}
@@ -104,62 +114,95 @@ def _ask_for_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def _plan_part(args: argparse.Namespace, kind: str, src: str, variant: str | None, cast: stream.Cast) -> Part:
-    source = sources.open_source(src, args.allow_pickle, args.command)
+def _open(args: argparse.Namespace, src: str) -> Source:
+    return sources.open_source(src, args.allow_pickle, args.command)
+
+
+def _plan_part(kind: str, source: Source, variant: str | None, cast: stream.Cast) -> Part:
     part = plan.plan_part(CHECKPOINT_TYPES[kind], source, variant, cast.dtype)
     if part.variant == "own sizes":
         released = ", ".join(part.kind.released)
-        print(f"convert_weights: note: {src}: none of the released sizes of {kind} ({released})", file=sys.stderr)
+        _note(f"{source.name}: none of the released sizes of {kind} ({released})")
     return part
 
 
 def _convert_part(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
-    part = _plan_part(args, args.kind, args.src, args.variant, cast)
+    part = _plan_part(args.kind, _open(args, args.src), args.variant, cast)
     if args.dry_run:
         return _dry_run([part])
+    for licence in plan.licences([part]):
+        _note(licence)
     find = part.kind.tokenizer
     tokenizer = None if find is None else args.tokenizer or find(part.source)
     return ReleaseWriter(args.dst, cast, tokenizer, args.orbax, args.mesh).write_part(part)
 
 
-def _convert_tora(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
-    variants = _variants(args.variant)
+def _convert_whole(
+    args: argparse.Namespace, kind: ReleaseType, found: dict[str, str], cast: stream.Cast
+) -> dict[str, Any]:
+    variants = _variants(args.variant, kind)
+    opened = {part: _open(args, src) for part, src in found.items() if part in kind.checkpoints}
+    if getattr(args, "motion", None) is not None:
+        opened[kind.denoiser] = _with_motion(args, opened[kind.denoiser])
     planned = {
-        part: _plan_part(args, kind, getattr(args, part), variants.get(part), cast)
-        for part, kind in PARTS.items()
-        if getattr(args, part) is not None
+        part: _plan_part(kind.checkpoints[part], source, variants.get(part), cast) for part, source in opened.items()
     }
     if args.dry_run:
         return _dry_run(list(planned.values()))
-    tokenizer = args.tokenizer or planned["t5"].source.tokenizer
+    beside = found.get("tokenizer")
+    tokenizer = args.tokenizer or planned["t5"].source.tokenizer or (beside and sources.locate(beside))
     if tokenizer is None:
-        names = " or ".join(sources.TOKENIZERS)
-        raise UserError(f"{args.t5}: no {names} in the folder of the text encoder; name it with --tokenizer FILE")
-    return ReleaseWriter(args.dst, cast, tokenizer, args.orbax, args.mesh).write_tora(planned)
+        names = " or ".join(folders.TOKENIZERS)
+        raise UserError(f"{found['t5']}: no {names} in the folder of the text encoder; name it with --tokenizer FILE")
+    for licence in plan.licences(planned.values()):
+        _note(licence)
+    return ReleaseWriter(args.dst, cast, tokenizer, args.orbax, args.mesh).write_whole(kind, planned)
 
 
-def _variants(variant: str | None) -> dict[str, str]:
-    """--variant of the tora command: the denoiser's, or JSON with a section for each part."""
+def _find_cogvideox(args: argparse.Namespace) -> dict[str, str]:
+    """Where the checkpoints of a release are: in SRC, or where the flags say."""
+    if args.split:
+        raise UserError("--split means nothing without --reverse")
+    given = {part: getattr(args, part) for part in ("vae", "t5") if getattr(args, part) is not None}
+    found = pipelines.find(args.src, args.variant) | given
+    if missing := [part for part in COGVIDEOX.checkpoints if part not in found]:
+        flags = " and ".join(f"--{part} SRC" for part in missing)
+        raise UserError(f"{args.src}: holds no {' and no '.join(missing)}; name it with {flags}")
+    return found
+
+
+def _with_motion(args: argparse.Namespace, base: Source) -> Source:
+    """A plain base with the fusers and the extractor of split files."""
+    base = tora_cogvideox.view(base)
+    files = pipelines.find_split(args.motion, tora_cogvideox.takes_images(base.shapes))
+    for file in files.values():
+        _note(f"{file} goes onto {base.name}")
+    return sources.joined({"": base, **{prefix: _open(args, file) for prefix, file in files.items()}})
+
+
+def _variants(variant: str | None, kind: ReleaseType) -> dict[str, str]:
+    """--variant of a whole release: the denoiser's, or JSON with a section for each part."""
     if variant is None:
         return {}
-    fields = sources.parse_json(variant, "--variant") if variant.startswith("{") else {"stdit": variant}
-    if odd := sorted(fields.keys() - PARTS.keys()):
-        raise UserError(f"--variant: {odd[0]!r} is no part; parts are {', '.join(PARTS)}")
+    fields = folders.parse_json(variant, "--variant") if variant.startswith("{") else {kind.denoiser: variant}
+    if odd := sorted(fields.keys() - kind.checkpoints.keys()):
+        raise UserError(f"--variant: {odd[0]!r} is no part; parts are {', '.join(kind.checkpoints)}")
     return {part: value if isinstance(value, str) else json.dumps(value) for part, value in fields.items()}
 
 
 def _export(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
-    unused = [f"--{flag}" for flag in ("variant", "mesh", "tokenizer") if getattr(args, flag) is not None]
+    flags = ("variant", "mesh", "tokenizer", "motion", "vae", "t5")
+    unused = [f"--{flag}" for flag in flags if getattr(args, flag, None) is not None]
     if unused:
         raise UserError(f"{unused[0]} means nothing with --reverse")
-    kind = CHECKPOINT_TYPES[args.kind]
+    kind, split = CHECKPOINT_TYPES[args.kind], getattr(args, "split", False)
     with export.open_ours(args.src, kind, Path(args.dst).absolute().parent) as ours:
         if args.dry_run:
             for move in export.plan(kind, ours):
                 for key in move.sources:
                     print(f"{move.target} -> {key}")
             return {"dry_run": True}
-        return export.write(args.dst, kind, ours, cast)
+        return export.write(args.dst, kind, ours, cast, split)
 
 
 def _dry_run(planned: list[Part]) -> dict[str, Any]:
@@ -194,6 +237,10 @@ def _tell(args: argparse.Namespace, report: dict[str, Any], seconds: float) -> N
     new = f", {len(report['new'])} tensors new (untrained)" if report.get("new") else ""
     odd = f", NaN or Inf in {', '.join(report['nonfinite'])}" if report["nonfinite"] else ""
     print(f"wrote {args.dst}: {writers.readable(report['bytes'])} in {seconds:.1f} s{new}{odd}")
+
+
+def _note(text: str) -> None:
+    print(f"convert_weights: note: {text}", file=sys.stderr)
 
 
 def _stop(*_) -> NoReturn:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from convert_weights.tables import aesthetic, autoencoder_kl, clip, i3d, raft, stdit3, t5, vae
+from convert_weights.tables import (
+    aesthetic,
+    autoencoder_kl,
+    clip,
+    cogvideox_vae,
+    i3d,
+    raft,
+    stdit3,
+    t5,
+    tora_cogvideox,
+    vae,
+)
 
 CHECKPOINT_TYPES = {
     one.name: one
@@ -15,5 +26,7 @@ CHECKPOINT_TYPES = {
         i3d.CHECKPOINT_TYPE,
         clip.CHECKPOINT_TYPE,
         aesthetic.CHECKPOINT_TYPE,
+        tora_cogvideox.CHECKPOINT_TYPE,
+        cogvideox_vae.CHECKPOINT_TYPE,
     )
 }

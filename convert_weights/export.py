@@ -8,7 +8,7 @@ import functools
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ def open_ours(name: str, kind: CheckpointType, scratch: Path) -> Iterator[Ours]:
     config = release.read_config(folder)
     part = path.stem if path.is_file() else next((p for p in (kind.part, TORA) if p in config), kind.part)
     among_others = part == TORA != kind.part
-    if part not in config or (among_others and not kind.in_tora):
+    if part not in config or (among_others and not (kind.in_tora and kind.part in config[TORA])):
         raise UserError(f"{name}: holds {', '.join(config)}, but no {kind.part} to turn into a {kind.name} checkpoint")
     section, prefix = (config[TORA][kind.part], f"{kind.part}/") if among_others else (config[part], "")
     with contextlib.ExitStack() as stack:
@@ -112,10 +112,13 @@ def _check(name: str, got: Mapping[str, Shape], want: Mapping[str, Shape]) -> No
 
 
 def plan(kind: CheckpointType, ours: Ours) -> list[Move]:
-    """The moves back to the recorded checkpoint; without a record, to one as PyTorch's module would save it."""
+    """The moves back to the recorded checkpoint; what was not recorded gets the name of PyTorch's module."""
     shapes = {path: tensor.shape for path, tensor in ours.tensors.items()}
-    source = {key: tuple(shape) for key, shape in ours.record.get("keys", {}).items()} or _names(kind, ours, shapes)
-    return mapping.plan(kind.table, kind.untie(source), shapes)
+    recorded = kind.untie({key: tuple(shape) for key, shape in ours.record.get("keys", {}).items()})
+    moves, _ = mapping.match(kind.table, recorded, shapes)
+    rest = shapes.keys() - {move.target for move in moves} if recorded else shapes
+    named = _names(kind, ours, {path: shapes[path] for path in rest})
+    return mapping.plan(kind.table, recorded | kind.untie(named), shapes)
 
 
 def _names(kind: CheckpointType, ours: Ours, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -146,12 +149,61 @@ def _source_shape(rule: Rule, shape: Shape, fields: Fields) -> Shape:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def write(target: str, kind: CheckpointType, ours: Ours, cast: stream.Cast) -> dict[str, Any]:
-    """Streams the file, in the order and with the metadata of PyTorch's own tools.
+class File(NamedTuple):
+    """Tensors under PyTorch's names, unread.
+
+    Attributes:
+      specs: name -> dtype and shape, in the order of the file.
+      read: name -> tensor.
+    """
+
+    specs: dict[str, Spec]
+    read: Callable[[str], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize for spec in self.specs.values())
+
+    def write(self, path: Path) -> None:
+        """Streams it, with the metadata of PyTorch's own tools."""
+        parts = (functools.partial(self.read, key) for key in self.specs)
+        safetensors_io.write(path, self.specs, stream.ahead(parts), {"format": "pt"})
+
+    def under(self, prefix: str) -> File:
+        """The tensors whose names have a prefix, without it."""
+        names = {name.removeprefix(prefix): name for name in self.specs if name.startswith(prefix)}
+        return File({short: self.specs[name] for short, name in names.items()}, lambda short: self.read(names[short]))
+
+
+def write(target: str, kind: CheckpointType, ours: Ours, cast: stream.Cast, split: bool = False) -> dict[str, Any]:
+    """Writes a file, in the order and with the metadata of PyTorch's own tools.
+
+    Args:
+      split: write a folder with the files of `kind.split` instead.
 
     Returns:
       A report.
     """
+    whole = _file(kind, ours, cast)
+    files = {"": whole}
+    if split:
+        files = {name: whole.under(prefix) for name, prefix in kind.split(ours.fields).items()}
+    nbytes = sum(file.nbytes for file in files.values())
+    with writers.aside(target, nbytes) as path:
+        if split:
+            path.mkdir()
+        for name, file in files.items():
+            file.write(path / name)
+    return {
+        "source": ours.name,
+        "tensors": [name for file in files.values() for name in file.specs],
+        "constants": list(_constants(kind, ours)),
+        "left_out": list(ours.left),
+        "bytes": nbytes,
+    }
+
+
+def _file(kind: CheckpointType, ours: Ours, cast: stream.Cast) -> File:
     places = {
         key: (move, layer if move.stacked else None)
         for move in plan(kind, ours)
@@ -173,18 +225,7 @@ def write(target: str, kind: CheckpointType, ours: Ours, cast: stream.Cast) -> d
         array = cast.apply(ours.name, key, safetensors_io.read(ours.tensors[move.target], layer))
         return stream.backward(move.layout, array, specs[key].shape)
 
-    specs = {key: specs[key] for key in safetensors_io.file_order(specs)}
-    nbytes = sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in specs.values())
-    parts = (functools.partial(tensor, key) for key in specs)
-    with writers.aside(target, nbytes) as path:
-        safetensors_io.write(path, specs, stream.ahead(parts), {"format": "pt"})
-    return {
-        "source": ours.name,
-        "tensors": list(specs),
-        "constants": list(constants),
-        "left_out": list(ours.left),
-        "bytes": nbytes,
-    }
+    return File({key: specs[key] for key in safetensors_io.file_order(specs)}, tensor)
 
 
 def _constants(kind: CheckpointType, ours: Ours) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from convert_weights import mapping, safetensors_io, stream, variants
 from convert_weights.mapping import ConversionError, Move
 from convert_weights.sources import Source
-from convert_weights.typing import CheckpointType, Fields
+from convert_weights.typing import CheckpointType, Fields, Shapes
 
 MAX_BYTES_CARRIED = 1 << 16  # of a tensor that our model computes itself, kept for an export
 MAX_PROBLEMS_SHOWN = 30  # in one message; --dry_run shows all
@@ -73,7 +73,8 @@ class Part:
 
     def record(self) -> dict[str, Any]:
         """What an export needs: names and shapes of the source, and its tensors that our model does without."""
-        ignored = {key: np.ascontiguousarray(self.source.read(key)) for key in self.ignored if self._is_small(key)}
+        small = (key for key in self.ignored if not _fits(self.kind.dropped, key) and self._is_small(key))
+        ignored = {key: np.ascontiguousarray(self.source.read(key)) for key in small}
         return {
             "table": self.kind.name,
             "keys": {key: list(shape) for key, shape in self.source.shapes.items() if key not in self.ignored},
@@ -109,6 +110,11 @@ class Part:
         }
 
 
+def licences(parts: Iterable[Part]) -> list[str]:
+    """What the licences of published weights say, each once."""
+    return list(dict.fromkeys(part.kind.licence for part in parts if part.kind.licence))
+
+
 def plan_part(kind: CheckpointType, source: Source, variant: str | None, dtype: np.dtype | None) -> Part:
     """Plans a conversion from the headers alone.
 
@@ -119,6 +125,7 @@ def plan_part(kind: CheckpointType, source: Source, variant: str | None, dtype: 
     Raises:
       UserError: it is no such checkpoint, or of another variant.
     """
+    source = kind.view(source)
     name, fields = variants.infer(kind, source, variant)
     shapes, problems = dict(source.shapes), []
     tied = [key for key in kind.tied if key in shapes]
@@ -127,7 +134,20 @@ def plan_part(kind: CheckpointType, source: Source, variant: str | None, dtype: 
     except ConversionError as error:
         problems.append(f"! {error}")
         del shapes[kind.tied[1]]
-    moves, mismatches = mapping.match(kind.table, shapes, kind.shapes(fields), kind.ignored)
+    unused, target = (*kind.ignored, *kind.dropped), kind.shapes(fields)
+    if kind.added and _lacks_all(kind, shapes):
+        target = {path: shape for path, shape in target.items() if not re.fullmatch(kind.added, path)}
+    moves, mismatches = mapping.match(kind.table, shapes, target, unused)
     problems += mismatches + stream.dtype_problems(source, moves, dtype)
-    ignored = [key for key in shapes if any(re.fullmatch(p, key) for p in kind.ignored)]
+    ignored = [key for key in shapes if _fits(unused, key)]
     return Part(kind, source, name, fields, moves, problems, ignored, tied)
+
+
+def _lacks_all(kind: CheckpointType, shapes: Shapes) -> bool:
+    """Is this a plain base, without any of the parameters that `kind.added` tells?"""
+    rules = [mapping.pattern(rule.source) for rule in kind.table if re.fullmatch(kind.added, rule.target)]
+    return not any(rule.fullmatch(key) for rule in rules for key in shapes)
+
+
+def _fits(patterns: Sequence[str], key: str) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in patterns)

@@ -1,13 +1,9 @@
-"""Finds and opens checkpoints: a file, a folder with shards and their index, or a hub id in the local cache.
-
-Nothing here uses the network. Pickles are read only on request.
-"""
+"""Opens checkpoints: a file, a folder with shards and their index, or a hub id (see hub.py)."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import serialization, traverse_util
 
-from convert_weights import safetensors_io
+from convert_weights import folders, hub, pickles, safetensors_io
 from tora_jax.errors import UserError
 
-MSGPACK = (".flax", ".msgpack")  # trees that flax.serialization wrote
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch's zip archive, and the form before it
-# Hub folders may hold the same weights several times (fp16, EMA ...); these names are the plain ones.
-PLAIN_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
-TOKENIZERS = ("tokenizer.model", "spiece.model")
+MAX_DEPTH = 4  # of the folders that `listing` looks into
 
 
 class Source(NamedTuple):
@@ -59,23 +50,27 @@ def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "
     Raises:
       UserError: it is missing, broken, or not safe to read.
     """
-    path = _locate(name)
-    files, index = _of_folder(path) if path.is_dir() else ((path,), None)
+
+    def check(file: str | Path, pickle: bool) -> None:
+        if pickle and not allow_pickle:
+            pickles.refuse(file, allowing_command)
+
+    path = locate(name, lambda file: check(f"{name}: {file}", file.endswith(folders.PICKLES)))
+    files, index = folders.weights(path) if path.is_dir() else ((path,), None)
     config, tokenizer = {}, None
     if path.is_dir():
-        config = _json(path / "config.json") if (path / "config.json").is_file() else {}
-        places = (path / folder / name for folder in (".", "tokenizer") for name in TOKENIZERS)
+        config = folders.read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        places = (path / folder / name for folder in (".", "tokenizer") for name in folders.TOKENIZERS)
         tokenizer = next((place for place in places if place.is_file()), None)
-    if files[0].suffix in MSGPACK:
+    if files[0].suffix in folders.MSGPACK:
         merged = _merge(path, [_unpack(file) for file in files])
         return _source(name, files, merged, lambda key: merged[key], config, tokenizer)
-    if any(_is_pickle(file) for file in files):
-        if not allow_pickle:
-            raise UserError(
-                f"{next(f for f in files if _is_pickle(f))}: a pickle, which can run code when it is read; convert a "
-                f"safetensors file, or, if you trust this one: {allowing_command}"
-            )
-        tensors = [_unpickle(file) for file in files]
+    for file in files:
+        check(file, pickles.is_pickle(file))
+    if any(pickles.is_pickle(file) for file in files):
+        tensors, wrappers = zip(*(pickles.read(file) for file in files), strict=True)
+        if wrappers[0]:
+            print(f"convert_weights: note: {name}: the tensors under {wrappers[0]!r} are taken", file=sys.stderr)
         _check_index(index, {file.name: held for file, held in zip(files, tensors, strict=True)})
         merged = _merge(path, tensors)
         return _source(name, files, merged, lambda key: merged[key], config, tokenizer)
@@ -90,77 +85,94 @@ def _source(name, files, tensors, read, config, tokenizer) -> Source:
     return Source(name, tuple(files), shapes, {k: t.dtype for k, t in tensors.items()}, read, config, tokenizer)
 
 
+def locate(name: str, check: Callable[[str], None] = lambda file: None) -> Path:
+    """A path as it is, or that of a hub id; see `hub.locate`."""
+    path = Path(name)
+    return path if path.exists() else hub.locate(name, check)
+
+
+def listing(name: str) -> list[str]:
+    """Paths of the files in a folder or behind a hub id, relative to it, with "/"; of a file, none.
+
+    Raises:
+      UserError: see `hub.listing`.
+    """
+    path = Path(name)
+    if not path.exists():
+        return hub.listing(name)
+    found: list[str] = []
+    for folder, inner, files in os.walk(path):
+        at = Path(folder).relative_to(path)
+        if len(at.parts) == MAX_DEPTH:
+            inner.clear()
+        found += [(at / file).as_posix() for file in files]
+    return sorted(found)
+
+
 def beside(source: Source, name: str) -> Path | None:
     """A file in the folder of the weights, if it is there."""
     path = source.files[0].parent / name
     return path if path.is_file() else None
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Finding files
-# ----------------------------------------------------------------------------------------------------------
+def joined(sources: Mapping[str, Source]) -> Source:
+    """Several checkpoints as one; each has its prefix in front of its names. Config and tokenizer are the first's.
+
+    Raises:
+      UserError: a name stands in two of them.
+    """
+    first = next(iter(sources.values()))
+    places = _merge(
+        Path(first.name),
+        [{prefix + key: (source, key) for key in source.shapes} for prefix, source in sources.items()],
+    )
+
+    def read(name: str) -> np.ndarray:
+        source, key = places[name]
+        return source.read(key)
+
+    return first._replace(
+        name=" + ".join(source.name for source in sources.values()),
+        files=tuple(file for source in sources.values() for file in source.files),
+        shapes={name: source.shapes[key] for name, (source, key) in places.items()},
+        dtypes={name: source.dtypes[key] for name, (source, key) in places.items()},
+        read=read,
+    )
 
 
-def _locate(name: str) -> Path:
-    path = Path(name)
-    if path.exists():
-        return path
-    if not (match := re.fullmatch(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)", name)) or ".." in name:
-        raise UserError(f"{name}: no such file or folder, and no hub id such as hpcai-tech/OpenSora-STDiT-v3")
-    repository, inside = match.groups()
-    cache = _hub_cache() / f"models--{repository.replace('/', '--')}"
-    snapshots = cache / "snapshots"
-    main = cache / "refs" / "main"
-    found = sorted(snapshots.iterdir(), key=lambda p: p.stat().st_mtime) if snapshots.is_dir() else []
-    if main.is_file() and (snapshots / main.read_text().strip()).is_dir():
-        found = [snapshots / main.read_text().strip()]
-    if not found:
-        raise UserError(
-            f"{name}: no such file or folder, and not in the hub cache {_hub_cache()}; "
-            f"download it first, for instance with: hf download {repository}"
-        )
-    if not (found[-1] / inside.strip("/")).exists():
-        raise UserError(f"{name}: the cached copy of {repository} has no {inside.strip('/')}; download it whole")
-    return found[-1] / inside.strip("/")
+class Piece(NamedTuple):
+    """A tensor that is part of another one.
+
+    Attributes:
+      key: of the other tensor.
+      rows: the parts of it, along the first axis, that follow one another here.
+      parts: equal parts that it has.
+    """
+
+    key: str
+    rows: tuple[int, ...] = (0,)
+    parts: int = 1
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of this piece of a tensor of shape `whole`."""
+        return whole if self.parts == 1 else (whole[0] // self.parts * len(self.rows), *whole[1:])
+
+    def cut(self, whole: np.ndarray) -> np.ndarray:
+        """This piece of the tensor."""
+        if self.parts == 1:
+            return whole
+        cuts = whole.reshape(self.parts, -1, *whole.shape[1:])
+        return np.concatenate([cuts[row] for row in self.rows])
 
 
-def _hub_cache() -> Path:
-    """The hub client's folder, by the client's own environment variables."""
-    if "HF_HUB_CACHE" in os.environ:
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    return Path(os.environ.get("HF_HOME", cache)).expanduser() / "hub"
-
-
-def _of_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    """The weights in a folder and, where they are sharded, the index: tensor name -> file name."""
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    for endings in ((".safetensors",), PICKLES, MSGPACK):
-        indices = [p for p in files if p.name.endswith(tuple(e + ".index.json" for e in endings))]
-        weights = [p for p in files if p.suffix in endings]
-        plain = [p for p in weights if p.name in PLAIN_NAMES]
-        if len(indices) == 1 and not plain:
-            return _of_index(indices[0])
-        if len(weights) == 1 or len(plain) == 1:
-            return ((plain or weights)[0],), None
-        if weights or indices:
-            names = ", ".join(p.name for p in (*indices, *weights))
-            raise UserError(f"{folder}: which weights? it has no index, or several: {names}; name one file")
-    raise UserError(f"{folder}: no weights inside (.safetensors, or {', '.join(PICKLES)})")
-
-
-def _of_index(path: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
-    index = _json(path).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
-        raise UserError(f"{path}: broken index (no weight_map of names to files); get the file again")
-    names = sorted(set(index.values()))
-    if odd := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{path}: the index names {odd[0]!r}, which is not a file beside it")
-    if missing := [name for name in names if not (path.parent / name).is_file()]:
-        raise UserError(
-            f"{path}: shard missing: the index names {', '.join(missing)}, absent from {path.parent}; download it again"
-        )
-    return tuple(path.parent / name for name in names), index
+def cut(source: Source, pieces: Mapping[str, Piece], **config: Any) -> Source:
+    """A checkpoint under other names; `config`: what its form says, beside its config.json."""
+    return source._replace(
+        shapes={name: piece.shape(source.shapes[piece.key]) for name, piece in pieces.items()},
+        dtypes={name: source.dtypes[piece.key] for name, piece in pieces.items()},
+        read=lambda name: pieces[name].cut(source.read(pieces[name].key)),
+        config={**source.config, **config},
+    )
 
 
 def _check_index(index: dict[str, str] | None, held: dict[str, Mapping]) -> None:
@@ -185,33 +197,6 @@ def _merge(path: Path, parts: list[Mapping]) -> dict:
     return merged
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return parse_json(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not valid JSON (no UTF-8)") from None
-
-
-def parse_json(text: str, name: str) -> dict[str, Any]:
-    """Parses a JSON object; `name` is its source in messages.
-
-    Raises:
-      UserError: it is something else.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: should hold a JSON object")
-    return value
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Flax
-# ----------------------------------------------------------------------------------------------------------
-
-
 def _unpack(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a msgpack file; paths joined by "/", without "params" on top. Such a file cannot hold code."""
     try:
@@ -222,41 +207,3 @@ def _unpack(path: Path) -> dict[str, np.ndarray]:
     if odd := [key for key, leaf in flat.items() if not isinstance(leaf, np.ndarray)]:
         raise UserError(f"{path}: not a tree of arrays ({odd[0]})")
     return flat
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pickles
-# ----------------------------------------------------------------------------------------------------------
-
-
-def _is_pickle(path: Path) -> bool:
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # A safetensors header of 128 bytes starts with torch's old magic too; its ninth byte tells.
-    return start.startswith(PICKLE_MAGIC) and start[8:] != b"{"
-
-
-def _unpickle(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch  # only here, and only when pickles are allowed: the package does not need it
-    except ImportError:
-        raise UserError(f"{path}: reading a pickle needs PyTorch: pip install torch") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:  # torch raises whatever the damage happens to cause
-        # Not in torch's words: they recommend to load it unsafely.
-        unsafe = "weights_only" in str(error)
-        why = "it holds more than tensors, which may be code" if unsafe else str(error).split(". ")[0].splitlines()[0]
-        raise UserError(f"{path}: torch.load(weights_only=True) refuses it: {why}; get it as safetensors") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise UserError(f"{path}: not a state dict (a mapping of names to tensors)")
-    bits = torch.bfloat16, torch.int16
-    bfloat16 = safetensors_io.DTYPES["BF16"]
-    return {
-        key: t.view(bits[1]).numpy().view(bfloat16) if t.dtype == bits[0] else t.numpy() for key, t in state.items()
-    }
-
-
-def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == PICKLE_MAGIC[0]

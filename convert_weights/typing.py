@@ -40,7 +40,12 @@ class CheckpointType:
     Attributes:
       name: on the command line.
       part: of a release folder: the name of its file and of its section in config.json.
-      table, ignored: see mapping.py.
+      view: a checkpoint under the names that the table knows, where it has others. Raises UserError for a model that
+        has these names and works in another way.
+      table: see mapping.py.
+      ignored: patterns of tensors that our model computes itself; an export writes them again.
+      dropped: patterns of tensors of other models in the same file.
+      added: pattern of the parameters, as our paths, that a plain base of the model lacks: all of them, or none.
       infer: shapes -> the fields that they tell; see infer_fields.py.
       init: (key, fields) -> the model's parameters. Only their shapes are computed.
       released: variant -> fields.
@@ -53,13 +58,18 @@ class CheckpointType:
         they differ.
       check: looks at tensors that the shapes say nothing about: (source keys, read). Raises ConversionError.
       tokenizer: source -> the tokenizer that lies beside the weights, or None; unset: the model needs none.
+      licence: of the published weights, told when they are converted.
+      split: fields -> the files that hold parts of the checkpoint apart, and the prefix that their names lack.
       in_tora: in a whole release, the part `tora` holds it beside parameters of others.
     """
 
     name: str
     part: str
+    view: Callable[[Source], Source] = lambda source: source
     table: Sequence[Rule]
     ignored: Sequence[str] = ()
+    dropped: Sequence[str] = ()
+    added: str = ""
     infer: Callable[[Shapes], Fields]
     init: Callable[[jax.Array, Fields], Any]
     released: Mapping[str, Fields]
@@ -71,6 +81,8 @@ class CheckpointType:
     untie: Callable[[Mapping], dict] = dict
     check: Callable[[Sequence[str], Read], None] | None = None
     tokenizer: Callable[[Source], Path | None] | None = None
+    licence: str = ""
+    split: Callable[[Fields], Mapping[str, str]] | None = None
     in_tora: bool = False
 
     def shapes(self, fields: Fields) -> dict[str, Shape]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from convert_weights import mapping
-from convert_weights.sources import Source, parse_json
+from convert_weights.folders import parse_json
+from convert_weights.sources import Source
 from convert_weights.typing import CheckpointType, Fields, Notation
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples

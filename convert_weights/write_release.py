@@ -1,26 +1,23 @@
-"""Writes a release folder from one checkpoint, or from all checkpoints that Tora starts from."""
+"""Writes a release folder from one checkpoint, or from all checkpoints of a whole release."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tora_jax.configs import tora as tora_config
 
-from convert_weights import mapping, stream, writers
-from convert_weights.export import RECORD
+from convert_weights import mapping, plan, stream, writers
+from convert_weights.export import RECORD, TORA
 from convert_weights.plan import Part
+from convert_weights.releases import ReleaseType
 from convert_weights.stream import Leaf
 from tora_jax import sharding
-from tora_jax.backbones import opensora
-from tora_jax.errors import UserError
-from tora_jax.models.tora import Tora
 
 README = """# {title}
 
@@ -29,7 +26,7 @@ Made by `python -m convert_weights {command}` from:
 {sources}
 
 The weights keep the licences of the checkpoints they come from.
-{use}"""
+{licences}{use}"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,34 +61,32 @@ class ReleaseWriter:
         tokenizer = None if self.tokenizer is None else str(self.tokenizer)
         return {**part.report(), "new": [], "tokenizer": tokenizer, "bytes": nbytes}
 
-    def write_tora(self, parts: Mapping[str, Part]) -> dict[str, Any]:
-        """Writes a whole release: base weights converted, extractor and fusers fresh, motion VAE from the video VAE.
+    def write_whole(self, kind: ReleaseType, parts: Mapping[str, Part]) -> dict[str, Any]:
+        """Writes a whole release: checkpoints converted, and the denoiser's parameters that they lack new.
 
         Args:
-          parts: "stdit", "vae", "t5", and "motion_vae" unless it starts as the video VAE.
+          parts: as the release type names its checkpoints.
 
         Returns:
           A report.
         """
         for part in parts.values():
             part.check()
-        motion = parts.get("motion_vae", parts["vae"])
-        config = _config(parts, motion)
-        stdit = stream.leaves(parts["stdit"].source, parts["stdit"].moves, self.cast, prefix="stdit/")
-        fresh = _fresh(Tora(**config["tora"]), {leaf.path for leaf in stdit}, self.cast.dtype)
-        whole = {"tora": parts["stdit"], "vae": parts["vae"], "motion_vae": motion, "t5": parts["t5"]}
+        whole, config = kind.whole(parts), kind.make_config(parts)
         leaves = {
-            name: [*stdit, *fresh] if name == "tora" else stream.leaves(part.source, part.moves, self.cast)
+            name: stream.leaves(part.source, part.moves, self.cast, kind.prefix if name == TORA else "")
             for name, part in whole.items()
         }
+        fresh = _fresh(lambda key: kind.init(key, config), {leaf.path for leaf in leaves[TORA]}, self.cast.dtype)
+        leaves[TORA] += fresh
         record = {name: part.record() for name, part in whole.items()}
-        note = "\nTrajectory extractor and motion fusers are untrained.\n"
-        readme = _readme("tora", list(parts.values()), f"{note}\n    python sample.py --weights THIS_FOLDER\n")
+        note = "\nTrajectory extractor and motion fusers are untrained.\n" if fresh else ""
+        readme = _readme(kind.name, list(parts.values()), f"{note}\n    python sample.py --weights THIS_FOLDER\n")
         nbytes = self._write(config, record, leaves, readme)
         return {
             "parts": {name: part.report() for name, part in parts.items()},
-            "motion_vae": "converted" if "motion_vae" in parts else "started from the video VAE",
-            "new": [f"tora/{leaf.path}" for leaf in fresh],
+            **kind.notes(parts),
+            "new": [f"{TORA}/{leaf.path}" for leaf in fresh],
             "new_parameters": sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in fresh),
             "tokenizer": str(self.tokenizer),
             "bytes": nbytes,
@@ -119,32 +114,17 @@ class ReleaseWriter:
         return nbytes
 
 
-def _config(parts: Mapping[str, Part], motion: Part) -> dict[str, Any]:
-    """The config of configs/tora.py with the sizes of the checkpoints."""
-    config = tora_config.get_config().to_dict()
-    config["tora"]["stdit"] |= parts["stdit"].section()
-    config["vae"] = parts["vae"].section()
-    config["motion_vae"] = motion.section()
-    config["t5"] |= parts["t5"].section()
-    if config["t5"]["width"] != config["tora"]["stdit"]["caption_channels"]:
-        raise UserError(
-            f"{parts['t5'].source.name}: gives features of width {config['t5']['width']}, the denoiser wants "
-            f"{config['tora']['stdit']['caption_channels']}; take the text encoder that it was trained with"
-        )
-    return config
+def _fresh(init: Callable[[jax.Array], Any], have: Set[str], dtype: np.dtype | None) -> list[Leaf]:
+    """Initial values (seed 0) of the parameters that no checkpoint gives."""
 
-
-def _fresh(model: Tora, have: Set[str], dtype: np.dtype | None) -> list[Leaf]:
-    """Initial values (seed 0) of the parameters that no checkpoint gives: extractor and fusers."""
-    args, options = opensora.dummies({"tora": model})["tora"]
-
-    def init(key: jax.Array) -> dict[str, jax.Array]:
-        params = model.init(key, *args, **options)["params"]
+    def missing(key: jax.Array) -> dict[str, jax.Array]:
         # The compiler drops all that is not returned: the base weights are never made.
-        return {path: leaf for path, leaf in mapping.flatten(params).items() if path not in have}
+        return {path: leaf for path, leaf in mapping.flatten(init(key)).items() if path not in have}
 
+    if not jax.eval_shape(missing, jax.random.key(0)):
+        return []
     quick = {"xla_backend_optimization_level": 0}  # runs once: fast to compile beats fast to run
-    values = jax.jit(init, compiler_options=quick)(jax.random.key(0))
+    values = jax.jit(missing, compiler_options=quick)(jax.random.key(0))
 
     def leaf(path: str, value: jax.Array) -> Leaf:
         array = np.asarray(value).astype(dtype or np.float32)
@@ -155,4 +135,5 @@ def _fresh(model: Tora, have: Set[str], dtype: np.dtype | None) -> list[Leaf]:
 
 def _readme(command: str, parts: Sequence[Part], use: str = "") -> str:
     sources = "\n".join(f"- {part.kind.name}: {part.source.name}" for part in parts)
-    return README.format(title=f"{command}, for tora_jax", command=command, sources=sources, use=use)
+    licences = "".join(f"\n{text[0].upper()}{text[1:]}\n" for text in plan.licences(parts))
+    return README.format(title=f"{command}, for tora_jax", command=command, sources=sources, licences=licences, use=use)

@@ -3,9 +3,19 @@ from those of the authors' own file (3d-vae.pt, under "state_dict")."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from convert_weights.mapping import Layout, Rule, affine, norm
+import jax
+import jax.numpy as jnp
+
+from convert_weights import sources
+from convert_weights.infer_fields import count, known, size
+from convert_weights.mapping import Layout, Rule, affine, norm, pattern
+from convert_weights.sources import Piece, Source
+from convert_weights.tables import tora_cogvideox
+from convert_weights.typing import CheckpointType, Fields, Shapes
+from tora_jax.io.files import tuples
+from tora_jax.models.cogvideox_vae import CogVideoXVAE
 
 CONV2D, CONV3D = Layout.CONV2D, Layout.CONV3D
 LEVELS = 4
@@ -112,4 +122,61 @@ TABLE = _table(DIFFUSERS)
 SAT_TABLE = _table(SAT)
 
 # The authors' file holds the nets of its training's loss beside.
-IGNORED = (r"loss\..*",)
+DROPPED = (r"loss\..*",)
+
+
+def view(source: Source) -> Source:
+    """The authors' file under diffusers' names; their code encodes the whole clip at once, as the weights were trained.
+
+    A tensor that has no such name keeps its own.
+    """
+    if not any(key.startswith("encoder.down.") for key in source.shapes):
+        return source
+    rules = [(pattern(sat.source), ours.source) for sat, ours in zip(SAT_TABLE, TABLE, strict=True)]
+    pieces = {}
+    for key in source.shapes:
+        names = (name.format(**m.groupdict()) for regex, name in rules if (m := regex.fullmatch(key)))
+        pieces[next(names, key)] = Piece(key)
+    return sources.cut(source, pieces, encoder_chunk=0)
+
+
+def infer(shapes: Shapes) -> Fields:
+    block = r"(?:en|de)coder\.{}_blocks\.{}\.resnets\.[0-9]+\.conv[12]\.conv\.bias"
+    widths = [
+        size(shapes, f"{block.format('down', level)}|{block.format('up', LEVELS - 1 - level)}")
+        for level in range(LEVELS)
+    ]
+    latent = size(shapes, r"encoder\.conv_out\.conv\.(?:weight|bias)")
+    return known(
+        channels=None if None in widths else widths,
+        layers_per_block=count(shapes, r"encoder\.down_blocks\.[0-9]+\.resnets\.([0-9]+)\."),
+        latent_channels=latent // 2 if latent else None,
+    )
+
+
+def init(key: jax.Array, fields: Fields) -> Any:
+    model = CogVideoXVAE(**tuples(fields))
+    return model.init(key, jnp.zeros((1, 1, model.space_factor, model.space_factor, 3)))["params"]
+
+
+CHECKPOINT_TYPE = CheckpointType(
+    name="cogvideox_vae",
+    part="vae",
+    view=view,
+    table=TABLE,
+    dropped=DROPPED,
+    infer=infer,
+    init=init,
+    released={
+        "5B": {
+            "channels": (128, 256, 256, 512),
+            "layers_per_block": 3,
+            "norm_groups": 32,
+            "latent_channels": 16,
+            "scaling": 0.7,
+        }
+    },
+    needs=("norm_groups", "scaling"),
+    config_names={"norm_groups": "norm_num_groups", "scaling": "scaling_factor", "encoder_chunk": "encoder_chunk"},
+    licence=tora_cogvideox.LICENCE,
+)

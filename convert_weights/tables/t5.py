@@ -38,7 +38,7 @@ TABLE = [
 ]
 
 # A checkpoint of the whole T5 also holds the other half.
-IGNORED = (r"decoder\..*", r"lm_head\.weight")
+DROPPED = (r"decoder\..*", r"lm_head\.weight")
 
 
 def untie(source: Mapping) -> dict:
@@ -96,7 +96,7 @@ CHECKPOINT_TYPE = CheckpointType(
     name="t5",
     part="t5",
     table=TABLE,
-    ignored=IGNORED,
+    dropped=DROPPED,
     infer=infer,
     init=init,
     released={"XXL": model_sizes.t5_xxl()},

@@ -3,17 +3,28 @@
 One table, of the names in diffusers' form (diffusers-version/tora of alibaba/Tora at 9a23dce). The authors' own
 checkpoints, of SwissArmyTransformer (sat/), name and cut the same tensors differently: `from_sat` shows them under
 diffusers' names. Files that ComfyUI's users have hold the fusers and the extractor apart, without their prefixes:
-`from_split`.
+`SPLIT`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
+from convert_weights import sources
+from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import Layout, Rule, Shape, affine, norm, pattern
+from convert_weights.sources import Piece, Source
+from convert_weights.typing import CheckpointType, Fields, Shapes
+from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
+from tora_jax.models.cogvideox import SIZES, CogVideoX
+from tora_jax.models.cogvideox_tora import CogVideoXTora
+from tora_jax.models.stdit import Size
 
 CONV1D, CONV2D, LINEAR = Layout.CONV1D, Layout.CONV2D, Layout.LINEAR
 
@@ -81,8 +92,11 @@ COGVIDEOX = [
     *affine("proj_out", "final_layer/linear", LINEAR),
 ]
 
-# Split files: the prefix that they lack.
-SPLIT = {"fuser.safetensors": "fuser.", "traj_extractor.safetensors": "traj_extractor."}
+# Split files, as ComfyUI's users have them: the prefix that their names lack.
+SPLIT = {"fuser": "fuser.", "traj_extractor": "traj_extractor."}
+
+# What a plain CogVideoX lacks.
+ADDED = r"extractor/.*|cogvideox/blocks/motion_fuser/.*"
 
 TABLE = [
     *(rule.prefixed("", "cogvideox/") for rule in COGVIDEOX),
@@ -90,8 +104,10 @@ TABLE = [
     *(rule.prefixed("traj_extractor.", "extractor/") for rule in EXTRACTOR),
 ]
 
-IGNORED = (
-    r"traj_extractor\.body\.[0-9]+\.bn[12]\.num_batches_tracked",  # batch norm's step counter, for training alone
+IGNORED = (r"traj_extractor\.body\.[0-9]+\.bn[12]\.num_batches_tracked",)  # batch norm's counter, for training alone
+
+# Of the authors' own checkpoints.
+DROPPED = (
     r"mixins\.pos_embed\.freqs_(sin|cos)",  # rotary tables: constants, computed in models/cogvideox.py
     r"transformer\.position_embeddings\.weight",  # of SwissArmyTransformer's base class, which CogVideoX never reads
     r"first_stage_model\..*",  # the VAE, which has a file of its own
@@ -103,31 +119,6 @@ IGNORED = (
 # ----------------------------------------------------------------------------------------------------------
 
 SAT_PREFIX = "model.diffusion_model."
-
-
-class Piece(NamedTuple):
-    """A tensor that is part of another one.
-
-    Attributes:
-      key: of the other tensor.
-      rows: the parts of it, along the first axis, that follow one another here.
-      parts: equal parts that it has.
-    """
-
-    key: str
-    rows: tuple[int, ...] = (0,)
-    parts: int = 1
-
-    def shape(self, whole: Shape) -> Shape:
-        """The shape of this piece of a tensor of shape `whole`."""
-        return whole if self.parts == 1 else (whole[0] // self.parts * len(self.rows), *whole[1:])
-
-    def cut(self, whole: np.ndarray) -> np.ndarray:
-        """This piece of the tensor."""
-        if self.parts == 1:
-            return whole
-        cuts = whole.reshape(self.parts, -1, *whole.shape[1:])
-        return np.concatenate([cuts[row] for row in self.rows])
 
 
 _LAYER, _MIXIN = "transformer.layers.{i}", "mixins.adaln_layer"
@@ -201,16 +192,107 @@ def is_sat(keys: Mapping[str, Shape]) -> bool:
     return any(key.removeprefix(SAT_PREFIX).startswith("mixins.") for key in keys)
 
 
-def reader(pieces: Mapping[str, Piece], read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """`read` by the names of `pieces`."""
-    return lambda name: pieces[name].cut(read(pieces[name].key))
+SAT_EPS = 1e-6  # of the last norm in the authors' own code
 
 
-def from_split(file: str, keys: Mapping[str, Shape]) -> dict[str, Piece]:
-    """The tensors of a split file by diffusers' names.
+def view(source: Source) -> Source:
+    """A checkpoint under diffusers' names.
 
-    Args:
-      file: a name in `SPLIT`.
-      keys: key -> shape.
+    Raises:
+      UserError: for a CogVideoX whose tensors have these names and that works in another way.
     """
-    return {SPLIT[file] + key: Piece(key) for key in keys}
+    if is_sat(source.shapes):
+        source = sources.cut(source, from_sat(source.shapes), final_eps=SAT_EPS)
+    config = source.config
+    if all(isinstance(config.get(name), int) for name in ("sample_height", "sample_width", "patch_size")):
+        rows, columns = (config[name] // config["patch_size"] for name in ("sample_height", "sample_width"))
+        source = source._replace(config={**config, "base_grid": (rows, columns)})
+    runs = "the released Tora runs on CogVideoX-5b and CogVideoX-5b-I2V"
+    patches = source.shapes.get("patch_embed.proj.weight", ())
+    if len(patches) == 2 or any(key.startswith(("ofs_embed", "patch_embed.ofs")) for key in source.shapes):
+        raise UserError(f"{source.name}: CogVideoX 1.5, whose patches span frames; {runs}")
+    learned = "patch_embed.pos_embedding" in source.shapes
+    rotary = source.config.get("use_rotary_positional_embeddings", not learned or takes_images(source.shapes))
+    if not rotary:
+        raise UserError(f"{source.name}: CogVideoX-2b, whose positions are not rotary; {runs}")
+    return source
+
+
+def takes_images(shapes: Shapes) -> bool:
+    """Are these the weights of image to video, with more channels in than out?"""
+    patches, out = shapes.get("patch_embed.proj.weight", ()), shapes.get("proj_out.weight", ())
+    return len(patches) == 4 and len(out) == 2 and patches[1] * math.prod(patches[2:]) > out[0]
+
+
+def infer(shapes: Shapes) -> Fields:
+    block = r"transformer_blocks\.([0-9]+)\."
+    depth, width = count(shapes, block), size(shapes, block + r"(?:attn1\.to_out\.0|ff\.net\.2|norm[12]\.norm)\.bias")
+    head, patch = size(shapes, block + r"attn1\.norm_[qk]\.weight"), size(shapes, r"patch_embed\.proj\.weight", 2)
+    rows = size(shapes, r"proj_out\.(?:weight|bias)")
+    return {
+        "cogvideox": known(
+            variant=_variant(Size(depth, width, width // head, patch)) if depth and width and head and patch else None,
+            in_channels=size(shapes, r"patch_embed\.proj\.weight", 1),
+            out_channels=rows // patch**2 if rows and patch else None,
+            caption_channels=size(shapes, r"patch_embed\.text_proj\.weight", 1),
+            time_channels=size(shapes, r"time_embedding\.linear_[12]\.(?:weight|bias)"),
+            learned_positions=size(shapes, r"patch_embed\.pos_embedding", 1),
+        ),
+        **known(motion_features=size(shapes, r"traj_extractor\.(?:conv_in|body\.[0-9]+\.block[12])\.bias")),
+    }
+
+
+def _variant(sizes: Size) -> str:
+    return next((name for name, released in SIZES.items() if released == sizes), None) or "{}x{}x{}/{}".format(*sizes)
+
+
+def init(key: jax.Array, fields: Fields) -> Any:
+    fields = tuples(fields)
+    # The table of learned positions fits one size of videos, these inputs another.
+    model = CogVideoXTora(**{**fields, "cogvideox": {**fields["cogvideox"], "add_positions": False}})
+    inner = model.cogvideox
+    x, text = jnp.zeros((1, 1, model.patch, model.patch, model.in_channels)), jnp.zeros((1, 1, model.caption_channels))
+    given = jnp.zeros((*x.shape[:4], inner.get("in_channels", model.in_channels) - model.in_channels))
+    return model.init(key, x, jnp.zeros(1), text, x, given=given)["params"]
+
+
+def split(fields: Fields) -> dict[str, str]:
+    """The split files of a model: file -> the prefix that its names lack."""
+    inner = {"in_channels": CogVideoX.in_channels, "out_channels": CogVideoX.out_channels, **fields["cogvideox"]}
+    mark = "_I2V" if inner["in_channels"] > inner["out_channels"] else ""
+    return {f"{name}{mark}.safetensors": prefix for name, prefix in SPLIT.items()}
+
+
+def _released(**fields: Any) -> Fields:
+    sizes = {"variant": "5B", "out_channels": 16, "caption_channels": 4096, "caption_length": 226, "time_channels": 512}
+    return {"cogvideox": {**sizes, **fields}, "motion_features": 128}
+
+
+LICENCE = (
+    "the weights of CogVideoX-5B, and of Tora on it, are under the CogVideoX License: free for academic research; "
+    "commercial use needs a registration with its authors, up to a million visits a month; no sublicence, no military "
+    "use. Read it: https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE"
+)
+
+CHECKPOINT_TYPE = CheckpointType(
+    name="tora_cogvideox",
+    part="tora",
+    view=view,
+    table=TABLE,
+    ignored=IGNORED,
+    dropped=DROPPED,
+    added=ADDED,
+    infer=infer,
+    init=init,
+    released={
+        "t2v": _released(in_channels=16),
+        "i2v": _released(in_channels=32, learned_positions=226 + 13 * 30 * 45),
+    },
+    config_names={
+        "cogvideox.caption_length": "max_text_seq_length",
+        "cogvideox.base_grid": "base_grid",
+        "cogvideox.final_eps": "final_eps",
+    },
+    licence=LICENCE,
+    split=split,
+)

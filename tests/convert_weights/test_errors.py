@@ -42,14 +42,15 @@ def test_shards_and_tokenizer(shards, tmp_path):
 
 def test_hub_id(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
     argv = ["t5", "someone/t5", str(tmp_path / "ours")]
-    refused(capsys, argv, "someone/t5", "not in the hub cache", "hf download someone/t5")
+    refused(capsys, argv, "someone/t5", "not whole in the hub cache", "hf download someone/t5")
     model = tmp_path / "hub" / "models--someone--t5"
     snapshot = shard(model / "snapshots" / "abc" / "text_encoder", golden.load("t5_encoder").params).parent.parent
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(snapshot.name)
     assert main(["t5", "someone/t5/text_encoder", str(tmp_path / "ours")]) == 0
-    refused(capsys, ["t5", "someone/t5/nope", str(tmp_path / "no")], "cached copy", "nope")
+    refused(capsys, ["t5", "someone/t5/nope", str(tmp_path / "no")], "someone/t5/nope", "the hub gives no answer")
 
 
 def test_shard_missing(shards, tmp_path, capsys):

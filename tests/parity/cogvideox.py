@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert_weights import mapping
+from convert_weights.sources import Piece
 from convert_weights.tables import tora_cogvideox
 from tests.parity import golden
 from tora_jax.models.cogvideox_tora import CogVideoXTora
+
+UNUSED = (*tora_cogvideox.IGNORED, *tora_cogvideox.DROPPED)
 
 
 def weights(data: golden.Golden, prefix: str = "") -> dict[str, np.ndarray]:
@@ -79,15 +82,13 @@ def param_shapes(model: CogVideoXTora, motion: bool = True):
 
 def load_params(model: CogVideoXTora, state: dict) -> dict:
     """By the table, from either form's names; the model has fusers and extractor if the state has them."""
-    pieces = {key: tora_cogvideox.Piece(key) for key in state}
+    pieces = {key: Piece(key) for key in state}
     if tora_cogvideox.is_sat(state):
         pieces = tora_cogvideox.from_sat({key: value.shape for key, value in state.items()})
-    read = tora_cogvideox.reader(pieces, state.__getitem__)
+    read = lambda name: pieces[name].cut(state[pieces[name].key])  # noqa: E731
     motion = any(key.startswith("traj_extractor.") for key in pieces)
     target = param_shapes(model, motion)
-    return mapping.from_state_dict(
-        tora_cogvideox.TABLE, {name: read(name) for name in pieces}, target, tora_cogvideox.IGNORED
-    )
+    return mapping.from_state_dict(tora_cogvideox.TABLE, {name: read(name) for name in pieces}, target, UNUSED)
 
 
 def channels_last(x):

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from convert_weights import mapping
+from convert_weights.sources import Piece
 from convert_weights.tables import tora_cogvideox
-from convert_weights.tables.tora_cogvideox import IGNORED, SPLIT, TABLE, Piece, from_sat, from_split, is_sat, reader
+from convert_weights.tables.tora_cogvideox import TABLE, from_sat, is_sat
 from tests.parity import cogvideox, golden
+from tests.parity.cogvideox import UNUSED
 from tora_jax.models.cogvideox_tora import CogVideoXTora
 
 LISTS = ["tora_cogvideox_diffusers", "tora_cogvideox_i2v_diffusers", "tora_cogvideox_sat", "tora_cogvideox_i2v_sat"]
@@ -35,7 +37,7 @@ def test_real_key_list(name):
     assert {piece.key for piece in pieces.values()} == keys.keys()
     shapes = {ours: piece.shape(keys[piece.key]) for ours, piece in pieces.items()}
     target = target_of(released(name))
-    moves = mapping.plan(TABLE, shapes, target, IGNORED)
+    moves = mapping.plan(TABLE, shapes, target, UNUSED)
     assert {move.target for move in moves} == target.keys()
 
     used = {source for move in moves for source in move.sources}
@@ -63,32 +65,12 @@ def test_the_rest_of_a_whole_checkpoint_is_left_out():
     def match(keys: dict) -> list[str]:
         pieces = from_sat(keys)
         shapes = {ours: piece.shape(keys[piece.key]) for ours, piece in pieces.items()}
-        return mapping.match(TABLE, shapes, target, IGNORED)[1]
+        return mapping.match(TABLE, shapes, target, UNUSED)[1]
 
     assert match(whole) == []
     for key in ("model.diffusion_model.ofs_embed.0.weight", "time_embed.0.weight"):
         (problem,) = match(whole | {key: (512, 3072)})
         assert key.removeprefix(tora_cogvideox.SAT_PREFIX) in problem
-
-
-@pytest.mark.parametrize("name", LISTS[:2])
-def test_split_files(name):
-    """Fusers and extractor by names without their prefixes, on a plain base."""
-    keys = golden.checkpoint_keys(name)
-    parts: dict[str, Piece] = {}
-    for file, prefix in SPLIT.items():
-        split = {key.removeprefix(prefix): shape for key, shape in keys.items() if key.startswith(prefix)}
-        pieces = from_split(file, split)
-        assert pieces.keys() == {key for key in keys if key.startswith(prefix)}
-        assert {piece.key for piece in pieces.values()} == split.keys()
-        parts |= pieces
-    base = {key: shape for key, shape in keys.items() if key not in parts}
-    assert not any(key.startswith(("fuser.", "traj_extractor.")) for key in base)
-    model = released(name)
-    plain = {path: leaf.shape for path, leaf in mapping.flatten(cogvideox.param_shapes(model, motion=False)).items()}
-    moves = mapping.plan(TABLE, base, plain, IGNORED)
-    motion = {path for path in target_of(model) if path.startswith("extractor/") or "/motion_fuser/" in path}
-    assert {move.target for move in moves} == target_of(model).keys() - motion
 
 
 @pytest.mark.parametrize(
@@ -100,9 +82,9 @@ def test_round_trip(name):
     state = cogvideox.weights(data)
     shapes = {key: value.shape for key, value in state.items()}
     pieces = pieces_of(shapes)
-    read = reader(pieces, state.__getitem__)
+    read = lambda name: pieces[name].cut(state[pieces[name].key])  # noqa: E731
     model = cogvideox.tora_of(data.config, data["in/text"].shape[1])
-    moves = mapping.plan(TABLE, {ours: read(ours).shape for ours in pieces}, target_of(model), IGNORED)
+    moves = mapping.plan(TABLE, {ours: read(ours).shape for ours in pieces}, target_of(model), UNUSED)
     back = mapping.revert(moves, mapping.convert(moves, read))
     assert ("patch_embed.pos_embedding" in back) == ("i2v" in name)
     for ours, value in back.items():

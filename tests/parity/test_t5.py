@@ -34,7 +34,7 @@ def model(data):
 
 @pytest.fixture(scope="module")
 def params(data, model):
-    return mapping.from_state_dict(t5.TABLE, t5.untie(data.params), params_shape(model), t5.IGNORED)
+    return mapping.from_state_dict(t5.TABLE, t5.untie(data.params), params_shape(model), t5.DROPPED)
 
 
 def params_shape(model: T5Encoder):
@@ -114,6 +114,6 @@ def test_tied_names_must_hold_one_tensor(data):
 
 def test_the_decoder_of_a_whole_t5_is_left_out(data, model):
     whole = t5.untie(data.params) | {"lm_head.weight": np.ones(1), "decoder.block.0.x.weight": np.ones(1)}
-    mapping.from_state_dict(t5.TABLE, whole, params_shape(model), t5.IGNORED)
+    mapping.from_state_dict(t5.TABLE, whole, params_shape(model), t5.DROPPED)
     with pytest.raises(mapping.ConversionError, match=r"encoder\.extra"):
-        mapping.from_state_dict(t5.TABLE, whole | {"encoder.extra": np.ones(1)}, params_shape(model), t5.IGNORED)
+        mapping.from_state_dict(t5.TABLE, whole | {"encoder.extra": np.ones(1)}, params_shape(model), t5.DROPPED)

@@ -1,0 +1,80 @@
+"""Reads pickles of tensors through PyTorch's weights-only loader, and only where the user allows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from convert_weights import safetensors_io
+from tora_jax.errors import UserError
+
+MAGIC = (b"PK\x03\x04", b"\x80")  # torch's zip archive, and the form before it
+# Names under which training tools keep the state dict: PyTorch Lightning, DeepSpeed, other scripts.
+WRAPPERS = ("state_dict", "module", "model", "model_state_dict")
+
+
+def is_pickle(path: Path) -> bool:
+    """By its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # A safetensors header of 128 bytes starts with torch's old magic too; its ninth byte tells.
+    return start.startswith(MAGIC) and start[8:] != b"{"
+
+
+def refuse(path: str | Path, allowing_command: str) -> None:
+    """Refuses a pickle, and says how to allow it.
+
+    Raises:
+      UserError: always.
+    """
+    raise UserError(
+        f"{path}: a pickle, which can run code when it is read; convert a "
+        f"safetensors file, or, if you trust this one: {allowing_command}"
+    )
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The tensors of a state dict, mapped from the file where it is a zip archive, and the wrapper they stood in or "".
+
+    Raises:
+      UserError: there is no PyTorch, or its loader refuses the file, or it holds something else.
+    """
+    try:
+        import torch  # only here, and only when pickles are allowed: the package does not need it
+    except ImportError:
+        raise UserError(f"{path}: reading a pickle needs PyTorch: pip install torch") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # torch raises whatever the damage happens to cause
+        # Not in torch's words: they recommend to load it unsafely.
+        unsafe = "weights_only" in str(error)
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        more = f" ({found[1]})" if found else ""
+        why = f"it holds more than tensors{more}, which may be code" if unsafe else str(error).split(". ")[0]
+        why = why.splitlines()[0] if why else type(error).__name__
+        raise UserError(f"{path}: torch.load(weights_only=True) refuses it: {why}; get it as safetensors") from None
+    wrapper = ""
+    if isinstance(state, dict):
+        wrapper = next((name for name in WRAPPERS if isinstance(state.get(name), Mapping)), "")
+        state = state[wrapper] if wrapper else state
+    if not isinstance(state, Mapping) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        named = f"; it has the keys {', '.join(map(str, list(state)[:5]))} ..." if isinstance(state, Mapping) else ""
+        raise UserError(f"{path}: not a state dict (a mapping of names to tensors){named}")
+    # NumPy has no number format of torch's for these: their bits are taken.
+    bits = {torch.bfloat16: (torch.int16, "BF16"), torch.float8_e4m3fn: (torch.uint8, "F8_E4M3")}
+
+    def array(tensor) -> np.ndarray:
+        if tensor.dtype not in bits:
+            return tensor.numpy()
+        same, name = bits[tensor.dtype]
+        return tensor.view(same).numpy().view(safetensors_io.DTYPES[name])
+
+    return {key: array(tensor) for key, tensor in state.items()}, wrapper
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC[0]

@@ -1,0 +1,393 @@
+"""The released Tora on CogVideoX, from each form that people have, into one release folder and back."""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from safetensors.numpy import load_file, save_file
+
+from convert_weights.mapping import flatten
+from convert_weights.tables import cogvideox_vae
+from convert_weights.tables.tora_cogvideox import SAT_PREFIX, SPLIT
+from tests import hub_server
+from tests.converting import contents, main, refused, shard
+from tests.parity import cogvideox, golden
+from tora_jax.checkpoints import release
+
+PLAIN = {"format": "pt"}
+
+
+def denoiser(name: str = "cogvideox_transformer_motion") -> dict[str, np.ndarray]:
+    """A small denoiser's state, with room for the features of the small text encoder, without `add_counters`."""
+    weights = cogvideox.weights(golden.load(name))
+    state = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    key = next(key for key in state if key.endswith("text_proj.weight"))
+    width = golden.load("t5_encoder").config["d_model"]
+    return state | {key: np.random.default_rng(0).standard_normal((len(state[key]), width), np.float32)}
+
+
+def add_counters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What PyTorch's batch norm saves beside its statistics."""
+    names = {key.replace("running_mean", "num_batches_tracked") for key in state if key.endswith("running_mean")}
+    return state | {name: np.array(7, np.int64) for name in names}
+
+
+def write_pipeline(folder: Path, state: dict, name: str = "cogvideox_transformer_motion") -> Path:
+    """As diffusers saves a pipeline: a folder for each part, the large ones in shards."""
+    options = golden.load(name).config["transformer"]
+    shard(folder / "transformer", state)
+    options = {"patch_size": 2, "use_rotary_positional_embeddings": True, **options}
+    (folder / "transformer" / "config.json").write_text(json.dumps(options))
+    (folder / "vae").mkdir()
+    data = golden.load("cogvideox_vae")
+    save_file(cogvideox.weights(data), folder / "vae" / "diffusion_pytorch_model.safetensors", PLAIN)
+    (folder / "vae" / "config.json").write_text(json.dumps(data.config["vae"]))
+    write_text_encoder(folder / "text_encoder", folder / "tokenizer")
+    return folder
+
+
+def write_text_encoder(weights: Path, tokenizer: Path) -> None:
+    shard(weights, golden.load("t5_encoder").params)
+    tokenizer.mkdir(exist_ok=True)
+    shutil.copyfile(golden.GOLDEN_DIR / "tokenizer.model", tokenizer / "spiece.model")
+
+
+def write_sat(folder: Path, variant: str, state: dict) -> Path:
+    """As the authors keep theirs: pickles of DeepSpeed, the VAE with the nets of its loss, T5 with its tokenizer."""
+    torch = pytest.importorskip("torch")
+    place = folder / "tora" / variant / "mp_rank_00_model_states.pt"
+    place.parent.mkdir(parents=True)
+    tensors = {SAT_PREFIX + key: torch.from_numpy(value) for key, value in state.items()}
+    others = {"conditioner.embedders.0.x.weight": torch.zeros(2, 3), "first_stage_model.y.bias": torch.zeros(3)}
+    torch.save({"module": tensors | others, "global_steps": 3}, place)
+    if not (folder / "vae").is_dir():
+        (folder / "vae").mkdir()
+        vae = {
+            key: torch.from_numpy(value) for key, value in cogvideox.weights(golden.load("cogvideox_vae_sat")).items()
+        }
+        torch.save({"state_dict": vae | {"loss.logvar": torch.zeros(1)}}, folder / "vae" / "3d-vae.pt")
+        write_text_encoder(folder / "t5-v1_1-xxl", folder / "t5-v1_1-xxl")
+    return folder
+
+
+def convert(src: Path | str, dst: Path, *flags: str) -> dict:
+    assert main(["tora_cogvideox", str(src), str(dst), *flags]) == 0
+    return release.read_config(dst)
+
+
+def params(folder: Path, part: str) -> dict[str, np.ndarray]:
+    return load_file(folder / f"{part}.safetensors")
+
+
+def same(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        np.testing.assert_array_equal(got[key], value, strict=True)
+
+
+def model_of(name: str, width: int):
+    """The model of a golden file, with a text encoder of another width."""
+    data = golden.load(name)
+    model = cogvideox.tora_of(data.config, data["in/text"].shape[1])
+    return model.clone(cogvideox={**model.cogvideox, "caption_channels": width})
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """The T2V release in diffusers' form, its denoiser's state, and what it is converted to."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    state = add_counters(denoiser())
+    source = write_pipeline(folder / "source", state)
+    convert(source, folder / "ours")
+    return source, state, folder / "ours"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Diffusers' pipelines
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_pipeline(pipeline):
+    _, state, ours = pipeline
+    names = {"config.json", "source.json", "README.md", "tokenizer.model"}
+    assert contents(ours) == names | {f"{part}.safetensors" for part in ("tora", "vae", "t5")}
+    config = release.read_config(ours)
+    assert config["backbone"] == "cogvideox"
+    fields = config["tora"]["cogvideox"]
+    assert (fields["variant"], fields["in_channels"], fields["base_grid"]) == ("3x128x2/2", 16, (3, 4))
+    assert (
+        fields["caption_length"]
+        == golden.load("cogvideox_transformer_motion").config["transformer"]["max_text_seq_length"]
+    )
+    assert config["vae"]["channels"] == (32, 64, 64, 96)
+    assert config["sampling"]["num_frames"] == 49
+    model = model_of("cogvideox_transformer_motion", fields["caption_channels"])
+    same(params(ours, "tora"), flatten(cogvideox.load_params(model, state)))
+
+
+def test_pipeline_comes_back_to_the_byte(pipeline, tmp_path):
+    source, state, ours = pipeline
+    save_file(state, tmp_path / "want.safetensors", PLAIN)
+    for kind, want in (
+        ("tora_cogvideox", tmp_path / "want.safetensors"),
+        ("cogvideox_vae", source / "vae" / "diffusion_pytorch_model.safetensors"),
+    ):
+        back = tmp_path / f"{kind}.safetensors"
+        assert main([kind, str(ours), str(back), "--reverse"]) == 0
+        assert back.read_bytes() == want.read_bytes()
+    assert main(["t5", str(ours), str(tmp_path / "t5.safetensors"), "--reverse"]) == 0
+    same(load_file(tmp_path / "t5.safetensors"), golden.load("t5_encoder").params)
+
+
+def test_licence(pipeline, tmp_path, capsys):
+    """Told once, and kept with the weights."""
+    source, _, _ = pipeline
+    convert(source, tmp_path / "ours")
+    assert capsys.readouterr().err.count("CogVideoX License") == 1
+    assert "CogVideoX License" in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_parts_from_elsewhere(pipeline, tmp_path, capsys):
+    """The denoiser's own folder as SRC: VAE and text encoder are asked for."""
+    source, _, ours = pipeline
+    argv = ["tora_cogvideox", str(source / "transformer"), str(tmp_path / "ours")]
+    refused(capsys, argv, "holds no vae and no t5", "--vae SRC and --t5 SRC")
+    argv += ["--vae", str(source / "vae"), "--t5", str(source / "text_encoder")]
+    refused(capsys, argv, "--tokenizer FILE")
+    assert main([*argv, "--tokenizer", str(source / "tokenizer" / "spiece.model")]) == 0
+    assert params(tmp_path / "ours", "tora").keys() == params(ours, "tora").keys()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The authors' own files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_sat(tmp_path, capsys):
+    """I2V, which was never released in another form; back under diffusers' names."""
+    state = denoiser("cogvideox_transformer_sat_i2v")
+    source = write_sat(tmp_path / "source" / "ckpts", "i2v", state)
+    ours = tmp_path / "ours"
+    argv = ["tora_cogvideox", str(source), str(ours)]
+    refused(capsys, argv, "mp_rank_00_model_states.pt: a pickle", f"{source} {ours} --allow_pickle")
+    variant = json.dumps({"vae": {"norm_groups": 32, "scaling": 0.7}})
+    config = convert(source, ours, "--allow_pickle", "--variant", variant)
+    fields = config["tora"]["cogvideox"]
+    assert (fields["in_channels"], fields["learned_positions"]) == (32, 7 + 3 * 3 * 4)
+    assert fields["final_eps"] == 1e-6
+    assert config["vae"]["encoder_chunk"] == 0
+    model = model_of("cogvideox_transformer_sat_i2v", fields["caption_channels"])
+    same(params(ours, "tora"), flatten(cogvideox.load_params(model, state)))
+    want = cogvideox.weights(golden.load("cogvideox_vae_sat"))
+    assert main(["cogvideox_vae", str(ours), str(tmp_path / "vae"), "--reverse"]) == 0
+    back = load_file(tmp_path / "vae")
+    assert sorted(value.tobytes() for value in back.values()) == sorted(value.tobytes() for value in want.values())
+
+    assert main(["tora_cogvideox", str(ours), str(tmp_path / "back"), "--reverse"]) == 0
+    back = load_file(tmp_path / "back")
+    assert "patch_embed.pos_embedding" in back
+    assert not any("mixins" in key or "conditioner" in key or "first_stage" in key for key in back)
+    source = write_pipeline(tmp_path / "diffusers", back, "cogvideox_transformer_i2v")
+    convert(source, tmp_path / "again")
+    same(params(tmp_path / "again", "tora"), params(ours, "tora"))
+
+
+def test_sat_with_both_variants(tmp_path, capsys):
+    source = write_sat(tmp_path / "ckpts", "t2v", denoiser("cogvideox_transformer_sat"))
+    write_sat(source, "i2v", denoiser("cogvideox_transformer_sat_i2v"))
+    argv = ["tora_cogvideox", str(source), str(tmp_path / "ours"), "--allow_pickle"]
+    refused(capsys, argv, "holds 2 denoisers", "tora/i2v/mp_rank_00_model_states.pt", "--variant t2v or --variant i2v")
+    # The choice is understood; these weights are of another size than the released ones.
+    refused(capsys, [*argv, "--variant", "i2v"], "tora/i2v/mp_rank_00_model_states.pt: wrong variant", "5B")
+
+
+def test_pickle_with_more_than_tensors(tmp_path, capsys):
+    """What DeepSpeed may keep beside the weights: refused by name, never read in an unsafe way."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "source" / "mp_rank_00_model_states.pt"
+    path.parent.mkdir()
+    torch.save({"module": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1.0)}, path)
+    argv = ["tora_cogvideox", str(path.parent), str(tmp_path / "ours"), "--allow_pickle"]
+    refused(capsys, [*argv, "--vae", "x", "--t5", "y"], "weights_only=True", "argparse.Namespace", "may be code")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Split files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def write_split(folder: Path, state: dict, mark: str = "") -> Path:
+    """As ComfyUI's users have them: fusers and extractor apart, without their prefixes."""
+    for name, prefix in SPLIT.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        save_file(part, folder / name / f"{name}{mark}.safetensors", PLAIN)
+    return folder
+
+
+def plain(state: dict) -> dict:
+    return {key: value for key, value in state.items() if not key.startswith(tuple(SPLIT.values()))}
+
+
+@pytest.mark.parametrize("name", ["cogvideox_transformer_motion", "cogvideox_transformer_i2v"])
+def test_split_files(name, tmp_path):
+    """On a plain base they give what the whole checkpoint gives, and they come back as they were."""
+    state, other = add_counters(denoiser(name)), "i2v" in name
+    base = write_pipeline(tmp_path / "base", plain(state), name)
+    motion = write_split(tmp_path / "motion", state, "_I2V" if other else "")
+    write_split(motion, denoiser("cogvideox_transformer_motion"), "" if other else "_I2V")
+    config = convert(base, tmp_path / "ours", "--motion", str(motion))
+    assert config["tora"]["cogvideox"]["in_channels"] == (32 if other else 16)
+    model = model_of(name, config["tora"]["cogvideox"]["caption_channels"])
+    same(params(tmp_path / "ours", "tora"), flatten(cogvideox.load_params(model, state)))
+
+    assert main(["tora_cogvideox", str(tmp_path / "ours"), str(tmp_path / "back"), "--reverse", "--split"]) == 0
+    mark = "_I2V" if other else ""
+    assert contents(tmp_path / "back") == {f"{name}{mark}.safetensors" for name in SPLIT}
+    for name in SPLIT:
+        want = motion / name / f"{name}{mark}.safetensors"
+        assert (tmp_path / "back" / want.name).read_bytes() == want.read_bytes()
+
+
+def test_split_files_of_the_other_base(pipeline, tmp_path, capsys):
+    source, state, _ = pipeline
+    motion = write_split(tmp_path / "motion", state, "_I2V")
+    argv = ["tora_cogvideox", str(source), str(tmp_path / "ours"), "--motion", str(motion)]
+    refused(capsys, argv, "fuser/fuser_I2V.safetensors is made for an I2V base")
+    (motion / "traj_extractor" / "traj_extractor_I2V.safetensors").unlink()
+    shutil.move(motion / "fuser" / "fuser_I2V.safetensors", motion / "fuser.safetensors")
+    refused(capsys, argv, "wants one file traj_extractor*.safetensors", "there are none")
+    write_split(motion, state)
+    (motion / "fuser.safetensors").unlink()
+    refused(capsys, argv, "fuser.", "stands in two files")  # this base has them already
+
+
+def test_plain_base(tmp_path):
+    """Without split files, fusers and extractor are new and change nothing: what a training starts from."""
+    state = denoiser()
+    base = write_pipeline(tmp_path / "base", plain(state))
+    convert(base, tmp_path / "ours", "--report", str(tmp_path / "report.json"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    got = params(tmp_path / "ours", "tora")
+    new = {path.removeprefix("tora/") for path in report["new"]}
+    assert new == got.keys() - set(report["parts"]["tora"]["converted"])
+    assert all(path.startswith(("extractor/", "cogvideox/blocks/motion_fuser/")) for path in new)
+    assert not any(got[path].any() for path in new if "_temporal/" in path)
+    assert "untrained" in (tmp_path / "ours" / "README.md").read_text()
+    assert main(["tora_cogvideox", str(tmp_path / "ours"), str(tmp_path / "back"), "--reverse"]) == 0
+    back = load_file(tmp_path / "back")
+    assert back.keys() == state.keys()
+    same(plain(back), plain(state))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is refused
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_other_models(pipeline, tmp_path, capsys):
+    """Those of the same family have the same names, and would make noise."""
+    source, state, _ = pipeline
+    folder = shutil.copytree(source, tmp_path / "other")
+    argv = ["tora_cogvideox", str(folder), str(tmp_path / "ours")]
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(
+        json.dumps({**config, "use_rotary_positional_embeddings": False})
+    )
+    refused(capsys, argv, "CogVideoX-2b, whose positions are not rotary")
+    shutil.rmtree(folder / "transformer")
+    shard(folder / "transformer", state | {"patch_embed.proj.weight": np.zeros((128, 128), "f4")})
+    refused(capsys, argv, "CogVideoX 1.5, whose patches span frames")
+    (folder / "transformer").rename(folder / "unet")
+    refused(capsys, argv, "no denoiser inside", "transformer/", "mp_rank_00_model_states.pt")
+    refused(capsys, ["tora_cogvideox", str(tmp_path), "x", "--split"], "--split means nothing without --reverse")
+
+
+def test_keys_that_fit_nothing(pipeline, tmp_path, capsys):
+    source, state, _ = pipeline
+    folder = shutil.copytree(source, tmp_path / "odd")
+    shutil.rmtree(folder / "transformer")
+    changes = {"fuser.0.flow_gamma_spatial.bias": None, "traj_extractor.extra.weight": np.zeros(2, "f4")}
+    shard(folder / "transformer", {key: v for key, v in (state | changes).items() if v is not None})
+    words = "does not fit tora_cogvideox: 2 mismatches", "+ traj_extractor.extra.weight [2]", "wants layers 0 to 2"
+    refused(capsys, ["tora_cogvideox", str(folder), str(tmp_path / "ours")], *words, lines=3)
+
+
+def test_folders_of_the_other_backbone(pipeline, tmp_path, capsys):
+    """A release on CogVideoX holds no Open-Sora, whatever the parts are called."""
+    for kind in ("stdit3", "vae"):
+        assert main([kind, str(pipeline[2]), str(tmp_path / "back"), "--reverse"]) == 2
+        assert capsys.readouterr().err.startswith("convert_weights: error: ")
+
+
+def test_the_tables_of_the_vae_are_in_one_order():
+    pairs = zip(cogvideox_vae.SAT_TABLE, cogvideox_vae.TABLE, strict=True)
+    assert all((sat.target, sat.layout) == (ours.target, ours.layout) for sat, ours in pairs)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The hub
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(pipeline, tmp_path, monkeypatch):
+    """The pipeline behind a hub id, beside files that nobody needs."""
+    folder = shutil.copytree(pipeline[0], tmp_path / "served")
+    for name in ("README.md", "transformer/diffusion_pytorch_model.fp16.safetensors", "text_encoder/pytorch_model.bin"):
+        (folder / name).write_bytes(b"not needed")
+    with hub_server.serve("someone/tora", folder) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield server
+
+
+def test_hub(hub, pipeline, tmp_path):
+    """The files needed alone are fetched, and once."""
+    convert("someone/tora", tmp_path / "ours")
+    assert contents(tmp_path / "ours") == contents(pipeline[2])
+    for part in ("tora", "vae", "t5"):
+        name = f"{part}.safetensors"
+        assert (tmp_path / "ours" / name).read_bytes() == (pipeline[2] / name).read_bytes()
+    needed = {"tokenizer/spiece.model", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+    shards = ("model.safetensors.index.json", *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2)))
+    needed |= {f"{folder}/{name}" for folder in ("transformer", "text_encoder") for name in shards}
+    assert hub.fetched() == needed | {"transformer/config.json"}
+    hub.asked.clear()
+    convert("someone/tora", tmp_path / "again")
+    assert hub.fetched() == set()
+
+
+def test_hub_resumes(hub, tmp_path, capsys, monkeypatch):
+    """A file goes on where another run has left it, but for the last piece that was under way."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    file = "transformer/model-00002-of-00002.safetensors"
+    hub.cut = file
+    refused(capsys, ["tora_cogvideox", "someone/tora", str(tmp_path / "ours")], "what was fetched is kept")
+    hub.cut = None
+    hub.asked.clear()
+    convert("someone/tora", tmp_path / "ours")
+    (start,) = [asked for method, path, asked in hub.asked if (method, path) == ("GET", file)]
+    half = (hub.folder / file).stat().st_size // 2
+    assert half - (1 << 16) <= int(re.fullmatch(r"bytes=(\d+)-", start)[1]) <= half
+    assert "transformer/model-00001-of-00002.safetensors" not in hub.fetched()
+
+
+def test_hub_refuses_pickles_before_it_fetches_them(hub, tmp_path, capsys):
+    folder = hub.folder / "sat"
+    folder.mkdir()
+    (folder / "3d-vae.pt").write_bytes(b"PK\x03\x04")
+    argv = ["cogvideox_vae", "someone/tora/sat", str(tmp_path / "ours")]
+    refused(capsys, argv, "someone/tora/sat: 3d-vae.pt: a pickle", "--allow_pickle")
+    assert hub.fetched() == set()
+
+
+def test_hub_without_such_a_model(hub, tmp_path, capsys):
+    refused(capsys, ["t5", "someone/else", str(tmp_path / "ours")], "the hub has no someone/else")
+    refused(capsys, ["t5", "someone/tora/nope", str(tmp_path / "ours")], "someone/tora has no nope")
