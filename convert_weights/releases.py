@@ -30,7 +30,8 @@ class ReleaseType:
       prefix: of their paths in there.
       whole: checkpoints -> the parts of the folder.
       config: checkpoints -> the folder's config.
-      init: (key, config) -> the parameters of the part "tora": what no checkpoint gives of them is new.
+      init: (key, config) -> the parameters of the part "tora".
+      lacks: of checkpoints: do they lack some of these? They are new then.
       notes: checkpoints -> what the report says beside.
     """
 
@@ -41,6 +42,7 @@ class ReleaseType:
     whole: Callable[[Mapping[str, Part]], dict[str, Part]] = dict
     config: Callable[[Mapping[str, Part]], Config]
     init: Callable[[jax.Array, Config], Any]
+    lacks: Callable[[Mapping[str, Part]], bool] = lambda parts: True
     notes: Callable[[Mapping[str, Part]], Config] = lambda parts: {}
 
     def make_config(self, parts: Mapping[str, Part]) -> Config:
@@ -121,4 +123,5 @@ COGVIDEOX = ReleaseType(
     denoiser="tora",
     config=_cogvideox_config,
     init=lambda key, config: tora_cogvideox.init(key, config["tora"]),
+    lacks=lambda parts: len(parts["tora"].kind.shapes(parts["tora"].fields)) > len(parts["tora"].moves),
 )

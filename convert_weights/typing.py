@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ import numpy as np
 from convert_weights.mapping import Rule, Shape, flatten
 from convert_weights.sources import Source
 from tora_jax.errors import UserError
+from tora_jax.io.files import tuples
 
 Shapes = Mapping[str, Shape]
 Fields = dict[str, Any]
@@ -92,11 +95,16 @@ class CheckpointType:
           UserError: for a field that the model does not have.
         """
         try:
-            params = jax.eval_shape(lambda key: self.init(key, fields), jax.random.key(0))
+            return dict(_shapes(self.init, json.dumps(fields)))
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.name}: these sizes make no model: {str(error).splitlines()[0]}") from None
-        return {path: leaf.shape for path, leaf in flatten(params).items()}
 
     def section(self, fields: Fields) -> Fields:
         """The fields as config.json has them."""
         return fields if self.notation is None else self.notation.write(fields)
+
+
+@functools.cache  # tracing a model takes seconds
+def _shapes(init: Callable[[jax.Array, Fields], Any], fields: str) -> dict[str, Shape]:
+    params = jax.eval_shape(lambda key: init(key, tuples(json.loads(fields))), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten(params).items()}

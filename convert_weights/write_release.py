@@ -77,7 +77,9 @@ class ReleaseWriter:
             name: stream.leaves(part.source, part.moves, self.cast, kind.prefix if name == TORA else "")
             for name, part in whole.items()
         }
-        fresh = _fresh(lambda key: kind.init(key, config), {leaf.path for leaf in leaves[TORA]}, self.cast.dtype)
+        fresh = []
+        if kind.lacks(parts):
+            fresh = _fresh(lambda key: kind.init(key, config), {leaf.path for leaf in leaves[TORA]}, self.cast.dtype)
         leaves[TORA] += fresh
         record = {name: part.record() for name, part in whole.items()}
         note = "\nTrajectory extractor and motion fusers are untrained.\n" if fresh else ""
@@ -121,8 +123,6 @@ def _fresh(init: Callable[[jax.Array], Any], have: Set[str], dtype: np.dtype | N
         # The compiler drops all that is not returned: the base weights are never made.
         return {path: leaf for path, leaf in mapping.flatten(init(key)).items() if path not in have}
 
-    if not jax.eval_shape(missing, jax.random.key(0)):
-        return []
     quick = {"xla_backend_optimization_level": 0}  # runs once: fast to compile beats fast to run
     values = jax.jit(missing, compiler_options=quick)(jax.random.key(0))
 
