@@ -4,6 +4,8 @@ import base64
 import dataclasses
 import io
 import json
+import shutil
+import subprocess
 import threading
 import time
 import zlib
@@ -80,10 +82,11 @@ def test_without_a_path(studio):
 def test_pictures_and_their_names(studio, tmp_path):
     Image.new("RGB", (90, 60), "red").save(tmp_path / "photo.png")
     generate(studio, files={0: str(tmp_path / "photo.png"), -1: None})
-    address = studio.picture(str(tmp_path / "photo.png"), "48x32")
+    address, seen = studio.picture(str(tmp_path / "photo.png"), "48x32")
     kind, _, content = address.partition(",")
     assert kind == "data:image/webp;base64"
     assert Image.open(io.BytesIO(base64.b64decode(content))).size == (48, 32)
+    np.testing.assert_allclose(seen, (0, 0, 1, 1))  # of the same shape
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_uploads_that_are_refused(studio, quick, tmp_path, name):
     for read in (
         lambda: generate(studio, files={0: str(path)}),
         lambda: studio.picture(str(path), "48x32"),
-        lambda: studio.read_trajectories(str(path)),
+        lambda: studio.read_trajectories(str(path), "48x32", 5),
     ):
         with pytest.raises(UserError) as error:
             read()
@@ -183,7 +186,53 @@ def test_two_pictures_for_one_frame(studio, quick, tmp_path):
 def test_imported_paths(studio, tmp_path):
     path = tmp_path / "path.txt"
     path.write_text("0,0\n256,128\n")
-    assert studio.read_trajectories(str(path)) == [[[0, 0], [1, 0.5]]]
+    points, word = studio.read_trajectories(str(path), "48x32", 5)
+    assert points == [[[0, 0], [1, 0.5]]]
+    assert word == f"{path.name}: 1 path of 2 points on 256x256, 5 frames; from lines of text"
+
+
+def test_imported_paths_stay_on_the_photo(studio, tmp_path):
+    """A photo of which a third is cropped away above and below."""
+    Image.new("RGB", (60, 120)).save(tmp_path / "photo.png")
+    path = tmp_path / "path.json"
+    path.write_text(json.dumps([[30, 60], [45, 60]]))
+    photo = str(tmp_path / "photo.png")
+    _, (left, top, right, bottom) = studio.picture(photo, "48x32")
+    np.testing.assert_allclose([left, top, right, bottom], [0, 1 / 3, 1, 2 / 3], atol=0.01)
+    path.write_text(json.dumps([[30, 120 * top], [45, 60], [60, 120]]))
+    (points,), word = studio.read_trajectories(str(path), "48x32", 5, photo, trajectory_canvas="image")
+    np.testing.assert_allclose(points, [[0.5, 0], [0.75, 0.5], [1, 1]], atol=0.01)
+    assert word == (
+        "path.json: 1 path of 3 points on 60x120 of photo.png, 5 frames; from JSON; path.json: 1 of 3 points lie in "
+        "what the crop of photo.png from 60x120 to 48x32 takes away; the paths stay at the frame's edge there"
+    )
+
+
+def test_imported_files_with_two_readings_are_asked_about(studio, tmp_path):
+    path = tmp_path / "tracks.npy"
+    np.save(path, np.stack([np.linspace((10 * i, 20), (10 * i, 200), 9) for i in range(3)]))
+    with pytest.raises(UserError, match=r"^tracks\.npy: .*--trajectory_axes"):
+        studio.read_trajectories(str(path), "48x32", 5)
+    points, _ = studio.read_trajectories(
+        str(path), "48x32", 5, trajectory_axes="nt", trajectory_tracks="2", trajectory_canvas=""
+    )
+    assert np.shape(points) == (2, 9, 2)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="JavaScript")
+def test_strokes_follow_the_photo_into_another_size():
+    """The function of the canvas, on the windows that two sizes leave of a photo."""
+    script = (Path(app.__file__).parent / "canvas.js").read_text()
+    start = script.index("function follow")
+    function = script[start : script.index("\n}\n", start) + 3]
+    code = (
+        "let strokes = [{points: [[0.5, 0], [1, 1]], control: null}], spline = null;"
+        "let before = [JSON.stringify(strokes)];"
+        f"{function} follow([0, 0.25, 1, 0.75], [0.25, 0, 0.75, 1]);"
+        "console.log(JSON.stringify([strokes[0].points, JSON.parse(before[0])[0].points]));"
+    )
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[[0.5, 0.25], [1.5, 0.75]]] * 2
 
 
 def test_the_preview_is_the_flow_map(studio):

@@ -353,16 +353,21 @@ def test_listed(tmp_path):
         {"name": "a/b", "prompt": "x", "trajectories": [[0, 0], [256, 128]], "image": "first.png"},
         {"prompt": "y", "trajectories": "path.txt"},
         {"prompt": "z", "trajectories": [[[1, 1], [2, 1]], [[3, 3], [4, 4]]], "canvas": [4, 4]},
+        {"prompt": "on the image", "trajectories": [[16, 16], [40, 24]], "canvas": [64, 32], "image": "first.png"},
+        {"prompt": "of a tracker", "trajectories": "tracks.npy", "canvas": [64, 32], "trajectory_axes": "tn"},
     ]
+    np.save(tmp_path / "tracks.npy", np.array([[[0, 0], [32, 8]], [[32, 0], [32, 16]], [[64, 0], [32, 24]]]))
     (tmp_path / "list.json").write_text(json.dumps(items))
     found = tasks.open_benchmark({"kind": "list", "source": str(tmp_path / "list.json"), "split": "", "clips": 0})
-    assert found.names == ("a_b", "0001", "0002")
-    a, b, c = (found.task(i, 3, 32, 32, 24.0) for i in range(3))
+    assert found.names == ("a_b", "0001", "0002", "0003", "0004")
+    a, b, c, d, e = (found.task(i, 3, 32, 32, 24.0) for i in range(5))
     np.testing.assert_allclose(a.tracks, [[[0, 0], [0.5, 0.25], [1, 0.5]]])
     assert a.video.shape == (1, 32, 32, 3)
     assert b.video is None
     np.testing.assert_allclose(b.tracks[0, -1], [0.5, 0.5])
     assert c.tracks.shape == (2, 3, 2)
+    np.testing.assert_allclose(d.tracks[0, [0, -1]], [(0, 0.5), (0.75, 0.75)])
+    np.testing.assert_allclose(e.tracks, [[(0, 0), (0.5, 0), (1, 0)], [(0.5, 0.25), (0.5, 0.5), (0.5, 0.75)]])
     for text, message in (
         ("[{}]", "item 0 has no prompt, trajectories"),
         ("{", "cannot be read as JSON"),

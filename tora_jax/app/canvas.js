@@ -10,6 +10,7 @@ const presetMenu = element.querySelector("[data-preset]");
 const DOTS = 16, REST = 0.15, MOST_REST = 0.75, NEAR = 14; // dots along a path; share of a pause; pixels of a finger
 let strokes = [], chosen = -1, tool = "free", before = [], drag = null, spline = null;
 let background = null, aspect = [1, 1];
+let photo = "", seen = null; // the first frame, and what the crop leaves of it: left, top, right, bottom in 0..1
 
 // ---------------------------------------------------------------- geometry and time
 
@@ -343,11 +344,24 @@ function take(points) {
   add({ kind: "free", points: kept.map((i) => xy[i]), times: moving.map((t) => (t - moving[0]) / (span || 1)), pauses, speed: "drawn" });
 }
 
-// What the server sends: {add: trajectories}, {background: address or null}, {size: [width, height]}.
+// Another size crops the photo otherwise: what is drawn stays where it is on the photo.
+function follow(from, to) {
+  const along = (v, k) => (from[k] + v * (from[k + 2] - from[k]) - to[k]) / (to[k + 2] - to[k]);
+  const moved = (points) => points && points.map(([x, y]) => [along(x, 0), along(y, 1)]);
+  const all = (list) => list.map((s) => ({ ...s, points: moved(s.points), control: moved(s.control) }));
+  strokes = all(strokes);
+  before = before.map((text) => JSON.stringify(all(JSON.parse(text))));
+  if (spline) spline.control = moved(spline.control);
+}
+
+// What the server sends: {add: trajectories}, {background: address or null, of: the photo, seen: what the crop leaves
+// of it}, {size: [width, height]}.
 watch("value", () => {
   const told = props.value || {};
   if (told.size) aspect = told.size;
   if ("background" in told) {
+    if (seen && told.seen && told.of === photo) follow(seen, told.seen);
+    [photo, seen] = [told.of, told.seen];
     background = null;
     if (told.background) {
       const picture = new Image();

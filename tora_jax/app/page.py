@@ -13,6 +13,7 @@ import numpy as np
 
 from tora_jax.app.studio import LONGEST, MOST_STEPS, MOST_TEXT, CancelledError, Made, Studio
 from tora_jax.conditioning import trajectory
+from tora_jax.configs import sampling
 from tora_jax.errors import UserError
 
 HERE = Path(__file__).parent
@@ -42,6 +43,7 @@ class Drawing(NamedTuple):
     canvas: gr.HTML
     first: gr.File
     paths: gr.File
+    reading: Mapping[str, gr.components.Component]
     preview: gr.HTML
 
 
@@ -100,8 +102,19 @@ def _drawing(studio: Studio) -> Drawing:
         with gr.Row():
             first = gr.File(label="First frame", file_types=PICTURES, elem_id="first", **SMALL)
             paths = gr.File(label="Import paths", elem_id="import", **SMALL)
+        reading = _reading()
         preview = gr.HTML(_picture(""), elem_id="preview")
-    return Drawing(canvas, first, paths, preview)
+    return Drawing(canvas, first, paths, reading, preview)
+
+
+def _reading() -> dict[str, gr.components.Component]:
+    """How an imported file is to be read, by setting."""
+    with gr.Accordion("How to read a file of paths", open=False), gr.Row():
+        canvas = gr.Textbox(label="trajectory_canvas", placeholder="720x480, 1x1, image", min_width=130)
+        axes = gr.Textbox(label="trajectory_axes", placeholder="nt, tn, tnyx, up", min_width=130)
+        times = gr.Dropdown(["points", "frames"], value="points", label="trajectory_times", min_width=130)
+        tracks = gr.Textbox(label="trajectory_tracks", placeholder="0,3,7", min_width=130)
+    return dict(zip(sampling.READING, (canvas, axes, times, tracks), strict=True))
 
 
 def _form(studio: Studio) -> Form:
@@ -185,24 +198,32 @@ def _connect_drawing(page: gr.Blocks, studio: Studio, drawing: Drawing, form: Fo
 
     def background(path, name):
         with shown():
-            told = studio.picture(path, name) if path else None
-            return {"background": told, "size": list(reversed(studio.sizes[name]))}
+            told, seen = studio.picture(path, name) if path else (None, None)
+            picture = Path(path).parent.name if path else ""  # each upload has a folder of its own
+            return {"background": told, "seen": seen, "of": picture, "size": list(reversed(studio.sizes[name]))}
 
-    def imported(path):
+    def imported(path, picture, name, count, *said):
+        if path is None:
+            return gr.skip(), gr.skip(), gr.skip()
         with shown():
-            return {"add": studio.read_trajectories(path)}, None
+            asked = dict(zip(drawing.reading, said, strict=True))
+            points, word = studio.read_trajectories(path, name, count, picture, **asked)
+            return {"add": points}, None, word
 
     def previewed(drawn, name, count):
         with shown():
             return _picture(studio.preview(drawn, name, count))
 
-    canvas, first, paths, preview = drawing
+    canvas, first, paths, reading, preview = drawing
     sizes, frames = form.settings["size"], form.settings["num_frames"]
     # Through the queue, beside the device: Gradio shows no errors of what goes past it.
     quick = {"show_progress": "hidden", "api_name": False}
     first.change(background, [first, sizes], canvas, **quick)
     sizes.change(background, [first, sizes], canvas, **quick)
-    paths.upload(imported, paths, [canvas, paths], **quick)
+    # A file that was refused stays, until what settles it is said.
+    again = [field.change if isinstance(field, gr.Dropdown) else field.submit for field in reading.values()]
+    inputs = [paths, first, sizes, frames, *reading.values()]
+    gr.on([paths.upload, *again], imported, inputs, [canvas, paths, form.status], **quick)
     drawn = [canvas, sizes, frames]
     canvas.input(previewed, drawn, preview, trigger_mode="always_last", **quick)
     frames.release(previewed, drawn, preview, trigger_mode="always_last", **quick)

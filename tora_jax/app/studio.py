@@ -20,11 +20,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from tora_jax.backbones.assembly import Models
-from tora_jax.conditioning import images, motion_maps, trajectory
+from tora_jax.conditioning import images, motion_maps, trajectory, trajectory_hints, trajectory_pictures
 from tora_jax.configs import sampling
 from tora_jax.errors import UserError
 from tora_jax.evals import track_lk, traj_error
-from tora_jax.io.video import read_image, resize_crop
+from tora_jax.io.video import cover, read_image, resize_crop
 from tora_jax.sampling import request, writer
 from tora_jax.sampling.generate import Progress, video_size
 
@@ -142,10 +142,27 @@ class Studio:
             raise UserError(f"give at most {MOST_PATHS} paths")
         return trajectory.parse({"canvas": [1, 1], "trajectories": drawn}, name="the drawing")
 
-    def read_trajectories(self, path: str) -> list[list[list[float]]]:
-        """An uploaded file -> points in 0..1 for the canvas."""
-        with _named(path):
-            return [points.tolist() for points in trajectory.load(path)]
+    def read_trajectories(
+        self, path: str, size: str, num_frames: int, picture: str | None = None, **said: str | None
+    ) -> tuple[list[list[list[float]]], str]:
+        """An uploaded file -> points in 0..1 for the canvas, and a word on how it was read.
+
+        Args:
+          picture: the first frame; paths that were drawn on it stay on it.
+          said: settings of reading (`sampling.READING`).
+        """
+        shape = self._size(size)
+        with _named(path, *filter(None, [picture])):
+            hints = trajectory_hints.hints(
+                *(said.get(name) or None for name in sampling.READING), num_frames=self._frames(num_frames)
+            )
+            pictures = images.sizes([images.Condition(0, picture)], 1) if picture else {}
+            (reading,) = trajectory.readings([path], hints, pictures)
+            paths = reading.trajectories
+            paths, words = trajectory_pictures.place(paths, [reading.drawn] * len(paths), shape)
+        points = [np.column_stack([each[:, :2].clip(0, 1), each[:, 2:]]).tolist() for each in paths]
+        lines = [f"{path}: {reading.line}", *words]
+        return points, _by_name("; ".join(lines), path, picture or path)
 
     def preview(self, drawn: Any, size: str, num_frames: int) -> str:
         """The flow map of a drawing, small and moving: the address of a picture, with the picture in it."""
@@ -158,11 +175,18 @@ class Studio:
         maps = motion_maps.displacement_maps(tracks, round(height * scale), round(width * scale))
         return _address(motion_maps.flow_to_rgb(maps)[min(1, frames - 1) :], 1000 * length / self.defaults.fps / frames)
 
-    def picture(self, path: str, size: str) -> str:
-        """An uploaded picture as the model will see it, as an address."""
+    def picture(self, path: str, size: str) -> tuple[str, list[float]]:
+        """An uploaded picture as the model will see it, as an address; and what the crop leaves of it.
+
+        Returns:
+          the address, and left, top, right, bottom in 0..1 of the picture.
+        """
         with _named(path):
             picture = read_image(path)
-        return _address(resize_crop(picture, *self._size(size))[None])
+        high, wide = self._size(size)
+        height, width, top, left = cover(*picture.shape[:2], high, wide)
+        seen = [left / width, top / height, (left + wide) / width, (top + high) / height]
+        return _address(resize_crop(picture, high, wide)[None]), seen
 
     # ------------------------------------------------------------------------------------------------ generating
 
@@ -298,10 +322,14 @@ def _named(*paths: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        message = str(error)
-        for path in paths:
-            message = message.replace(str(path), Path(path).name)
-        raise UserError(message) from None
+        raise UserError(_by_name(str(error), *paths)) from None
+
+
+def _by_name(text: str, *paths: str) -> str:
+    """Names of files in place of where they lie."""
+    for path in paths:
+        text = text.replace(str(path), Path(path).name)
+    return text
 
 
 def _address(frames: UInt8[np.ndarray, "t h w 3"], milliseconds: float = 100.0) -> str:

@@ -5,7 +5,6 @@ A size is (height, width) in pixels. `Pictures` are the given ones by name, thos
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -76,11 +75,13 @@ def brought_along(points: Float[np.ndarray, "p _"], picture: Size, size: Size) -
     return moved
 
 
-def place(paths: Sequence[Float[np.ndarray, "_ _"]], drawn: Sequence[Drawn | None], size: Size) -> list:
+def place(
+    paths: Sequence[Float[np.ndarray, "_ _"]], drawn: Sequence[Drawn | None], size: Size
+) -> tuple[list[Float[np.ndarray, "_ _"]], list[str]]:
     """`brought_along` for those of the paths that were drawn on a picture.
 
-    Warns:
-      of points that the crop takes away.
+    Returns:
+      the paths, and what is to be said of points that the crop takes away.
 
     Raises:
       UserError: it takes away a whole path.
@@ -96,11 +97,12 @@ def place(paths: Sequence[Float[np.ndarray, "_ _"]], drawn: Sequence[Drawn | Non
         placed.append(moved)
         out, count = lost.get(on, (0, 0))
         lost[on] = out + int((~_inside(moved)).sum()), count + len(moved)
-    for on, (out, count) in lost.items():
-        if out:
-            what = f"{out} of {count} points lie in what {on.crop(size)} takes away"
-            warnings.warn(f"{on.source}: {what}; the paths stay at the frame's edge there", stacklevel=3)
-    return placed
+    return placed, [
+        f"{on.source}: {out} of {count} points lie in what {on.crop(size)} takes away; "
+        "the paths stay at the frame's edge there"
+        for on, (out, count) in lost.items()
+        if out
+    ]
 
 
 def _densely(points: Float[np.ndarray, "p _"]) -> Float[np.ndarray, "p2 2"]:

@@ -17,9 +17,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from tora_jax.conditioning import trajectory
+from tora_jax.conditioning.images import Condition
+from tora_jax.configs import sampling
 from tora_jax.data.sprites.clips import SIZES_OF_SPLITS, SPLITS, make_clip
 from tora_jax.errors import UserError
 from tora_jax.io.video import cover, read_image, resize_crop
+from tora_jax.sampling import request
 
 PICTURES = (".jpg", ".jpeg", ".png")
 MIN_MASK = 0.001  # of the frame: an object with a smaller mask at the start gives no trajectory
@@ -64,7 +67,7 @@ class Listed:
     """A JSON file: a list of {"prompt", "trajectories", and if wished "name", "canvas", "image"}.
 
     Trajectories are points as `trajectory.parse` takes them, or names of files; files and images are looked for beside
-    the list.
+    the list. An item may have the settings of reading (trajectory_axes ...), and paths drawn on its image follow it.
 
     Raises:
       UserError: the file is missing or has another form.
@@ -88,19 +91,26 @@ class Listed:
             raise UserError(f"{path}: two items have one name")
 
     def task(self, index: int, frames: int, height: int, width: int, fps: float) -> Task:
-        item = self.items[index]
+        item, name, image = self.items[index], self.names[index], None
+        given = {key: item[key] for key in sampling.READING if key in item}
         points = item["trajectories"]
-        files = [points] if isinstance(points, str) else points
-        if files and isinstance(files, list) and all(isinstance(name, str) for name in files):
-            paths = [path for name in files for path in trajectory.load(self.folder / name)]
+        if files := trajectory.names(points):
+            given["trajectories"] = [self.folder / file for file in files]
+            given |= {"trajectory_canvas": item["canvas"]} if "canvas" in item else {}
         else:
-            if not isinstance(points, dict):  # that has its own canvas
-                points = {"canvas": item.get("canvas", trajectory.CANVAS), "trajectories": points}
-            paths = trajectory.parse(points, name=self.names[index])
-        image = None
+            canvas = "canvas" in item and not isinstance(points, dict)  # a dict has its own
+            given["trajectories"] = {"canvas": item["canvas"], "trajectories": points} if canvas else points
         if "image" in item:
             image = resize_crop(read_image(self.folder / item["image"]), height, width)[None]
-        return Task(self.names[index], item["prompt"], trajectory.tracks(paths, frames), image)
+            given["conditions"] = [Condition(0, self.folder / item["image"])]
+        size = {"height": height, "width": width, "num_frames": frames}
+        try:
+            tracks = request.make(size, given).placed((height, width)).tracks
+        except UserError as error:
+            raise UserError(str(error) if files else f"{name}: {str(error).removeprefix('trajectory: ')}") from None
+        if tracks is None:
+            raise UserError(f"{name}: holds no points; write at least 2")
+        return Task(name, item["prompt"], tracks, image)
 
 
 class VideoSegmentationBenchmark:

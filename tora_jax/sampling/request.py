@@ -6,6 +6,7 @@ The command line, batches, the web page and `tora_jax.generate` all use this mod
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,17 @@ class Request:
     def placed(self, size: tuple[int, int]) -> Request:
         """The request with its trajectories in the video's frame, of `size` (height, width).
 
-        Warns, raises: see `trajectory_pictures.place`.
+        Warns:
+          of points that the crop of a picture takes away.
+
+        Raises:
+          UserError: it takes away a whole path.
         """
         if not any(self.drawn):
             return self
-        placed = trajectory_pictures.place(self.trajectories, self.drawn, size)
+        placed, words = trajectory_pictures.place(self.trajectories, self.drawn, size)
+        for each in words:
+            warnings.warn(each, stacklevel=2)
         return dataclasses.replace(self, trajectories=placed, drawn=())
 
     def read(self) -> dict[int, images.Given]:
