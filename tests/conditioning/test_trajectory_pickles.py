@@ -2,9 +2,7 @@
 
 import collections
 import contextlib
-import io
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from tests.trajectory_forms import box, cvat_text, element, save, torch_save
 from tora_jax.conditioning import trajectory, trajectory_pickles
 from tora_jax.conditioning.trajectory_hints import hints
 from tora_jax.errors import UserError
@@ -105,26 +104,6 @@ def test_objects_in_npy_and_npz(tmp_path, form):
             np.testing.assert_allclose(found[1][:, :2], PATHS[1, :5], atol=1e-6)
 
 
-def torch_file(path, data):
-    """What torch.save writes of plain Python, without PyTorch."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/data.pkl", pickle.dumps(data, 2))
-        archive.writestr("x/byteorder", b"little")
-
-
-def test_ati(tmp_path):
-    tracks = np.zeros((3, 121, 1, 3), np.float32)
-    tracks[:, :, 0, 2] = 1
-    tracks[:, :, 0, :2] = np.linspace((80, 100), (640, 300), 121)
-    tracks[1, 60:] = 0
-    inside = io.BytesIO()
-    np.savez(inside, array=8 * tracks)
-    torch_file(tmp_path / "ati.pth", inside.getvalue())
-    found = load(tmp_path / "ati.pth", canvas="832x480")
-    assert [len(each) for each in found] == [121, 60, 121]
-    np.testing.assert_allclose(found[0][[0, -1]], [(80 / 832, 100 / 480), (640 / 832, 300 / 480)], atol=1e-6)
-
-
 def test_tensors(tmp_path):
     torch = pytest.importorskip("torch")
     tracks = torch.tensor(PATHS.swapaxes(0, 1)[None] * 256, dtype=torch.float32)
@@ -176,8 +155,7 @@ def test_nothing_else_is_opened(tmp_path, trap):
     holder = np.empty(1, object)
     holder[0] = TRAPS[trap]
     np.save(objects, holder, allow_pickle=True)
-    saved = tmp_path / "c.pth"
-    torch_file(saved, TRAPS[trap])
+    saved = save(tmp_path / "c.pth", torch_save(TRAPS[trap]))
     for path in (plain, objects, saved):
         assert "numpy.savez" in refused(path)
 
@@ -202,21 +180,8 @@ def test_tensors_stay_within_their_storage(size, stride):
 # ---------------------------------------------------------------- CVAT
 
 
-def shape(kind, frame, outside=0, **more):
-    words = {"frame": frame, "keyframe": 1, "outside": outside, "occluded": 0, **more}
-    return f"<{kind} " + " ".join(f'{key}="{value}"' for key, value in words.items()) + "></" + kind + ">"
-
-
 def cvat(*tracks, size=(640, 480), last=8):
-    found = "".join(f'<track id="{i}" label="a">{"".join(each)}</track>' for i, each in enumerate(tracks))
-    original = f"<original_size><width>{size[0]}</width><height>{size[1]}</height></original_size>"
-    task = f"<start_frame>0</start_frame><stop_frame>{last}</stop_frame>{original}"
-    meta = f"<meta><task>{task}</task></meta>"
-    return f'<?xml version="1.0" encoding="utf-8"?>\n<annotations><version>1.1</version>{meta}{found}</annotations>'
-
-
-def box(frame, x, y, **more):
-    return shape("box", frame, xtl=x - 20, ytl=y - 30, xbr=x + 20, ybr=y + 30, **more)
+    return cvat_text(tracks, size, last)
 
 
 def write(folder, text):
@@ -230,7 +195,7 @@ def test_cvat(tmp_path, size):
     pixels = PATHS * size
     boxes = [box(i, *xy, rotation=30) for i, xy in enumerate(pixels[0])]
     gone = [box(i, *xy) for i, xy in enumerate(pixels[1, :5])] + [box(5, *pixels[1, 4], outside=1)]
-    dots = [shape("points", i, points=f"{x},{y};{x},{y + 1}") for i, (x, y) in enumerate(pixels[2])]
+    dots = [element("points", i, points=f"{x},{y};{x},{y + 1}") for i, (x, y) in enumerate(pixels[2])]
     reading = trajectory.readings(str(write(tmp_path, cvat(boxes, gone, dots, size=size))))[0]
     check(reading.trajectories[:3])
     np.testing.assert_allclose(reading.trajectories[3], PATHS[2] + [0, 1 / size[1]], atol=1e-6)
@@ -245,8 +210,8 @@ def test_cvat_keeps_the_time_of_the_clip(tmp_path):
 
 
 def test_other_shapes_of_cvat(tmp_path):
-    polygon = [shape("polygon", i, points="1,2;3,4;5,6") for i in range(3)]
-    ellipse = [shape("ellipse", i, cx=64 * (i + 1), cy=48, rx=3, ry=4) for i in range(9)]
+    polygon = [element("polygon", i, points="1,2;3,4;5,6") for i in range(3)]
+    ellipse = [element("ellipse", i, cx=64 * (i + 1), cy=48, rx=3, ry=4) for i in range(9)]
     reading = trajectory.readings(str(write(tmp_path, cvat(polygon, ellipse))))[0]
     np.testing.assert_allclose(reading.trajectories[0][:2], [(0.1, 0.1), (0.2, 0.1)])
     assert "1 track of other shapes left out" in reading.line
@@ -255,11 +220,11 @@ def test_other_shapes_of_cvat(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (cvat([shape("polygon", 0, points="1,2;3,4")]), "without a centre"),
+        (cvat([element("polygon", 0, points="1,2;3,4")]), "without a centre"),
         (cvat([box(0, 9, 9), box(0, 19, 9)]), "two shapes in one frame"),
         (cvat([box("one", 9, 9)]), "a number that is none"),
         (cvat([box(0, 9, 9)], size=(0, 480)), "a number that is none"),
-        (cvat([shape("points", 0, points="1,2"), shape("points", 1, points="1,2;3,4")]), "number of points"),
+        (cvat([element("points", 0, points="1,2"), element("points", 1, points="1,2;3,4")]), "number of points"),
         (cvat(), "no tracks"),
         ("<annotations><image id='0'><box/></image></annotations>", "CVAT for images"),
         ("<annotations>", "broken XML"),

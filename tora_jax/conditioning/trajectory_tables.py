@@ -153,7 +153,7 @@ def _table(rows: Rows, comma: str | None, hints: Hints, name: str) -> Drawing:
 
 
 def _tracks(columns: dict[str, np.ndarray], name: str) -> list[Marks]:
-    """Rows by name -> a path for each id, in the order in which they appear; boxes become their centres."""
+    """Rows by name -> a path for each id, in their order; boxes become their centres."""
     if "left" in columns:
         left, top = columns.pop("left"), columns.pop("top")
         right, bottom = columns.pop("right", None), columns.pop("bottom", None)
@@ -166,7 +166,7 @@ def _tracks(columns: dict[str, np.ndarray], name: str) -> list[Marks]:
     if "visible" in columns:
         columns["visible"] = columns["visible"] > 0
     paths = []
-    for each in dict.fromkeys(ids.tolist()):
+    for each in sorted(set(ids.tolist())):
         chosen = {key: column[ids == each] for key, column in columns.items()}
         if "frame" in chosen:
             order = np.argsort(chosen["frame"], kind="stable")
