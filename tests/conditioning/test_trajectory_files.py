@@ -258,6 +258,7 @@ REFUSED = {
     "no places": ({"video": np.zeros(3)}, "has the arrays video"),
     "space": ({"tracks_XYZ": np.zeros((4, 2, 3)), "visibility": np.ones((4, 2), bool)}, "in space"),
     "box, then centres": (json.dumps([[[40, 20], [80, 60], [60, 40], [70, 45], [90, 60]]]), "SG-I2V"),
+    "box beside centres": (json.dumps([[[40, 20], [80, 60]], [[60, 40], [70, 45], [90, 60]]]), "SG-I2V"),
     "RealEstate10K": ("https://example.org/clip\n" + lines([[0] * 19], " "), "camera"),
     "camera without the address": (lines([[0.5] * 19] * 3, " "), "camera"),
     "camera in JSON": (json.dumps([[0.5] * 12] * 16), "camera"),

@@ -136,6 +136,11 @@ def test_which_picture(files):
         tracks(files / "plain.json", [], trajectory_canvas="image")
 
 
+def test_points_off_the_canvas_name_the_picture(files):
+    with pytest.raises(UserError, match=r"off the 256x256 canvas; .* or image for the pixels of .*photo\.png"):
+        tracks(files / "large.json", [f"0={files / 'photo.png'}"])
+
+
 def test_a_missing_picture_is_named_before_anything_is_made(files):
     with pytest.raises(UserError, match=r"absent\.png: no such image"):
         tracks(files / "path.json", ["0=absent.png"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from types import MappingProxyType
@@ -151,7 +152,8 @@ def finish(
         raise UserError(f"{name}: has over {MAX_POINTS} points; {THIN_OUT}, or choose with --trajectory_tracks")
     found, hidden = _visible(paths, drawing.span, hints, name)
     size = np.asarray(canvas, np.float64)
-    _check_places(np.concatenate([each[:, :2] for each in found]), size, bool(said), hints.clip, drawing.form, name)
+    xy = np.concatenate([each[:, :2] for each in found])
+    _check_places(xy, size, bool(said), hints.clip, drawing.form, name, next(iter(pictures), ""))
     _check_corners(found, size, hints, name)
     for each in found:
         if hints.up:
@@ -233,14 +235,15 @@ def _timed(path: Marks, seen: np.ndarray, span: tuple | None, hints: Hints, name
     return points[: max(len(inside), 2)]
 
 
-def _check_places(xy: np.ndarray, size: np.ndarray, said: bool, clip: bool, form: str, name: str) -> None:
+def _check_places(xy: np.ndarray, size: np.ndarray, said: bool, clip: bool, form: str, name: str, picture: str) -> None:
     on = f"{size[0]:g}x{size[1]:g} canvas"
     normalized = ", or give KJNodes' coord_str in place of its normalized_str" if form == "JSON" else ""
     off = int(((xy < 0) | (xy > size)).any(-1).sum())
     if off and not clip:
         small = normalized if np.abs(xy).max() <= 3 else ""
         clipped = f", or move points to the edge with {size[0]:g}x{size[1]:g}:clip there"
-        raise UserError(f"{name}: {off} of {len(xy)} points lie off the {on}; {SAY_CANVAS}{clipped}{small}")
+        image = f", or image for the pixels of {picture}" if picture else ""
+        raise UserError(f"{name}: {off} of {len(xy)} points lie off the {on}; {SAY_CANVAS}{image}{clipped}{small}")
     if off:
         warnings.warn(f"{name}: {off} of {len(xy)} points lie off the {on}; they were moved to its edge", stacklevel=4)
     elif size.min() > 1 and xy.max() <= 1 and (xy % 1).any():
@@ -251,13 +254,15 @@ def _check_places(xy: np.ndarray, size: np.ndarray, said: bool, clip: bool, form
 
 
 def _check_corners(paths: list[np.ndarray], size: np.ndarray, hints: Hints, name: str) -> None:
-    """SG-I2V begins a path with the corners of a box, and goes on from its centre."""
+    """SG-I2V begins with two corners of a box, and goes on from its centre, in the same path or in the next."""
     unit = size.max() / 256
 
-    def is_box(xy: np.ndarray) -> bool:
-        first, second, centre = xy[:3]
-        return bool((second - first >= 4 * unit).all() and (np.abs((first + second) / 2 - centre) <= unit / 2).all())
+    def is_box(corners: np.ndarray, centre: np.ndarray) -> bool:
+        (left_top, right_bottom), off = corners[:, :2], corners[:, :2].mean(0) - centre[:2]
+        return bool((right_bottom - left_top >= 4 * unit).all() and (np.abs(off) <= unit / 2).all())
 
-    if not hints.values and all(len(each) > 3 and each.shape[1] == 2 and is_box(each) for each in paths):
+    inside = all(len(each) > 3 and each.shape[1] == 2 and is_box(each[:2], each[2]) for each in paths)
+    beside = any(len(box) == 2 and is_box(box, path[0]) for box, path in itertools.pairwise(paths))
+    if not hints.values and (inside or beside):
         what = "begins with two corners of a box and then its centre, as SG-I2V's files do"
         raise UserError(f"{name}: {what}; leave the corners out (if they are points: --trajectory_axes=xy)")
