@@ -63,7 +63,14 @@ class Settings:
     steps: int = setting(30, "Steps of the sampler.")
     guidance: float = setting(7.0, "Weight of the prompt; 1 = none.")
     trajectory_guidance: float = setting(1.0, "Extra weight of the trajectory; 1 = none.")
-    solver: str = setting("euler", "euler, or ab2: second order, for fewer steps.")
+    # None for the same reason as above. They are of CogVideoX's weights alone.
+    trajectory_strength: float | None = setting(None, "Of the fusers; 0 = none, 1 = as they were trained.")
+    trajectory_from: float | None = setting(None, "Part of the steps, 0 to 1, before which they are off.")
+    trajectory_to: float | None = setting(None, "Part of the steps after which they are off.")
+    solver: str = setting(
+        "euler",
+        "euler, or ab2 (second order, for fewer steps); CogVideoX: dpm2m_sde, or ddim (without noise at each step).",
+    )
     guidance_from: float = setting(0.0, "Part of the steps, 0 to 1, before which there is no guidance.")
     guidance_to: float = setting(1.0, "Part of the steps after which there is none.")
     guidance_every: int = setting(1, "Steps for which what guidance adds is kept.")
@@ -115,6 +122,13 @@ class Settings:
         for name in ("guidance", "trajectory_guidance"):
             if not abs(value := getattr(self, name)) <= 1e4:  # NaN too
                 raise UserError(f"{name} is {value}; give a number up to 10000 (1 = off)")
+        if self.trajectory_strength is not None and not abs(self.trajectory_strength) <= 10:
+            raise UserError(f"trajectory_strength is {self.trajectory_strength}; give a number up to 10 (1 = usual)")
+        span = self.trajectory_from, self.trajectory_to
+        if not 0 <= (span[0] or 0.0) <= (1.0 if span[1] is None else span[1]) <= 1:
+            raise UserError("trajectory_from and trajectory_to should be two numbers that rise within 0 to 1")
+        if self.trajectory_strength is None and span != (None, None):
+            raise UserError("trajectory_from and trajectory_to go with trajectory_strength; give it as well")
         if not 0.01 <= self.fps <= 1000:  # NaN too
             raise UserError(f"fps is {self.fps}; give a number from 0.01 to 1000")
         if not 0 <= self.seed < 2**32:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tora_jax import typing
-from tora_jax.diffusion.v_prediction import CLEAN, GUIDANCE, SOLVERS, VPrediction
+from tora_jax.diffusion import solvers
+from tora_jax.diffusion.v_prediction import CLEAN, GUIDANCE, VPrediction
 from tora_jax.typing import Step
 
 PROCESSES = [VPrediction(), VPrediction("sat")]
@@ -14,15 +15,15 @@ PROCESSES = [VPrediction(), VPrediction("sat")]
 
 def test_what_the_loop_asks_for():
     assert all(isinstance(process, typing.Process) for process in PROCESSES)
-    assert all(isinstance(solver, typing.Solver) for solver in SOLVERS.values())
+    assert all(isinstance(solver, typing.Solver) for solver in solvers.SOLVERS.values())
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", ["dpm2m_sde", "ddim"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 def test_a_perfect_prediction_ends_at_the_data(process, name, steps):
     """A denoiser that knows the data: each step aims at them, and the last one arrives."""
-    solver, times = SOLVERS[name], process.times(steps)
+    solver, times = solvers.find(name, process), process.times(steps)
     data, x = jax.random.normal(jax.random.key(0), (2, 1, 2, 2, 2, 3))
     memory = solver.init(x)
     for i in range(steps):

@@ -71,7 +71,7 @@ def test_fusion_once_for_all_steps():
         lambda strength: apply(*inputs, given=given, features=fusion, strength=strength, method="denoise")
     )
     for strength, want in ((1.0, "out/pred"), (0.0, "out/pred_no_motion")):
-        golden.assert_close(denoise(jnp.float32(strength)), channels_last(case.data[want]), 1e-5)
+        golden.assert_close(denoise(jnp.full(len(inputs[0]), strength)), channels_last(case.data[want]), 1e-5)
 
 
 def test_residual_replaces_the_blocks():

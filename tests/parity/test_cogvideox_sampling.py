@@ -12,7 +12,8 @@ from convert_weights.mapping import from_state_dict
 from convert_weights.tables import cogvideox_vae as vae_tables
 from tests.parity import cogvideox, golden, test_cogvideox_vae
 from tests.parity.cogvideox import channels_last
-from tora_jax.diffusion.v_prediction import GUIDANCE, SOLVERS, VPrediction, signal_levels
+from tora_jax.diffusion import solvers
+from tora_jax.diffusion.v_prediction import GUIDANCE, VPrediction, signal_levels
 from tora_jax.models.cogvideox_vae import CogVideoXVAE
 from tora_jax.typing import Step
 
@@ -83,7 +84,7 @@ def solve(name, process, predict, x, config, noise) -> list:
       predict: (x, timestep) -> the passes without and with the caption.
       noise: step -> the noise that it draws, or None.
     """
-    solver, times = SOLVERS[name], process.times(config["steps"])
+    solver, times = solvers.find(name, process), process.times(config["steps"])
     guidance = GUIDANCE["dynamic" if config.get("dynamic_guidance", True) else "constant"](config["guidance"], times)
 
     @jax.jit
@@ -135,7 +136,7 @@ class VAEOfChain:
     def sample(self, video: np.ndarray, noise: np.ndarray):
         """Latents of uint8 pixels B F C H W, with the file's own draw."""
         x = channels_last(video).astype(jnp.float32) / 127.5 - 1
-        moments = jax.jit(functools.partial(self.apply, method="moments"))(x)
+        moments = jax.jit(functools.partial(self.apply, method="moments"))(x).latent
         return (moments.mean + jnp.exp(moments.logvar / 2) * of_vae(noise)) * self.model.scaling
 
 

@@ -55,7 +55,7 @@ class Case:
         self.apply = functools.partial(self.model.apply, {"params": params})
 
     def moments(self, x):
-        return jax.jit(functools.partial(self.apply, method="moments"))(channels_last(x))
+        return jax.jit(functools.partial(self.apply, method="moments"))(channels_last(x)).latent
 
     def decode(self, z):
         """Of latents that are not normalised."""

@@ -13,6 +13,7 @@ from tora_jax.sampling import __main__ as command
 from tora_jax.sampling import request
 
 NAMES = [field.name for field in dataclasses.fields(Settings)]
+OPTIONAL = {field.name for field in dataclasses.fields(Settings) if field.default is None}
 SIZE = {"height": 32, "width": 32, "num_frames": 5}
 
 
@@ -26,7 +27,7 @@ def test_flags_api_and_config_have_every_setting(capsys):
     for name in set(NAMES) - {"trajectory", "resolution", "aspect_ratio", "height", "width"}:
         value = getattr(resolve(SIZE, {}), name)
         assert getattr(request.make(SIZE, {name: value}).settings, name) == value
-    assert list(sampling.section()) == [name for name in NAMES if name not in (*sampling.SCORES, *sampling.READING)]
+    assert list(sampling.section()) == [name for name in NAMES if name not in OPTIONAL]
 
 
 def test_the_section_of_configs_is_that_of_older_releases():
@@ -49,7 +50,7 @@ def test_sizes_by_name():
     assert (found.height, found.width) == (480, 854)
     assert (resolve({"resolution": "240p"}, {}).height, resolve({"resolution": "240p"}, {}).width) == (240, 426)
     assert resolve({"resolution": "240p"}, SIZE).height == 32
-    assert found.report().keys() == set(NAMES) - {"resolution", "aspect_ratio", *sampling.SCORES, *sampling.READING}
+    assert found.report().keys() == set(NAMES) - {"resolution", "aspect_ratio", *OPTIONAL}
     assert json.loads(json.dumps(found.report()))["trajectory"] == ["arc"]
 
 

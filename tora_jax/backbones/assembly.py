@@ -204,7 +204,7 @@ def load(
     keep = jax.device_get if low_memory else (lambda params: params)
     released = None if weights is None else release.load(weights, keep, kind.PARTS)
     length = parts["tora"].caption_length
-    tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), length)
+    tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), length, **kind.TOKENS)
     kind.check_fit(parts, tokenizer)
     if released is None:
         # Run once, so fast to compile beats fast to run: half a minute less on a laptop.

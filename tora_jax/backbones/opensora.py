@@ -8,6 +8,7 @@ The parts of a config:
   SECTIONS: section of a config -> the module whose fields it has; OWN: fields that the section above sets instead;
     OPTIONAL: sections that may be None.
   MOTION: the part that encodes trajectory maps.
+  TOKENS: how captions become tokens; options of `text.Tokenizer`.
   BUFFERS: regex of the paths of parameters that never train.
   dummies: the smallest inputs of each part.
   check_fit: whether the parts speak of the same latents, captions and tokens.
@@ -17,13 +18,14 @@ What the compiled functions of `assembly.Models` are made of:
   encode_text, extract, denoise.
 
 What sampling asks for:
+  check: refuses requests that the weights cannot make.
   conditions: what the denoiser is told of captions and sizes, for all passes.
   motion_map: the colours of a trajectory.
   given: what is made of given frames: latents in their places, and more conditions.
   guidance: the weights of guidance at each step.
 
 What training asks for:
-  predictor: the denoiser under the conditions of a batch.
+  predictor: the denoiser under the conditions of a batch, and the statistics that the batch moves.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ OPTIONAL = {"vae.spatial", "motion_vae.spatial"}  # None = the causal VAE works 
 MOTION = "motion_vae"
 # The reference keeps the null caption as a buffer; shift and scale of the VAEs are statistics of their latents.
 BUFFERS = r"(.*/)?null_caption|(vae|motion_vae)/(shift|scale)"
+
+TOKENS: dict[str, Any] = {}
 
 IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
 
@@ -155,6 +159,19 @@ def denoise(
 # ----------------------------------------------------------------------------------------------------------
 
 
+def check(models: Any, inputs: Sequence[Any], settings: Any) -> None:
+    """Refuses what these weights cannot make, before anything is computed.
+
+    Args:
+      models, inputs, settings: as of `conditions`; `settings` of the whole video, before it is cut into segments.
+
+    Raises:
+      UserError: for the first such value.
+    """
+    if settings.trajectory_strength is not None:
+        raise UserError("trajectory_strength is of CogVideoX's weights; these have --trajectory_guidance")
+
+
 def conditions(models: Any, inputs: Sequence[Any], settings: Any) -> dict[str, Array | None]:
     """What the denoiser is told in each pass of `guidance.guide`, pass after pass, stacked along the batch.
 
@@ -164,7 +181,7 @@ def conditions(models: Any, inputs: Sequence[Any], settings: Any) -> dict[str, A
     """
     prompts, negative = [each.prompt for each in inputs], settings.negative_prompt
     captions = [*prompts, negative] if negative else prompts
-    ids, mask = models.tokenizer([text.clean(caption) for caption in captions])
+    ids, mask = models.tokenizer([models.tokenizer.clean(caption) for caption in captions])
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)
     embedded = models.encode_text(models.params["t5"], ids, mask)
     with_motion = inputs[0].tracks is not None
@@ -263,13 +280,18 @@ def predictor(
     params: Mapping[str, Any],
     batch: Mapping[str, Array],
     motion: Float[Array, "b t h w c"] | None,
+    *,
+    keys: Array | None = None,
     **dropped: Array | None,
-) -> Callable[[Array, Array], Array]:
-    """(noisy latents, timesteps) -> the denoiser's output under a batch's conditions.
+) -> tuple[Callable[[Array, Array], Array], dict[str, Array]]:
+    """(noisy latents, timesteps) -> the denoiser's output under a batch's conditions; and the moving statistics.
+
+    The second is path -> leaf: what the batch makes of leaves that hold a norm's statistics. Here there are none.
 
     Args:
       batch: of `data.pipeline.batches`, with "text" where it was precomputed, else with "ids".
       motion: latents of the trajectory maps.
+      keys: of each sample in training, for a backbone that draws more; None = evaluation.
       dropped: drop_text and has_motion, bool [b].
     """
     if "text" in batch:
@@ -281,4 +303,4 @@ def predictor(
     def predict(x: Array, t: Array) -> Array:
         return parts["tora"].apply({"params": params["tora"]}, x, t, caption, motion, **told, **dropped)
 
-    return predict
+    return predict, {}

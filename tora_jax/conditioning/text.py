@@ -191,17 +191,25 @@ class Tokenizer:
 
     Args:
       model: the sentencepiece model, a file (`tokenizer.model`, `spiece.model`) or its bytes.
-      max_length: tokens per caption, the end mark included; 300 for the released weights.
+      max_length: tokens per caption, the end mark included; 300 for Open-Sora's weights.
+      clean: what a caption should go through before it comes here.
+      see_padding: the mask is True for padding as well, for models that attend to it.
 
     Raises:
       UserError: the file is missing, is no sentencepiece model, or has other ids than T5's (pad 0, eos 1).
     """
 
-    def __init__(self, model: str | Path | bytes, max_length: int):
+    def __init__(
+        self,
+        model: str | Path | bytes,
+        max_length: int,
+        clean: Callable[[str], str] = clean,
+        see_padding: bool = False,
+    ):
         if max_length < 1:
             raise UserError(f"text length {max_length}: give at least 1 token, 300 for Open-Sora's weights")
         name = "the tokenizer given as bytes" if isinstance(model, bytes) else str(model)
-        self.max_length = max_length
+        self.max_length, self.clean, self._see_padding = max_length, clean, see_padding
         self._pieces = _load(_read(model), name)
 
     @property
@@ -210,7 +218,7 @@ class Tokenizer:
         return self._pieces.vocab_size()
 
     def __call__(self, captions: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
-        """Cleaned captions -> token ids and a mask that is True for tokens, the end mark included.
+        """Cleaned captions -> token ids and a mask: True for tokens, the end mark included, and for seen padding.
 
         Each row holds the caption's pieces, cut so that the end mark fits, the end mark, and padding.
         """
@@ -221,7 +229,7 @@ class Tokenizer:
             caption = caption.encode("utf-8", "replace").decode("utf-8")
             row = [*self._pieces.encode(caption)[: self.max_length - 1], EOS]
             ids[i, : len(row)], mask[i, : len(row)] = row, True
-        return ids, mask
+        return ids, mask | self._see_padding
 
 
 def _read(model: str | Path | bytes) -> bytes:

@@ -180,7 +180,7 @@ class ClipLoader:
             clip["text"][: len(states)] = states
             clip["text_mask"] = np.arange(len(clip["text"])) < len(states)
         elif self.tokenizer is not None:
-            ids, mask = self.tokenizer([text.clean(record["caption"])])
+            ids, mask = self.tokenizer([self.tokenizer.clean(record["caption"])])
             clip["ids"], clip["text_mask"] = ids[0], mask[0]
         frames = len(clip["latent_mean"]) if "latent_mean" in clip else self.latent_frames
         clip["frame_mask"] = frame_masks.draw(rng, self.config["frame_masks"], frames)

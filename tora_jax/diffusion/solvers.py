@@ -1,4 +1,4 @@
-"""Solvers of the flow's equation dx = v dt, from noise to data; see `typing.Solver`.
+"""Solvers, from noise to data; see `typing.Solver`. Those here solve the flow's equation dx = v dt.
 
 A new solver is a frozen dataclass and one line in SOLVERS.
 """
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tora_jax.diffusion import v_prediction
 from tora_jax.diffusion.rectified_flow import NUM_TIMESTEPS, RectifiedFlow
 from tora_jax.errors import UserError
 from tora_jax.typing import Process, Solver, Step
@@ -74,7 +75,12 @@ def _length(at: Step) -> Float[Array, ""]:
 
 
 # By the name that `--solver` and the configs use.
-SOLVERS: dict[str, Solver] = {"euler": Euler(), "ab2": AdamsBashforth2()}
+SOLVERS: dict[str, Solver] = {
+    "euler": Euler(),
+    "ab2": AdamsBashforth2(),
+    "dpm2m_sde": v_prediction.DPM2MSDE(),
+    "ddim": v_prediction.DDIM(),
+}
 
 
 def find(name: str, process: Process | None = None) -> Solver:

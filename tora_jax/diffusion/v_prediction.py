@@ -257,10 +257,6 @@ def _log_snr(level: float) -> float:
     return math.log(level / math.sqrt(1 - level**2)) if level > 0 else -math.inf
 
 
-# By the name that `--solver` and the configs use.
-SOLVERS = {"dpm2m_sde": DPM2MSDE(), "ddim": DDIM()}
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Guidance
 # ----------------------------------------------------------------------------------------------------------

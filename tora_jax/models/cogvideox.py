@@ -205,7 +205,7 @@ class Block(nn.Module):
         features: Float[Array, "b2 t h w m"] | Fusion | None,
         time: Float[Array, "b _"],
         tables: tuple[Table, Table],
-        strength: Float[Array, ""] | None,
+        strength: Float[Array, "b"] | None,
     ) -> tuple[tuple[Float[Array, "b t h w c"], Float[Array, "b n c"]], None]:
         video, text = hidden
         video, text = nn.with_logical_constraint(video, VIDEO), nn.with_logical_constraint(text, TEXT)
@@ -309,7 +309,7 @@ class CogVideoX(nn.Module):
         *,
         given: Float[Array, "b t h w _"] | None = None,
         features: Float[Array, "depth b2 t h2 w2 m"] | Fusion | None = None,
-        strength: Float[Array, ""] | None = None,
+        strength: Float[Array, "b"] | None = None,
         residual: Float[Array, "b t h2 w2 _"] | None = None,
     ) -> Float[Array, "b t h w c"]:
         """Predicts v. What the blocks add to the video's tokens is sown as "residual" in "intermediates".
@@ -350,16 +350,30 @@ class CogVideoX(nn.Module):
         p = size.patch
         return einops.rearrange(video, "b t h w (c p q) -> b t (h p) (w q) c", p=p, q=p).astype(jnp.float32)
 
+    @nn.nowrap
+    def check_grid(self, grid: tuple[int, int, int], text_length: int) -> None:
+        """Checks that the learned positions, where they are added, are as many as the tokens.
+
+        Args:
+          grid: latent frames, rows and columns of patches.
+          text_length: tokens of the caption.
+
+        Raises:
+          UserError: they are not.
+        """
+        tokens = text_length + math.prod(grid)
+        if self.learned_positions and self.add_positions and tokens != self.learned_positions:
+            raise UserError(
+                f"these weights have {self.learned_positions} learned positions, but {text_length} text tokens and "
+                f"{grid[0]} latent frames of {grid[1]}x{grid[2]} patches need {tokens}: use the size and the number "
+                "of frames that they were made for"
+            )
+
     def _with_positions(self, video: Array, text: Array) -> tuple[Array, Array]:
         """Adds the learned positions, where they are to be added."""
         if not (self.learned_positions and self.add_positions):
             return video, text
         n, grid = text.shape[1], video.shape[1:4]
-        if n + math.prod(grid) != self.learned_positions:
-            raise UserError(
-                f"these weights have {self.learned_positions} learned positions, but {n} text tokens and {grid[0]} "
-                f"latent frames of {grid[1]}x{grid[2]} patches need {n + math.prod(grid)}: use the size and the number "
-                "of frames that they were made for"
-            )
+        self.check_grid(grid, n)
         table = self.positions[0].astype(self.dtype)
         return video + table[n:].reshape(*grid, -1), text + table[:n]

@@ -21,6 +21,7 @@ from tora_jax.models.layers import Dtype
 
 NORM_GROUPS = 32
 EPS = 1e-5
+MOMENTUM = 0.1  # of the statistics, towards a batch's: that of PyTorch's module
 CONV = layers.gathered(jax.lax.conv_general_dilated, None, None, None, "hidden")
 
 
@@ -30,14 +31,26 @@ def conv3x3(features: int, *, dtype: Dtype, name: str) -> nn.Conv:
 
 
 class BatchNorm(nn.Module):
-    """Batch norm by its running statistics, in float32; these are parameters like the scale and the bias."""
+    """Batch norm in float32. Its running statistics are parameters like the scale and the bias.
+
+    They are what it normalises by, unless the collection "batch_stats" is mutable, as in training: then it normalises
+    by the batch's, and sows there what the running ones become.
+    """
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         ones, zeros, shape = nn.initializers.ones, nn.initializers.zeros, x.shape[-1:]
         scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
         mean, variance = self.param("mean", zeros, shape), self.param("variance", ones, shape)
-        return (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(variance + EPS) * scale) + bias
+        x = x.astype(jnp.float32)
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            running, axes = (mean, variance), tuple(range(x.ndim - 1))
+            mean, variance = x.mean(axes), x.var(axes)
+            unbiased = variance * (count := x.size // x.shape[-1]) / max(count - 1, 1)
+            for name, old, new in zip(("mean", "variance"), running, (mean, unbiased), strict=True):
+                moved = jax.lax.stop_gradient((1 - MOMENTUM) * old + MOMENTUM * new)
+                self.sow("batch_stats", name, moved, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        return (x - mean) * (jax.lax.rsqrt(variance + EPS) * scale) + bias
 
 
 class ExtractorBlock(nn.Module):
@@ -91,7 +104,7 @@ class MotionExtractor(nn.Module):
         count = self.blocks_per_map * self.depth
         blocks = nn.scan(
             layers.remat(ExtractorBlock, self.remat),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             length=count,
             unroll=layers.unroll(count),
@@ -158,7 +171,7 @@ class MotionFuser(nn.Module):
         self,
         hidden: Float[Array, "b t h w c"],
         features: Float[Array, "b2 t h w m"] | Fusion,
-        strength: Float[Array, ""] | None = None,
+        strength: Float[Array, "b"] | None = None,
     ) -> Float[Array, "b t h w c"]:
         """Fuses.
 
@@ -166,7 +179,7 @@ class MotionFuser(nn.Module):
           hidden: tokens of the video, on the grid of patches.
           features: this block's, or what `fusion` made of them. Their batch may be smaller and divide b: then
             it is repeated, as for passes of guidance that share a trajectory.
-          strength: of what the fuser adds; 0 = `hidden`, None = 1.
+          strength: of what the fuser adds to each video; 0 = `hidden`, None = 1.
 
         Returns:
           float32.
@@ -176,4 +189,4 @@ class MotionFuser(nn.Module):
         gamma, beta = (einops.repeat(x, "b t h w c -> (r b) t h w c", r=repeats) for x in (gamma, beta))
         hidden = hidden.astype(jnp.float32)
         added = self.norm(hidden) * gamma.astype(jnp.float32) + beta.astype(jnp.float32)
-        return hidden + (added if strength is None else strength * added)
+        return hidden + (added if strength is None else strength[:, None, None, None, None] * added)

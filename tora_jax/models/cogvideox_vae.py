@@ -22,7 +22,7 @@ from tora_jax import sharding
 from tora_jax.errors import UserError
 from tora_jax.models.cogvideox_codec import TIME_FACTOR, Decoder, Encoder
 from tora_jax.models.layers import Dtype, split_moments
-from tora_jax.models.video_vae import Gaussian, Reusable
+from tora_jax.models.video_vae import Gaussian, Moments, Reusable
 
 CHUNK = 8  # frames
 OVERLAP = 1 / 6, 1 / 5  # of a tile with the next one, in height and in width
@@ -71,6 +71,16 @@ class CogVideoXVAE(nn.Module):
     def time_factor(self) -> int:
         """Frames for each latent frame."""
         return TIME_FACTOR
+
+    @property
+    def shift(self) -> float:
+        """What is taken from raw latents to normalise them."""
+        return 0.0
+
+    @property
+    def scale(self) -> float:
+        """What raw latents are then divided by."""
+        return 1 / self.scaling
 
     @property
     def space_factor(self) -> int:
@@ -124,8 +134,10 @@ class CogVideoXVAE(nn.Module):
         self.encoder = Encoder(*shape, 2 * self.latent_channels, self.dtype)
         self.decoder = Decoder(*shape, self.dtype)
 
-    def moments(self, video: Float[Array, "b t h w 3"]) -> Gaussian:
+    def moments(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Moments:
         """The posterior of a video in [-1, 1], not normalised; log-variances are clipped to -30..20.
+
+        There is no spatial VAE inside: `spatial` is None, `clip` the video, and `rng` draws nothing.
 
         Raises:
           UserError: a frame is smaller than one latent cell.
@@ -139,7 +151,7 @@ class CogVideoXVAE(nn.Module):
             return _in_chunks(Encoder.__call__, self.encoder, x, self.encoder_chunk)
 
         x = self._in_tiles(encode, video, self.tile, 1 / self.space_factor)
-        return Gaussian(*split_moments(x))
+        return Moments(None, video, Gaussian(*split_moments(x)))
 
     def encode(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Float[Array, "b t4 h8 w8 c"]:
         """A video in [-1, 1] -> normalised latents, float32.
@@ -150,7 +162,15 @@ class CogVideoXVAE(nn.Module):
         Raises:
           UserError: a frame is smaller than one latent cell.
         """
-        return self.moments(video).sample(rng) * self.scaling
+        return self.moments(video).latent.sample(rng) * self.scaling
+
+    def decode_clip(self, z: Float[Array, "b t4 h8 w8 c"], num_frames: int) -> Float[Array, "b t h w 3"]:
+        """A sample of `moments(...).latent`, not normalised -> the video; see `decode`."""
+        return self.decode(z * self.scaling, num_frames)
+
+    def decode_frames(self, clip: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+        """The video as it is: there is no spatial VAE inside."""
+        return clip
 
     def decode(self, latents: Float[Array, "b t4 h8 w8 c"], num_frames: int) -> Float[Array, "b t h w 3"]:
         """Normalised latents -> the video of `num_frames`, about [-1, 1], not clipped; float32.

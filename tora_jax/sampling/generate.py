@@ -73,7 +73,8 @@ def generate_batch(
     for seed in seeds:
         dataclasses.replace(settings, seed=seed).check()
     size, num_frames = video_size(models, settings.height, settings.width), settings.num_frames
-    inputs = check_inputs(inputs, seeds, num_frames, size)
+    inputs = check_inputs(models, inputs, settings, seeds, size)
+    method = models.method(settings.solver)
     seconds: dict[str, dict[str, float]] = {}
     part = functools.partial(timed, seconds)
     spread = (lambda tree: tree) if mesh is None else functools.partial(_spread, mesh)
@@ -99,7 +100,6 @@ def generate_batch(
         start, noise = _noise(seeds, shape, spread)
         x, edit = spread(_place(start, given, [each.prefix for each in inputs]))
         del start
-        method = models.method(settings.solver)
         times = method.process.times(settings.steps, settings.height, settings.width, frames)
         told, weights = sampler.Told(told, features, edit), backbone.guidance(models, settings, times)
         params = models.params["tora"]

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from tora_jax.backbones.assembly import Models
 from tora_jax.conditioning.images import Given, Images
 from tora_jax.conditioning.trajectory import Tracks
+from tora_jax.configs.sampling import Settings
 from tora_jax.errors import UserError
 
 
@@ -36,12 +38,13 @@ class Inputs(NamedTuple):
 
 
 def check_inputs(
-    inputs: Sequence[Inputs], seeds: Sequence[int], num_frames: int, size: tuple[int, int]
+    models: Models, inputs: Sequence[Inputs], settings: Settings, seeds: Sequence[int], size: tuple[int, int]
 ) -> list[Inputs]:
     """Checks inputs, and returns them with each image as `Given`.
 
     Args:
-      num_frames, size: frames and pixels (height, width) of the videos.
+      settings: of all videos.
+      size: pixels (height, width) of the videos.
 
     Raises:
       UserError: for inputs that do not fit the videos, or each other.
@@ -50,7 +53,7 @@ def check_inputs(
         raise UserError(f"inputs and seeds are {[len(inputs), len(seeds)]}; there must be one for each video")
     if len({each.tracks is None for each in inputs}) > 1:
         raise UserError("some of the videos have tracks, and some have none; make them one after the other")
-    found = []
+    found, num_frames = [], settings.num_frames
     for each in inputs:
         if each.tracks is not None and np.shape(each.tracks)[1:] != (num_frames, 2):
             shape = np.shape(each.tracks)
@@ -66,4 +69,5 @@ def check_inputs(
             if not 0 <= edit <= 1:
                 raise UserError(f"the edit ratio for frame {frame} is {edit}; it must be from 0 (keep) to 1 (generate)")
         found.append(each._replace(images=images))
+    models.backbone.check(models, found, settings)
     return found

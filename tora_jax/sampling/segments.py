@@ -93,7 +93,7 @@ def generate_pieces(
     cut = plan(models, settings.num_frames, settings.segment, settings.overlap)
     windows = [(start, start + cut.length) for start in cut.starts]
     size = video_size(models, settings.height, settings.width)
-    inputs = check_inputs(inputs, seeds, settings.num_frames, size)
+    inputs = check_inputs(models, inputs, settings, seeds, size)
     inputs = [each._replace(prompt=_prompts(each.prompt)) for each in inputs]
     if len(windows) > 1 and inputs[0].tracks is not None:
         inputs = [each._replace(max_norm=_largest_norm(each.tracks, windows, size)) for each in inputs]

@@ -1,6 +1,7 @@
 """What the three jobs minimise.
 
-A loss is a function (params, batch, keys) -> (loss of each sample, metrics). Everything random comes from one key a
+A loss is a function (params, batch, keys) -> (loss of each sample, metrics). Among the metrics may be STATISTICS: path
+-> leaf, what the batch makes of leaves that hold a norm's moving statistics. Everything random comes from one key a
 sample, so that the same step gives the same numbers on any mesh.
 """
 
@@ -20,6 +21,7 @@ from tora_jax.errors import UserError
 from tora_jax.io.video import to_float
 from tora_jax.models.video_vae import Gaussian
 
+STATISTICS = "statistics"
 NEAR = 3  # pixels around an object that show its outline
 
 Loss = Callable[[Any, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
@@ -155,9 +157,11 @@ def tora_loss(backbone: ModuleType, parts: Mapping[str, nn.Module], config: Mapp
         if motion is not None and config["path_weight"]:
             weight = 1 + config["path_weight"] * near_paths(motion) * has_motion[:, None, None, None]
         drop_text = _happens(draws["text"], config["drop_text"])
-        predict = backbone.predictor(parts, params, batch, motion, drop_text=drop_text, has_motion=has_motion)
+        dropped = {"drop_text": drop_text, "has_motion": has_motion}
+        predict, moved = backbone.predictor(parts, params, batch, motion, keys=keys, **dropped)
         noise = _normal(draws["noise"], x.shape)
-        return training_loss(process, predict, x, noise, t, batch["frame_mask"], weight), {}
+        metrics = {STATISTICS: moved} if moved else {}
+        return training_loss(process, predict, x, noise, t, batch["frame_mask"], weight), metrics
 
     return loss
 
@@ -181,7 +185,7 @@ def tora_loss_at(backbone: ModuleType, parts: Mapping[str, nn.Module], timestep:
         first, second, third = _split(keys, 3)
         x = _latents(parts, params, batch, first, "vae", "video", "latent")
         motion = _latents(parts, params, batch, second, backbone.MOTION, "maps", "motion")
-        predict = backbone.predictor(parts, params, batch, motion)
+        predict, _ = backbone.predictor(parts, params, batch, motion)
         t = jnp.full(len(x), timestep)
         process = backbone.process(parts)
         return training_loss(process, predict, x, _normal(third, x.shape), t, batch["frame_mask"]), {}

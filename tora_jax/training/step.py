@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from tora_jax.training import optim
 from tora_jax.training.job import Job
-from tora_jax.training.losses import Loss, sample_keys
+from tora_jax.training.losses import STATISTICS, Loss, sample_keys
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -69,6 +69,8 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
+        moved = metrics.pop(STATISTICS, {})
+        trained = {path: moved.get(path, leaf) for path, leaf in trained.items()}
         # In a short run, or early in a long one, the average must not remember the first weights.
         decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
         return TrainState(state.step + 1, trained, opt_state, optim.ema_update(state.ema, trained, decay)), metrics
