@@ -39,14 +39,19 @@ def write(
     return path
 
 
+def set_matrix(path: Path, matrix: list[float]) -> Path:
+    """Makes an mp4 say how it is to be shown: column x and row y at (a x + c y, b x + d y), of [a, b, c, d]."""
+    data, (a, b, c, d) = bytearray(path.read_bytes()), (round(number * (1 << 16)) for number in matrix)
+    place = data.index(b"tkhd") + 44  # after its flags, times, id, duration, layer and volume (version 0)
+    data[place : place + 36] = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    path.write_bytes(data)
+    return path
+
+
 def rotated(path: Path, frames: np.ndarray) -> Path:
     """An mp4 that says that it is to be shown turned by 90 degrees, clockwise."""
     write_video(path, frames, FPS)
-    data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 44  # after its flags, times, id, duration, layer and volume (version 0)
-    data[matrix : matrix + 36] = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
-    path.write_bytes(data)
-    return path
+    return set_matrix(path, [0, 1, -1, 0])
 
 
 def cut_off(path: Path, frames: np.ndarray) -> Path:

@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Float
 
 from tora_jax.errors import UserError
+from tora_jax.io.clip_files import ENDINGS
+from tora_jax.io.files import is_hidden
 from tora_jax.io.video import VideoInfo, probe
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 SCAN_THREADS = 8
 MADE = "precompute.json"  # lies in a precomputed set: what it was made with
 
@@ -127,8 +128,8 @@ def _infos(folder: Path, splits: Mapping[str, Any], split: str) -> Float[np.ndar
 class VideoFolder:
     """Videos, each with its caption in a .txt of the same name beside it, or in `labels/` beside `videos/`.
 
-    The second form is that of the released Tora's training data. A split is a folder of that name inside; where
-    there is none, all of the folder is the split "train".
+    The second form is that of the released Tora's training data. Hidden files are passed over. A split is a folder of
+    that name inside; where there is none, all of the folder is the split "train".
 
     Raises:
       UserError: a video has no caption (the message names the file), or the folder or the split is not there.
@@ -148,7 +149,8 @@ class VideoFolder:
         if (folder / "videos").is_dir():
             videos, captions = folder / "videos", folder / "labels"
         self.folder = folder
-        self.files = sorted(path for path in videos.iterdir() if path.suffix.lower() in VIDEOS)
+        found = (path for path in videos.iterdir() if path.suffix.lower() in ENDINGS and not is_hidden(path))
+        self.files = sorted(found)
         self.captions = [captions / f"{path.stem}.txt" for path in self.files]
         for video, caption in zip(self.files, self.captions, strict=True):
             if not caption.is_file():

@@ -21,6 +21,7 @@ from tora_jax.conditioning.images import Condition
 from tora_jax.configs import sampling
 from tora_jax.data.sprites.clips import SIZES_OF_SPLITS, SPLITS, make_clip
 from tora_jax.errors import UserError
+from tora_jax.io.files import is_hidden
 from tora_jax.io.video import cover, read_image, resize_crop
 from tora_jax.sampling import request
 
@@ -135,7 +136,7 @@ class VideoSegmentationBenchmark:
             if not inside.is_dir():
                 raise UserError(f"{folder}: has no folder {inside.name}; DAVIS's layout is JPEGImages and Annotations")
         found = {}
-        for sequence in sorted({path.parent for path in frames.rglob("*") if path.suffix.lower() in PICTURES}):
+        for sequence in sorted({path.parent for path in frames.rglob("*") if _is_picture(path)}):
             pictures = {path.stem: path for path in _pictures(sequence)}
             labels = {path.stem: path for path in _pictures(masks / sequence.relative_to(frames))}
             # The first frame that has a mask starts the clip.
@@ -175,7 +176,11 @@ class VideoSegmentationBenchmark:
 
 def _pictures(folder: Path) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if path.suffix.lower() in PICTURES)
+    return sorted(filter(_is_picture, found))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and not is_hidden(path)
 
 
 def _file_name(name: str) -> str:

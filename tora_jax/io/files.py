@@ -41,6 +41,11 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
             aside.unlink()
 
 
+def is_hidden(path: str | os.PathLike) -> bool:
+    """Whether a file's name begins with a dot: what systems and editors leave beside files, such as macOS's ._NAME."""
+    return os.path.basename(path).startswith(".")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file in UTF-8, as `write_atomic` does.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import math
 import os
 import sys
@@ -18,26 +17,20 @@ import av
 import jax
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from tora_jax.errors import UserError
+from tora_jax.io.clip_files import MAX_PIXELS, ClipError, Decoder, Source, find_timeline, jump, name_of, open_clip
+from tora_jax.io.display import Display, reformat
 from tora_jax.io.files import write_atomic
 
 Frames = UInt8[np.ndarray, "t h w 3"]
-Source = str | os.PathLike | bytes
 
-MAX_PIXELS = 100_000_000  # of a still or a frame; a small file can claim any size
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# FFmpeg goes by a file's content, whatever its name. This list leaves out playlists (concat, HLS, DASH ...): they name
-# other files to read.
-CONTAINERS = {
-    "format_whitelist": "mov,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,asf,ogg,mxf,nut,dv"
-}
 # x264's output depends on the number of threads, so the number is fixed. Two parts of its lookahead are off, because
 # with them the same frames gave other bytes from one run to the next (measured on a machine with AVX-512).
 ENCODER_THREADS = 4
 REPEATABLE = "weightp=0:mbtree=0"
-REORDERED = 32  # frames between the stored and the shown order; H.264 allows 16
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
 
 
@@ -111,15 +104,10 @@ def _mp4_writer(path: Path, fps: float | int) -> Iterator[Callable[[Frames], Non
                 stream.height, stream.width = frames.shape[1:3]
             for array in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-                container.mux(stream.encode(_convert(frame, "yuv420p", dst_colorspace=BT709)))
+                container.mux(stream.encode(reformat(frame, "yuv420p", dst_colorspace=BT709)))
 
         yield write
         container.mux(stream.encode())
-
-
-def _convert(frame: av.VideoFrame, pixels: str, **options) -> av.VideoFrame:
-    # With several threads, FFmpeg's scaler gives other pixels from one run to the next.
-    return frame.reformat(format=pixels, interpolation="AREA", threads=1, **options)
 
 
 @contextlib.contextmanager
@@ -132,7 +120,7 @@ def _gif_writer(path: Path, fps: float | int) -> Iterator[Callable[[Frames], Non
 
 
 class VideoInfo(NamedTuple):
-    """Number of frames, height and width in pixels as shown (upright), frames per second."""
+    """Number of frames, height and width in pixels as shown, frames per second."""
 
     frames: int
     height: int
@@ -141,35 +129,31 @@ class VideoInfo(NamedTuple):
 
 
 def probe(source: Source) -> VideoInfo:
-    """Reads the header of a video file, and decodes the first frame for its size.
+    """What `read_video` will give of a file: reads its index, and decodes the first frame for its size.
 
     Args:
       source: path, or the file's bytes.
 
     Raises:
-      UserError: as `read_video`, for faults that the header or the first frame show.
+      ClipError: as `read_video`, for faults that the index or the first frame show.
     """
-    with _open_video(source, decoded := []) as (container, stream):
-        count = stream.frames
-        for frame in container.decode(stream):
-            decoded.append(_upright(frame))
-            break
-        if not count:  # some containers do not declare it
-            container.seek(0)
-            count = sum(packet.pts is not None for packet in container.demux(stream))
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-    if not decoded or not fps:
-        raise UserError(f"{_name(source)}: has no video frames; give a video file")
-    return VideoInfo(count, *decoded[0].shape[:2], fps)
+    name = name_of(source)
+    with _faults(name, []), open_clip(source) as (container, stream):
+        timeline = find_timeline(source, container, stream)
+        for frame in Decoder(container, stream):
+            return VideoInfo(timeline.count, *Display.of(stream, frame, name).size(frame), timeline.fps)
+    raise ClipError(f"{name}: has no video frames; give a video file", "not a video")
 
 
 def read_video(
     source: Source, max_frames: int | None = None, only: range | None = None, strict: bool = False, threads: int = 0
 ) -> tuple[Frames, float]:
-    """Decodes a video, turned upright.
+    """Decodes a video as players show it: at a constant rate, upright, with square pixels, in SDR colours of sRGB.
+
+    docs/curate.md says what is done with each kind of file.
 
     Args:
-      source: path, or the bytes, of a video in one of CONTAINERS.
+      source: path, or the bytes, of a video in one of the CONTAINERS of `clip_files`.
       max_frames: stops after that number.
       only: the numbers of the wanted frames, rising. In a file with an index (such as mp4), decoding starts at the key
         frame before the first of them; it ends after the last.
@@ -177,101 +161,67 @@ def read_video(
       threads: of the decoder; 0 = one for each core.
 
     Returns:
-      uint8 [t, h, w, 3] RGB, and frames per second (the average rate).
+      uint8 [t, h, w, 3] RGB, and frames per second.
 
     Warns:
-      the file declares more frames than it gives, or some frames are damaged.
+      the file promises more frames than it gives, or some frames are damaged.
 
     Raises:
-      UserError: the file is missing, is no video, has no frame, is cut off, or changes its size midway.
+      ClipError: the file is missing, is no video, has no frame, is cut off, changes its size midway, or cannot be
+        shown evenly, upright or in its colours.
     """
-    name, only = _name(source), range(max_frames or sys.maxsize) if only is None else only
+    name, only = name_of(source), range(max_frames or sys.maxsize) if only is None else only
     frames: list[np.ndarray] = []
-    damaged, cut_off = 0, False
-    with _open_video(source, frames) as (container, stream):
-        stream.thread_count = threads
-        declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
-        seen = _jump(container, stream, only[0])
-        for packet in container.demux(stream):
+    with _faults(name, frames), open_clip(source, threads) as (container, stream):
+        timeline, repeats, display = find_timeline(source, container, stream), None, None
+        if timeline.numbers is not None:
+            wanted = timeline.numbers[only.start : only.stop : only.step]
+            stored, repeats = np.unique(wanted, return_inverse=True)
+            only = stored.tolist() or [timeline.numbers[-1] + 1]  # none
+        seen, decoder = jump(container, stream, only[0]), Decoder(container, stream)
+        for frame in decoder:
+            if seen in only:
+                display = display or Display.of(stream, frame, name)
+                frames.append(display(frame))
+            seen += 1
             if seen > only[-1]:
                 break
-            if packet.size:
-                cut_off = packet.is_corrupt  # the demuxer's word for a last packet with bytes missing
-            for frame in packet.decode():
-                damaged += frame.is_corrupt
-                if seen in only:
-                    frames.append(_upright(frame))
-                seen += 1
-    if cut_off:
-        raise UserError(f"{name}: is cut off after frame {seen} of {declared}; get the complete file")
-    if not frames or not rate:
-        raise UserError(f"{name}: has no video frames; give a video file")
+    promised = timeline.promised
+    if decoder.cut_off:
+        raise ClipError(f"{name}: is cut off after frame {seen} of {promised}; get the complete file", "cut off")
+    if not frames:
+        raise ClipError(f"{name}: has no video frames; give a video file", "not a video")
     if len({frame.shape for frame in frames}) > 1:
-        raise UserError(f"{name}: changes its frame size midway; cut or re-encode it to one size")
-    expected = min(declared, only[-1] + 1)
-    if seen < expected or damaged:
-        problem = f"{name}: {seen} of {expected} frames decoded, {damaged} of them damaged; the file may be broken"
+        problem = f"{name}: changes its frame size midway; cut or re-encode it to one size"
+        raise ClipError(problem, "changes its size")
+    expected = min(promised, only[-1] + 1)
+    if seen < expected or decoder.damaged:
+        problem = f"{name}: {seen} of {expected} frames decoded, {decoder.damaged} of them damaged; "
+        problem += "the file may be broken"
         if strict:
-            raise UserError(problem)
+            raise ClipError(problem, "damaged")
         warnings.warn(problem, stacklevel=2)
-    return np.stack(frames), float(rate)
-
-
-def _name(source: Source) -> str:
-    return "video" if isinstance(source, bytes) else str(source)
+    video = np.stack(frames)
+    return video if repeats is None else video[repeats[repeats < len(video)]], timeline.fps
 
 
 @contextlib.contextmanager
-def _open_video(source: Source, frames: list) -> Iterator[tuple]:
-    """Yields the container and its video stream. Faults inside become a `UserError` that counts the `frames` so far."""
-    name = _name(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise UserError(f"{name}: no such video file; check the path")
+def _faults(name: str, frames: list) -> Iterator[None]:
+    """Faults of the decoder become a `ClipError` that counts the `frames` so far."""
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        with av.open(file, options=CONTAINERS) as container:
-            if not container.streams.video:
-                raise UserError(f"{name}: has no video in it; give a video file")
-            stream = container.streams.video[0]
-            if stream.width * stream.height > MAX_PIXELS:
-                raise UserError(f"{name}: has frames of over {MAX_PIXELS // 10**6} million pixels; make it smaller")
-            stream.thread_type = "AUTO"
-            yield container, stream
+        yield
     except (OSError, av.FFmpegError) as e:
         where = f"after frame {len(frames)}" if frames else "as a video"
-        raise UserError(f"{name}: cannot be decoded {where} ({e.strerror}); is the file complete?") from e
-
-
-def _jump(container: av.container.InputContainer, stream: av.VideoStream, number: int) -> int:
-    """Goes to a key frame before the frame of that number, and returns the key frame's number; 0 = the beginning.
-
-    Files go to the beginning if their index does not tell for sure which frame is which.
-    """
-    entries = list(getattr(stream, "index_entries", ())) if number > REORDERED else []  # older PyAV has no index
-    if not entries or len(entries) != stream.frames or any(entry.is_discard for entry in entries):
-        return 0
-    keys = {entry.pos: place for place, entry in enumerate(entries) if entry.is_keyframe}
-    target = entries[number - REORDERED].timestamp
-    container.seek(target, stream=stream)
-    packets = list(itertools.islice((packet for packet in container.demux(stream) if packet.size), REORDERED))
-    times = [packet.pts for packet in packets]
-    start = keys.get(packets[0].pos, 0) if packets else 0  # empty if the file is cut off before the target
-    # No later packet may be shown before the key frame.
-    if start > number or None in times or any(time < times[0] for time in times):
-        start = 0
-    container.seek(target, stream=stream) if start else container.seek(0)
-    return start
-
-
-def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-    return np.rot90(_convert(frame, "rgb24").to_ndarray(), round(frame.rotation / 90))
+        problem = f"{name}: cannot be decoded {where} ({e.strerror}); is the file complete?"
+        raise ClipError(problem, "damaged") from e
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads a still as uint8 RGB: upright (EXIF), over white where transparent, the first of several frames.
+    """Reads a still as uint8 RGB: upright (EXIF), in sRGB, over white where transparent, the first of several frames.
 
     Raises:
-      UserError: the file is missing, broken, not an image (whatever its name says), or over MAX_PIXELS.
+      UserError: the file is missing, broken, not an image (whatever its name says), or over MAX_PIXELS; or its colour
+        profile is broken.
     """
     path = Path(path)
     if not path.is_file():
@@ -286,6 +236,8 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     except Image.DecompressionBombError as e:  # Pillow also raises this, at its own, larger limit
         limit = f"{MAX_PIXELS // 10**6} million pixels"
         raise UserError(f"{path}: has over {limit}; make it smaller") from e
+    except ImageCms.PyCMSError as e:
+        raise UserError(f"{path}: has a broken colour profile; save it again, as sRGB") from e
     except Exception as e:  # a broken file raises nearly anything from Pillow's decoders
         kinds = "PNG, JPEG, WebP, BMP, GIF or TIFF"
         raise UserError(f"{path}: is broken or not an image; give a {kinds} file") from e
@@ -294,12 +246,24 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a pixel, of no known range")
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits
-        return Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        colours = _to_srgb(image.convert("RGB"), profile)
+        colours.putalpha(image.getchannel("A"))
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+    return _to_srgb(image, profile)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Colours of an embedded ICC profile -> sRGB."""
+    if not profile:
+        return image.convert("RGB")
+    own = ImageCms.getOpenProfile(io.BytesIO(profile))
+    mode = {"GRAY": "L", "CMYK": "CMYK"}.get(own.profile.xcolor_space.strip(), "RGB")
+    return ImageCms.profileToProfile(image.convert(mode), own, ImageCms.createProfile("sRGB"), outputMode="RGB")
 
 
 def cover(old_height: int, old_width: int, height: int, width: int) -> tuple[int, int, int, int]:

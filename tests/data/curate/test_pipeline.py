@@ -84,7 +84,10 @@ def videos(tmp_path_factory):
     for name, kind in (("pan", "pan"), ("still", "still"), ("shake", "shake")):
         video_io.write_video(inner / f"{name}.mp4", odd_videos.good(kind), odd_videos.FPS)
     frames = odd_videos.good()
-    video_io.write_video(inner / "black.mp4", np.concatenate([np.zeros_like(frames[:4]), frames]), odd_videos.FPS)
+    fade = np.linspace(-0.03, 0.5, len(frames)).clip(0.05)[:, None, None, None]
+    video_io.write_video(inner / "black.mp4", (frames * fade).astype(np.uint8), odd_videos.FPS)
+    cut = np.concatenate([np.zeros_like(frames[:4]), odd_videos.good(seed=9)])
+    video_io.write_video(inner / "cut.mp4", cut, odd_videos.FPS)
     frozen = np.concatenate([frames[:9], np.repeat(frames[8:9], 12, 0), frames[8:]])
     odd_videos.write(inner / "frozen.mkv", frozen, "ffv1", "bgr0")
     video_io.write_video(inner / "copy.mp4", (frames[:16] * 0.9).astype(np.uint8), odd_videos.FPS)
@@ -94,7 +97,7 @@ def videos(tmp_path_factory):
     return folder, reasons
 
 
-KEPT = ("good", "variable", "rotated", "deep", "odd", "name")
+KEPT = ("good", "variable", "rotated", "deep", "odd", "name", "cut")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,8 @@ def test_each_file_is_counted_under_its_reason(videos, whole):
     # The text file beside good.mp4 is no video, by its content; the copies are found before they are decoded.
     traits = dict.fromkeys(("variable rate", "rotated", "10 bit", "odd size", "wrong name"), 1)
     assert found["traits"] == traits
-    assert (found["scenes"], found["short scenes"]) == (found["used"] + 1, 1)  # black frames, and then a scene
+    # A scene each, and in short.mp4; and in cut.mp4 black frames, and then a scene.
+    assert (found["scenes"], found["short scenes"]) == (found["used"] + 2, 2)
 
 
 def test_each_clip_is_counted_under_its_reason(whole):
@@ -168,7 +172,7 @@ def test_records(whole):
     assert max(errors) < 10
     names = sorted(path.name for path in Path(stats["data"]).iterdir())
     told = ["dataset_info.json", "features.json", "sizes-train.npy"]
-    assert names == [array_record.shard_name(shards.NAME, "train", i, 2) for i in range(2)] + told
+    assert names == [array_record.shard_name(shards.NAME, "train", i, 3) for i in range(3)] + told
 
 
 @pytest.mark.parametrize("split", ["train", "train[2:5]"])
@@ -176,7 +180,7 @@ def test_sizes_lie_beside_the_shards(whole, split, monkeypatch):
     """So no clip is opened before it is needed."""
     source = sources.open_source(whole[0], split)
     want = [video_io.probe(source[i]["video"]) for i in range(len(source))]
-    assert len(want) == (6 if split == "train" else 3)
+    assert len(want) == (len(KEPT) if split == "train" else 3)
     monkeypatch.setattr(video_io, "probe", None)
     infos, damaged = sources.scan(source)
     np.testing.assert_array_equal(infos, want)

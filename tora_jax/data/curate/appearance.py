@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tora_jax.checkpoints import release
-from tora_jax.data.curate.probe import UnusableError, opened, small
+from tora_jax.data.curate.probe import UnusableError, opened
 from tora_jax.errors import UserError
+from tora_jax.io.clip_files import Decoder
+from tora_jax.io.display import Display
 from tora_jax.io.video import VideoInfo, resize_crop
 from tora_jax.models.aesthetic import AestheticHead
 from tora_jax.models.clip import CLIP, MEAN, STD, from_fields
@@ -46,10 +48,11 @@ def read_frames(
     """
     with opened(source) as (container, stream):
         rate = float(stream.average_rate)
-        wanted, pictures, count = set(numbers(stream.frames, rate)), [], 0
-        for frame in container.decode(stream):
+        wanted, pictures, count, display = set(numbers(stream.frames, rate)), [], 0, None
+        for frame in Decoder(container, stream):
             if count in wanted:
-                pictures.append(small(frame, short))
+                display = display or Display.of(stream, frame, "clip")
+                pictures.append(display(frame, short))
             count += 1
         if not count or count != stream.frames:
             raise UnusableError("damaged")

@@ -15,12 +15,16 @@ import av
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from tora_jax.data.curate.probe import UNEVEN, Look, UnusableError, Video, opened
+from tora_jax.data.curate.probe import Look, UnusableError, Video, opened
+from tora_jax.io.clip_files import Decoder
+from tora_jax.io.display import Display
 
 COPIED = ("h264", "hevc", "vp9", "av1")  # codecs that an mp4 may hold as they are
-REENCODED = ("rotated", "odd size", "not square")  # traits that a copy would hand on
+# Traits that a copy would hand on.
+REENCODED = ("rotated", "odd size", "not square", "interlaced", "HDR", "wide gamut", "variable rate")
 QUALITY = {"crf": "18", "preset": "veryfast", "x264-params": "weightp=0:mbtree=0"}  # as `io.video`, and faster
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
+UNEVEN = 0.5  # of the usual time between two frames: the largest difference from it that a copy may have
 SLACK = 1e-6  # seconds, for rounding
 
 Times = Float[np.ndarray, "_"]
@@ -46,7 +50,7 @@ class Piece:
 
 
 def plan(video: Video, look: Look, shortest: float, longest: float, loss: float) -> list[Piece]:
-    """Cuts scenes into pieces.
+    """Cuts scenes into pieces; where no frame is shown for too long, another scene begins.
 
     A scene longer than `longest` is cut again, if possible at a key frame in the second half of the time that a clip
     may take. A piece that does not start with a key frame begins at the next one if it is at most `loss` away, and is
@@ -55,11 +59,14 @@ def plan(video: Video, look: Look, shortest: float, longest: float, loss: float)
     Args:
       shortest, longest, loss: seconds.
     """
-    times = (look.ticks - look.ticks[0]) * video.tick
-    times = np.append(times, times[-1] + 1 / video.fps)  # the end of the last frame, too
+    begins = (look.ticks - look.ticks[0]) * video.tick
+    times = np.append(begins, np.inf)
     short, long = shortest - SLACK, longest + SLACK
     pieces = []
-    for start, stop in itertools.pairwise((0, *look.cuts, len(look.ticks))):
+    for start, stop in itertools.pairwise((0, *sorted({*look.cuts, *look.gaps}), len(look.ticks))):
+        times[start] = begins[start]
+        if stop in look.gaps or stop == len(begins):
+            times[stop] = times[stop - 1] + 1 / video.fps  # the end of the last frame, for this scene
         while start < stop and times[stop] - times[start] >= short:
             end = stop
             if times[stop] - times[start] > long:
@@ -182,31 +189,30 @@ def _encode(path: Path, video: Video, piece: Piece) -> bytes:
 
 def _decode(path: Path, video: Video, piece: Piece) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
     """(seconds after the start, pixels as they are shown) of a piece's frames."""
+    display = None
     with opened(path) as (container, stream):
         if video.timed:
             _seek(container, stream, piece.start)
-        for number, frame in enumerate(container.decode(stream)):
+        for number, frame in enumerate(Decoder(container, stream)):
             tick = frame.pts if video.timed else video.count(number)
             if tick >= piece.stop:
                 return
             if tick >= piece.start:
-                turns = round(frame.rotation / 90)
-                width = video.height if turns % 2 else video.width
-                height = video.width if turns % 2 else video.height
-                picture = frame.reformat(width, height, "rgb24", interpolation="AREA", threads=1).to_ndarray()
-                yield (tick - piece.start) * video.tick, np.rot90(picture, turns)
+                display = display or Display.of(stream, frame, path.name)
+                yield (tick - piece.start) * video.tick, display(frame)
 
 
 def _at_rate(
     frames: Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]], fps: float, seconds: float
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Yields the frame that is shown at each tick of a constant rate."""
-    count, total, last = 0, max(math.floor(seconds * fps + 0.5), 1), None
+    """Yields the frame that is nearest to each tick of a constant rate."""
+    count, total = 0, max(math.floor(seconds * fps + 0.5), 1)
+    at, last = 0.0, None
     for time, picture in frames:
-        while last is not None and count < total and (count + 0.5) / fps <= time:
+        while last is not None and count < total and count / fps <= (at + time) / 2:
             yield last
             count += 1
-        last = picture
+        at, last = time, picture
     while last is not None and count < total:
         yield last
         count += 1

@@ -23,6 +23,7 @@ from tora_jax.data.curate.shards import Shards
 from tora_jax.data.curate.stages import STAGES, SourceVideo, Stage
 from tora_jax.data.curate.work import WorkFiles
 from tora_jax.errors import UserError
+from tora_jax.io.files import is_hidden
 
 # The program of a local worker process. Beam's own logs every step.
 WORKER = """
@@ -47,6 +48,7 @@ def build(pipeline: beam.Pipeline, patterns: Sequence[str], output: str, options
         pipeline
         | "patterns" >> beam.Create(both)
         | "match" >> fileio.MatchAll(fileio.EmptyMatchTreatment.ALLOW)
+        | "shown" >> beam.Filter(lambda file: not is_hidden(file.path))
         | "place" >> beam.Map(lambda file: (file.path, file.size_in_bytes, file.last_updated_in_seconds))
         | "once" >> beam.Distinct()
         | "spread" >> beam.Reshuffle()

@@ -78,7 +78,7 @@ def _probe(files: WorkFiles) -> Fill:
             used = {int(np.searchsorted(starts, piece.start, "right")) for piece in pieces}
             found |= {"scenes": len(starts), "short scenes": len(starts) - len(used)}
             if not pieces:
-                raise UnusableError("too short")
+                raise UnusableError("variable rate" if look.gaps else "too short")
         except UnusableError as error:
             found["reason"] = str(error)
         work.write_json(path, found)

@@ -23,7 +23,7 @@ from apache_beam.io.filesystems import FileSystems
 from tora_jax.errors import UserError
 from tora_jax.io.files import write_atomic
 
-VERSION = 2  # of the stages' code: raised when what they write changes
+VERSION = 3  # of the stages' code: raised when what they write changes
 BEFORE = {"clips": "probe", "motion": "clips", "looks": "clips", "captions": "clips"}
 ARCHIVES = ("clips", "motion")
 META = "meta.json"
