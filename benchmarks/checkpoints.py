@@ -3,6 +3,8 @@
   python -m benchmarks.checkpoints stdit3 FILE.safetensors      4.5 GB, the numbers of golden stdit3_xl2_full
   python -m benchmarks.checkpoints vae FILE.safetensors         1.6 GB, the numbers of golden video_vae_full
   python -m benchmarks.checkpoints t5 FOLDER --dtype bfloat16   9.8 GB, two shards and their index, random bits
+  python -m benchmarks.checkpoints tora_cogvideox FOLDER --dtype bfloat16 --form diffusers    22 GB, random bits; needs
+                                                                PyTorch for --form sat, and then 12 GB meanwhile
 
 Names and shapes are those of the published files; T5's embedding is there under both of its names.
 """
@@ -10,7 +12,9 @@ Names and shapes are those of the published files; T5's embedding is there under
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,10 +22,11 @@ import numpy as np
 
 from convert_weights import safetensors_io, stream
 from convert_weights.safetensors_io import Spec
-from convert_weights.tables import t5
+from convert_weights.tables import t5, tora_cogvideox
 from tests.parity import golden
 from tora_jax import command_line
 
+FORMS = ("diffusers", "sat", "split")  # of the released Tora on CogVideoX
 VAE_CONSTANTS = {"shift": (-0.10, 0.34, 0.27, 0.98), "scale": (3.85, 2.32, 2.33, 3.06)}
 
 
@@ -50,10 +55,66 @@ def random_bits(key: str, spec: Spec) -> np.ndarray:
 
 def make_file(path: Path, keys: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensor: Callable) -> None:
     """Writes one file; `tensor`: (key, spec) -> array."""
-    specs = {key: Spec(dtype, shape) for key, shape in keys.items()}
+    specs = {key: Spec(np.dtype(np.int64) if _is_counter(key) else dtype, shape) for key, shape in keys.items()}
     specs = {key: specs[key] for key in safetensors_io.file_order(specs)}
     data: Iterator[np.ndarray] = (tensor(key, spec) for key, spec in specs.items())
     safetensors_io.write(path, specs, data, {"format": "pt"})
+
+
+def make_shards(folder: Path, keys: Mapping[str, tuple[int, ...]], dtype: np.dtype, name: str, count: int) -> None:
+    """Writes `count` files of random bits and their index."""
+    folder.mkdir(parents=True)
+    shards = {f"{name}-0000{i + 1}-of-0000{count}.safetensors": list(keys)[i::count] for i in range(count)}
+    for file, names in shards.items():
+        make_file(folder / file, {key: keys[key] for key in names}, dtype, random_bits)
+    index = {"metadata": {}, "weight_map": {key: file for file, names in shards.items() for key in names}}
+    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_pickle(path: Path, keys: Mapping[str, tuple[int, ...]], dtype: np.dtype, wrapper: str) -> None:
+    """Writes a state dict of random bits as torch.save does, from a file of the same size that is there meanwhile."""
+    import torch
+
+    path.parent.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as meanwhile:
+        raw = Path(meanwhile) / "raw.safetensors"
+        make_file(raw, keys, dtype, random_bits)
+        state = {}
+        for key, at in safetensors_io.read_header(raw).items():
+            bits = np.dtype(f"i{at.dtype.itemsize}")
+            array = np.memmap(raw, bits, "c", at.begin, at.shape)
+            kind = torch.bfloat16 if bits.itemsize == 2 else torch.int64 if _is_counter(key) else torch.float32
+            state[key] = torch.from_numpy(array).view(kind)
+        torch.save({wrapper: state}, path)
+
+
+def make_cogvideox(folder: Path, dtype: str, form: str, i2v: bool) -> None:
+    """Writes the released Tora: diffusers' pipeline, the authors' files, or a plain pipeline and split files."""
+    numbers, name = stream.DTYPES[dtype], "tora_cogvideox" + ("_i2v" if i2v else "")
+    text, tokenizer = folder / "text_encoder", folder / "tokenizer"
+    if form == "sat":
+        text = tokenizer = folder / "t5-v1_1-xxl"
+        place = folder / "tora" / ("i2v" if i2v else "t2v") / "mp_rank_00_model_states.pt"
+        make_pickle(place, golden.checkpoint_keys(f"{name}_sat"), numbers, "module")
+        make_pickle(folder / "vae" / "3d-vae.pt", golden.checkpoint_keys("cogvideox_vae_sat"), numbers, "state_dict")
+    else:
+        keys = golden.checkpoint_keys(f"{name}_diffusers")
+        if form == "split":
+            for file, prefix in tora_cogvideox.split({"cogvideox": {"in_channels": 32 if i2v else 16}}).items():
+                part = {key.removeprefix(prefix): keys.pop(key) for key in list(keys) if key.startswith(prefix)}
+                (folder / "motion").mkdir(parents=True, exist_ok=True)
+                make_file(folder / "motion" / file, part, numbers, random_bits)
+        make_shards(folder / "transformer", keys, numbers, "diffusion_pytorch_model", 3)
+        (folder / "vae").mkdir()
+        vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        make_file(vae, golden.checkpoint_keys("cogvideox_vae"), numbers, random_bits)
+    make("t5", text, dtype)
+    tokenizer.mkdir(exist_ok=True)
+    shutil.copyfile(golden.GOLDEN_DIR / "tokenizer.model", tokenizer / "spiece.model")
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
 
 
 def make(kind: str, path: Path, dtype: str = "float32") -> None:
@@ -65,22 +126,21 @@ def make(kind: str, path: Path, dtype: str = "float32") -> None:
         keys, numbers = golden.checkpoint_keys(name), stream.DTYPES[dtype]
         make_file(path, keys, numbers, lambda key, spec: tensor(key, spec.shape, seed).astype(numbers, copy=False))
         return
-    keys = golden.checkpoint_keys("t5_v1_1_xxl_encoder")
-    path.mkdir()
-    shards = {f"model-0000{i + 1}-of-00002.safetensors": list(keys)[i::2] for i in range(2)}
-    for file, names in shards.items():
-        make_file(path / file, {key: keys[key] for key in names}, stream.DTYPES[dtype], random_bits)
-    index = {"metadata": {}, "weight_map": {key: file for file, names in shards.items() for key in names}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    make_shards(path, golden.checkpoint_keys("t5_v1_1_xxl_encoder"), stream.DTYPES[dtype], "model", 2)
 
 
 def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     parser = command_line.Parser("python -m benchmarks.checkpoints", __doc__)
-    parser.add_argument("kind", choices=("stdit3", "vae", "t5"))
+    parser.add_argument("kind", choices=("stdit3", "vae", "t5", "tora_cogvideox"))
     parser.add_argument("path", type=Path)
     parser.add_argument("--dtype", choices=stream.DTYPES, default="float32")
+    parser.add_argument("--form", choices=FORMS, default=FORMS[0], help="of tora_cogvideox")
+    parser.add_argument("--i2v", action="store_true", help="tora_cogvideox: image to video")
     args = parser.parse_args(argv[1:])
-    make(args.kind, args.path, args.dtype)
+    if args.kind == "tora_cogvideox":
+        make_cogvideox(args.path, args.dtype, args.form, args.i2v)
+    else:
+        make(args.kind, args.path, args.dtype)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
   python -m benchmarks.convert stdit3 --folder DIR
   python -m benchmarks.convert t5 --dtype bfloat16 --folder DIR
   python -m benchmarks.convert tora --folder DIR                   a whole release of 18 GB
+  python -m benchmarks.convert tora_cogvideox --form sat --i2v --dtype bfloat16 --folder DIR      one of 22 GB
 
 Makes the checkpoint (benchmarks/checkpoints.py) where DIR lacks it, copies it with `cp`, converts it with the real
 command, converts it back, and compares every tensor with the first. DIR needs room for three times the checkpoint.
@@ -21,13 +22,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import checkpoints
-from convert_weights import sources, stream
+from convert_weights import pipelines, sources, stream
+from convert_weights.checkpoint_types import CHECKPOINT_TYPES
+from convert_weights.releases import COGVIDEOX
+from convert_weights.sources import Source
+from convert_weights.tables import tora_cogvideox
 from tests.parity import golden
 from tora_jax import command_line
 from tora_jax.errors import UserError
@@ -59,21 +64,42 @@ def timed(command: list[str], source: Path) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "rss_anon_gib": round(peak / 2**20, 3)}
 
 
-def same(first: Path, second: Path) -> bool:
-    """Do two checkpoints hold the same names with the same dtypes, shapes and bytes?"""
-    a, b = (sources.open_source(str(path)) for path in (first, second))
-    return (dict(a.shapes), dict(a.dtypes)) == (dict(b.shapes), dict(b.dtypes)) and all(
-        np.array_equal(a.read(key).reshape(-1).view(np.uint8), b.read(key).reshape(-1).view(np.uint8))
-        for key in a.shapes
+def same(kind: str, first: Source, second: Path) -> bool:
+    """Do two checkpoints hold the same names with the same dtypes, shapes and bytes, but for what is dropped?"""
+    checkpoint = CHECKPOINT_TYPES[kind]
+    a, b = (checkpoint.view(source) for source in (first, sources.open_source(str(second))))
+    keys = [key for key in a.shapes if not any(re.fullmatch(pattern, key) for pattern in checkpoint.dropped)]
+    return keys_of(a, keys) == keys_of(b, b.shapes) and all(
+        np.array_equal(a.read(key).reshape(-1).view(np.uint8), b.read(key).reshape(-1).view(np.uint8)) for key in keys
     )
+
+
+def keys_of(source: Source, keys: Iterable[str]) -> dict[str, tuple]:
+    return {key: (source.shapes[key], source.dtypes[key]) for key in keys}
+
+
+def denoiser(source: Path, kind: str) -> Source:
+    """The checkpoint that --reverse gives back; of a whole release, that of the denoiser."""
+    if kind != COGVIDEOX.name:
+        return sources.open_source(str(source))
+    base = sources.open_source(pipelines.find(str(source), None)["tora"], allow_pickle=True)
+    if not (source / "motion").is_dir():
+        return base
+    files = pipelines.find_split(str(source / "motion"), tora_cogvideox.takes_images(base.shapes))
+    return sources.joined({"": base, **{prefix: sources.open_source(file) for prefix, file in files.items()}})
 
 
 def size(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
-def make(kind: str, dtype: str, source: Path) -> list[str]:
+def make(kind: str, dtype: str, source: Path, form: str, i2v: bool) -> list[str]:
     """Makes what is not there; returns the converter's arguments."""
+    if kind == COGVIDEOX.name:
+        if not source.exists():
+            checkpoints.make_cogvideox(source, dtype, form, i2v)
+        more = {"sat": ["--allow_pickle"], "split": ["--motion", str(source / "motion")]}
+        return [kind, str(source), *more.get(form, [])]
     if kind != "tora":
         if not source.exists():
             checkpoints.make(kind, source, dtype)
@@ -89,8 +115,10 @@ def make(kind: str, dtype: str, source: Path) -> list[str]:
 
 def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     parser = command_line.Parser("python -m benchmarks.convert", __doc__)
-    parser.add_argument("kind", choices=("stdit3", "vae", "t5", "tora"))
+    parser.add_argument("kind", choices=("stdit3", "vae", "t5", "tora", COGVIDEOX.name))
     parser.add_argument("--dtype", choices=stream.DTYPES, default="float32", help="of the checkpoint")
+    parser.add_argument("--form", choices=checkpoints.FORMS, default=checkpoints.FORMS[0], help="of tora_cogvideox")
+    parser.add_argument("--i2v", action="store_true", help="tora_cogvideox: image to video")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--orbax", action="store_true", help="write Orbax checkpoints")
     parser.add_argument("--no_reverse", action="store_true", help="leave the way back out")
@@ -98,13 +126,14 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = parser.parse_args(argv[1:])
     args.folder.mkdir(parents=True, exist_ok=True)
     name = f"{args.kind}_{args.dtype}"
-    source = args.folder / (name if args.kind in ("t5", "tora") else f"{name}.safetensors")
+    source = args.folder / (name if args.kind in ("t5", "tora", COGVIDEOX.name) else f"{name}.safetensors")
     copy, ours, back = (args.folder / f"{name}_{what}" for what in ("copy", "ours", "back.safetensors"))
     for old in (copy, ours, back):
         remove(old)
-    arguments = make(args.kind, args.dtype, source)
+    arguments = make(args.kind, args.dtype, source, args.form, args.i2v)
 
-    result = {"kind": args.kind, "dtype": args.dtype, "orbax": args.orbax, "bytes": size(source)}
+    forms = {"form": args.form, "i2v": args.i2v} if args.kind == COGVIDEOX.name else {}
+    result = {"kind": args.kind, **forms, "dtype": args.dtype, "orbax": args.orbax, "bytes": size(source)}
     result["cp"] = timed(["cp", "-r", str(source), str(copy)], source)
     remove(copy)
     command = [sys.executable, "-m", "convert_weights"]
@@ -114,7 +143,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     if args.kind != "tora" and not args.no_reverse:
         result["reverse"] = timed([*command, args.kind, str(ours), str(back), "--reverse"], ours)
         result["reverse"]["times_cp"] = round(result["reverse"]["seconds"] / result["cp"]["seconds"], 2)
-        result["round_trip_exact"] = same(source, back)
+        result["round_trip_exact"] = same(args.kind, denoiser(source, args.kind), back)
     result["machine"] = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     result["python"] = platform.python_version()
     print(json.dumps(result, indent=2))
