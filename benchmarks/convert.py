@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import checkpoints
-from convert_weights import pipelines, sources, stream
+from convert_weights import pipelines, sources, stream, views
 from convert_weights.checkpoint_types import CHECKPOINT_TYPES
 from convert_weights.releases import COGVIDEOX
-from convert_weights.sources import Source
 from convert_weights.tables import tora_cogvideox
+from convert_weights.views import Source
 from tests.parity import golden
 from tora_jax import command_line
 from tora_jax.errors import UserError
@@ -86,7 +86,7 @@ def denoiser(source: Path, kind: str) -> Source:
     if not (source / "motion").is_dir():
         return base
     files = pipelines.find_split(str(source / "motion"), tora_cogvideox.takes_images(base.shapes))
-    return sources.joined({"": base, **{prefix: sources.open_source(file) for prefix, file in files.items()}})
+    return views.joined({"": base, **{prefix: sources.open_source(file) for prefix, file in files.items()}})
 
 
 def size(path: Path) -> int:

@@ -25,13 +25,13 @@ from typing import Any, NoReturn
 
 import jax
 
-from convert_weights import export, folders, pipelines, plan, sources, stream, writers
+from convert_weights import export, folders, pipelines, plan, sources, stream, views, writers
 from convert_weights.checkpoint_types import CHECKPOINT_TYPES
 from convert_weights.mapping import ConversionError
 from convert_weights.plan import Part
 from convert_weights.releases import COGVIDEOX, OPENSORA, ReleaseType
-from convert_weights.sources import Source
 from convert_weights.tables import tora_cogvideox
+from convert_weights.views import Source
 from convert_weights.write_release import ReleaseWriter
 from tora_jax import command_line, sharding
 from tora_jax.errors import UserError
@@ -177,7 +177,7 @@ def _with_motion(args: argparse.Namespace, base: Source) -> Source:
     files = pipelines.find_split(args.motion, tora_cogvideox.takes_images(base.shapes))
     for file in files.values():
         _note(f"{file} goes onto {base.name}")
-    return sources.joined({"": base, **{prefix: _open(args, file) for prefix, file in files.items()}})
+    return views.joined({"": base, **{prefix: _open(args, file) for prefix, file in files.items()}})
 
 
 def _variants(variant: str | None, kind: ReleaseType) -> dict[str, str]:

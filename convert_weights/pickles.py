@@ -64,7 +64,11 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], str]:
         named = f"; it has the keys {', '.join(map(str, list(state)[:5]))} ..." if isinstance(state, Mapping) else ""
         raise UserError(f"{path}: not a state dict (a mapping of names to tensors){named}")
     # NumPy has no number format of torch's for these: their bits are taken.
-    bits = {torch.bfloat16: (torch.int16, "BF16"), torch.float8_e4m3fn: (torch.uint8, "F8_E4M3")}
+    bits = {
+        torch.bfloat16: (torch.int16, "BF16"),
+        torch.float8_e4m3fn: (torch.uint8, "F8_E4M3"),
+        torch.float8_e5m2: (torch.uint8, "F8_E5M2"),
+    }
 
     def array(tensor) -> np.ndarray:
         if tensor.dtype not in bits:

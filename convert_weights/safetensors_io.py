@@ -29,6 +29,8 @@ DTYPES = {
         "BOOL": np.bool_,
         "U8": np.uint8,
         "I8": np.int8,
+        "F8_E5M2": jnp.float8_e5m2,
+        "F8_E4M3": jnp.float8_e4m3fn,
         "I16": np.int16,
         "U16": np.uint16,
         "F16": np.float16,
@@ -65,6 +67,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
     Raises:
       UserError: the file is no safetensors file, truncated, or its header is broken in any way.
     """
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same with the strings that the header holds beside."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(9)
@@ -83,7 +90,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: broken header (__metadata__ is no mapping of strings); get the file again")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_places(path, tensors, 8 + length, size)
-    return {name: tensor for name, (tensor, _) in tensors.items()}
+    return {name: tensor for name, (tensor, _) in tensors.items()}, metadata
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

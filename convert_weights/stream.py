@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert_weights.mapping import Layout, Move
-from convert_weights.sources import Source
+from convert_weights.views import Source
 from tora_jax.errors import UserError
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16), "float16": np.dtype(np.float16)}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from convert_weights.mapping import Rule, Shape, flatten
-from convert_weights.sources import Source
+from convert_weights.views import Source
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from convert_weights import mapping
 from convert_weights.folders import parse_json
-from convert_weights.sources import Source
 from convert_weights.typing import CheckpointType, Fields, Notation
+from convert_weights.views import Source
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
 

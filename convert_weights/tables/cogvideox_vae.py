@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from convert_weights import sources
+from convert_weights import views
 from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import Layout, Rule, affine, norm, pattern
-from convert_weights.sources import Piece, Source
 from convert_weights.tables import tora_cogvideox
 from convert_weights.typing import CheckpointType, Fields, Shapes
+from convert_weights.views import Piece, Source
 from tora_jax.io.files import tuples
 from tora_jax.models.cogvideox_vae import CogVideoXVAE
 
@@ -137,7 +137,7 @@ def view(source: Source) -> Source:
     for key in source.shapes:
         names = (name.format(**m.groupdict()) for regex, name in rules if (m := regex.fullmatch(key)))
         pieces[next(names, key)] = Piece(key)
-    return sources.cut(source, pieces, encoder_chunk=0)
+    return views.cut(source, pieces, encoder_chunk=0)
 
 
 def infer(shapes: Shapes) -> Fields:

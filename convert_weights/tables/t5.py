@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from tora_jax.configs import model_sizes
 
+from convert_weights import views
 from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import ConversionError, Layout, Rule
 from convert_weights.typing import CheckpointType, Fields, Shapes
+from convert_weights.views import Source
 from tora_jax.models.t5 import T5Encoder
 
 # One tensor, two names: a file carries either or both.
@@ -72,6 +75,16 @@ def _same(a, b) -> bool:
     return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
 
 
+# Where ComfyUI keeps it in a bundle of all models.
+_BUNDLED = re.compile(r"((?:text_encoders|cond_stage_model)\.t5xxl\.transformer\.).*")
+
+
+def view(source: Source) -> Source:
+    """The text encoder of a bundle."""
+    found = next((match[1] for key in source.shapes if (match := _BUNDLED.fullmatch(key))), None)
+    return source if found is None else views.under(source, found)
+
+
 def infer(shapes: Shapes) -> Fields:
     attention = r"encoder\.block\.[0-9]+\.layer\.0\.SelfAttention\."
     heads = size(shapes, attention + r"relative_attention_bias\.weight", 1)
@@ -95,6 +108,7 @@ def init(key: jax.Array, fields: Fields) -> Any:
 CHECKPOINT_TYPE = CheckpointType(
     name="t5",
     part="t5",
+    view=view,
     table=TABLE,
     dropped=DROPPED,
     infer=infer,

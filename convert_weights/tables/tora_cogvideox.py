@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convert_weights import sources
+from convert_weights import views
 from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import Layout, Rule, Shape, affine, norm, pattern
-from convert_weights.sources import Piece, Source
 from convert_weights.typing import CheckpointType, Fields, Shapes
+from convert_weights.views import Piece, Source
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
 from tora_jax.models.cogvideox import SIZES, CogVideoX
@@ -202,7 +202,7 @@ def view(source: Source) -> Source:
       UserError: for a CogVideoX whose tensors have these names and that works in another way.
     """
     if is_sat(source.shapes):
-        source = sources.cut(source, from_sat(source.shapes), final_eps=SAT_EPS)
+        source = views.cut(source, from_sat(source.shapes), final_eps=SAT_EPS)
     config = source.config
     if all(isinstance(config.get(name), int) for name in ("sample_height", "sample_width", "patch_size")):
         rows, columns = (config[name] // config["patch_size"] for name in ("sample_height", "sample_width"))

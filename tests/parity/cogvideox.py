@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert_weights import mapping
-from convert_weights.sources import Piece
 from convert_weights.tables import tora_cogvideox
+from convert_weights.views import Piece
 from tests.parity import golden
 from tora_jax.models.cogvideox_tora import CogVideoXTora
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from convert_weights import mapping
-from convert_weights.sources import Piece
 from convert_weights.tables import tora_cogvideox
 from convert_weights.tables.tora_cogvideox import TABLE, from_sat, is_sat
+from convert_weights.views import Piece
 from tests.parity import cogvideox, golden
 from tests.parity.cogvideox import UNUSED
 from tora_jax.models.cogvideox_tora import CogVideoXTora
