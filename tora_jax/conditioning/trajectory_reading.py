@@ -154,7 +154,8 @@ def finish(
     size = np.asarray(canvas, np.float64)
     xy = np.concatenate([each[:, :2] for each in found])
     _check_places(xy, size, bool(said), hints.clip, drawing.form, name, next(iter(pictures), ""))
-    _check_corners(found, size, hints, name)
+    if drawing.canvas is None:
+        _check_corners(found, size, hints, name)
     for each in found:
         if hints.up:
             each[:, 1] = size[1] - each[:, 1]
@@ -261,8 +262,8 @@ def _check_corners(paths: list[np.ndarray], size: np.ndarray, hints: Hints, name
         (left_top, right_bottom), off = corners[:, :2], corners[:, :2].mean(0) - centre[:2]
         return bool((right_bottom - left_top >= 4 * unit).all() and (np.abs(off) <= unit / 2).all())
 
-    inside = all(len(each) > 3 and each.shape[1] == 2 and is_box(each[:2], each[2]) for each in paths)
-    beside = any(len(box) == 2 and is_box(box, path[0]) for box, path in itertools.pairwise(paths))
-    if not hints.values and (inside or beside):
+    inside = all(len(each) > 3 and is_box(each[:2], each[2]) for each in paths)
+    beside = any(len(box) == 2 < len(path) and is_box(box, path[0]) for box, path in itertools.pairwise(paths))
+    if not hints.values and all(each.shape[1] == 2 for each in paths) and (inside or beside):
         what = "begins with two corners of a box and then its centre, as SG-I2V's files do"
         raise UserError(f"{name}: {what}; leave the corners out (if they are points: --trajectory_axes=xy)")
