@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
+from convert_weights.checkpoint_types import CHECKPOINT_TYPES
 from convert_weights.mapping import flatten, from_state_dict
+from convert_weights.plan import plan_part
 from convert_weights.tables import cogvideox_vae
 from convert_weights.tables.tora_cogvideox import SAT_PREFIX, SPLIT
+from convert_weights.views import Source
 from tests import hub_server
 from tests.converting import contents, main, refused, shard
 from tests.parity import cogvideox, golden
@@ -162,6 +166,76 @@ def test_parts_from_elsewhere(pipeline, tmp_path, capsys):
     refused(capsys, argv, "--tokenizer FILE")
     assert main([*argv, "--tokenizer", str(source / "tokenizer" / "spiece.model")]) == 0
     assert params(tmp_path / "ours", "tora").keys() == params(ours, "tora").keys()
+
+
+# The released lists of keys: type, variant, and what is dropped.
+RELEASED = {
+    "tora_cogvideox_diffusers": ("tora_cogvideox", "t2v", 0),
+    "tora_cogvideox_i2v_diffusers": ("tora_cogvideox", "i2v", 0),
+    "tora_cogvideox_sat": ("tora_cogvideox", "t2v", 3),
+    "tora_cogvideox_i2v_sat": ("tora_cogvideox", "i2v", 3),
+    "cogvideox_vae": ("cogvideox_vae", "5B", 0),
+    "cogvideox_vae_sat": ("cogvideox_vae", "5B", 0),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_keys(name):
+    """Known by shapes alone; each key has its place, is a counter, or is dropped for a reason; no other may be there."""
+    kind, variant, dropped = RELEASED[name]
+    keys = golden.checkpoint_keys(name)
+    dtypes = {key: np.dtype(np.int64 if key.endswith("num_batches_tracked") else np.float32) for key in keys}
+
+    def planned(more: dict):
+        shapes = {key: tuple(shape) for key, shape in (keys | more).items()}
+        source = Source(name, (), shapes, dtypes | dict.fromkeys(more, np.dtype(np.float32)), None, {}, None)
+        return plan_part(CHECKPOINT_TYPES[kind], source, None, None)
+
+    part = planned({})
+    assert (part.variant, part.problems) == (variant, [])
+    assert len([key for key in part.ignored if not key.endswith("num_batches_tracked")]) == dropped
+    (problem,) = planned({"fuser.42.extra.weight": (3,)}).problems
+    assert "fuser.42.extra.weight" in problem
+
+
+@pytest.fixture
+def damaged(pipeline, tmp_path, capsys):
+    """Damages a copy of the pipeline, and demands one line that says so."""
+    folder = shutil.copytree(pipeline[0], tmp_path / "damaged")
+
+    def try_it(file: str, damage, *words: str) -> None:
+        path = folder / file
+        damage(path)
+        refused(capsys, ["tora_cogvideox", str(folder), str(tmp_path / "ours")], *words)
+        shutil.copyfile(pipeline[0] / file, path)
+
+    return try_it
+
+
+def test_damage(damaged):
+    """In whichever part of the folder."""
+    shard = "transformer/model-00002-of-00002.safetensors"
+    damaged(shard, lambda path: os.truncate(path, 1000), "truncated")
+    damaged(shard, Path.unlink, "shard missing", Path(shard).name)
+    damaged(shard, lambda path: path.write_bytes(b"GGUF" + bytes(100)), "not a safetensors file")
+    index = "text_encoder/model.safetensors.index.json"
+    damaged(index, lambda path: path.write_text("{}"), "broken index")
+    damaged("transformer/config.json", lambda path: path.write_text("{"), "transformer/config.json: not valid JSON")
+    damaged("tokenizer/spiece.model", Path.unlink, "--tokenizer FILE")
+
+    def not_a_number(path: Path) -> None:
+        state = load_file(path)
+        save_file(state | {key: value * np.nan for key, value in state.items()}, path, PLAIN)
+
+    damaged("vae/diffusion_pytorch_model.safetensors", not_a_number, "holds NaN or Inf", "--allow_nonfinite")
+
+
+def test_a_text_encoder_of_another_width(pipeline, tmp_path, capsys):
+    folder = shutil.copytree(pipeline[0], tmp_path / "other")
+    shutil.rmtree(folder / "transformer")
+    shard(folder / "transformer", add_counters(cogvideox.weights(golden.load("cogvideox_transformer_motion"))))
+    argv = ["tora_cogvideox", str(folder), str(tmp_path / "ours")]
+    refused(capsys, argv, "gives features of width", "the denoiser wants")
 
 
 # ----------------------------------------------------------------------------------------------------------
