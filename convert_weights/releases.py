@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from tora_jax.configs import sampling
+from tora_jax.configs import model_sizes
 from tora_jax.configs import tora as tora_config
 
 from convert_weights.plan import Part
@@ -105,16 +105,17 @@ OPENSORA = ReleaseType(
 
 
 def _cogvideox_config(parts: Mapping[str, Part]) -> Config:
+    """That of configs/tora_cogvideox.py with the sizes of the checkpoints.
+
+    The front end is the one that the files are of. Files for image to video are of the authors' own, whatever their
+    form: it alone ever had them.
+    """
     sections = {name: part.section() for name, part in parts.items()}
-    denoiser = {**sections["tora"]["cogvideox"], "remat": "nothing_saveable", "dtype": "bfloat16"}
-    released = {"height": 480, "width": 720, "num_frames": 49, "fps": 8.0, "steps": 50, "guidance": 6.0}
-    return {
-        "backbone": "cogvideox",
-        "tora": {**sections["tora"], "cogvideox": denoiser},
-        "vae": {**sections["vae"], "dtype": "bfloat16"},
-        "t5": {**sections["t5"], "dtype": "bfloat16"},
-        "sampling": {**sampling.section(), **released},
-    }
+    inner, front_end = sections["tora"].pop("cogvideox"), sections["tora"].pop("front_end", "diffusers")
+    i2v = inner["in_channels"] > inner["out_channels"]
+    config = model_sizes.cogvideox(i2v=i2v, front_end="sat" if i2v else front_end)
+    config["tora"] |= sections["tora"] | {"cogvideox": config["tora"]["cogvideox"] | inner}
+    return config | {part: config[part] | sections[part] for part in ("vae", "t5")}
 
 
 COGVIDEOX = ReleaseType(

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from convert_weights import views
 from convert_weights.infer_fields import count, known, size
 from convert_weights.mapping import Layout, Rule, Shape, affine, norm, pattern
 from convert_weights.typing import CheckpointType, Fields, Shapes
 from convert_weights.views import Piece, Source
+from tora_jax.backbones import cogvideox
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
 from tora_jax.models.cogvideox import SIZES, CogVideoX
@@ -202,7 +202,7 @@ def view(source: Source) -> Source:
       UserError: for a CogVideoX whose tensors have these names and that works in another way.
     """
     if is_sat(source.shapes):
-        source = views.cut(source, from_sat(source.shapes), final_eps=SAT_EPS)
+        source = views.cut(source, from_sat(source.shapes), final_eps=SAT_EPS, front_end="sat")
     config = source.config
     if all(isinstance(config.get(name), int) for name in ("sample_height", "sample_width", "patch_size")):
         rows, columns = (config[name] // config["patch_size"] for name in ("sample_height", "sample_width"))
@@ -247,13 +247,9 @@ def _variant(sizes: Size) -> str:
 
 
 def init(key: jax.Array, fields: Fields) -> Any:
-    fields = tuples(fields)
-    # The table of learned positions fits one size of videos, these inputs another.
-    model = CogVideoXTora(**{**fields, "cogvideox": {**fields["cogvideox"], "add_positions": False}})
-    inner = model.cogvideox
-    x, text = jnp.zeros((1, 1, model.patch, model.patch, model.in_channels)), jnp.zeros((1, 1, model.caption_channels))
-    given = jnp.zeros((*x.shape[:4], inner.get("in_channels", model.in_channels) - model.in_channels))
-    return model.init(key, x, jnp.zeros(1), text, x, given=given)["params"]
+    model = CogVideoXTora(**tuples(fields))
+    args, options = cogvideox.dummies({"tora": model})["tora"]
+    return model.init(key, *args, **options)["params"]
 
 
 def split(fields: Fields) -> dict[str, str]:
@@ -292,6 +288,7 @@ CHECKPOINT_TYPE = CheckpointType(
         "cogvideox.caption_length": "max_text_seq_length",
         "cogvideox.base_grid": "base_grid",
         "cogvideox.final_eps": "final_eps",
+        "front_end": "front_end",
     },
     licence=LICENCE,
     split=split,

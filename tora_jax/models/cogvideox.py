@@ -371,7 +371,7 @@ class CogVideoX(nn.Module):
 
     def _with_positions(self, video: Array, text: Array) -> tuple[Array, Array]:
         """Adds the learned positions, where they are to be added."""
-        if not (self.learned_positions and self.add_positions):
+        if not (self.learned_positions and self.add_positions) or self.is_initializing():  # of any size
             return video, text
         n, grid = text.shape[1], video.shape[1:4]
         self.check_grid(grid, n)
