@@ -111,9 +111,10 @@ def _cogvideox_config(parts: Mapping[str, Part]) -> Config:
     form: it alone ever had them.
     """
     sections = {name: part.section() for name, part in parts.items()}
-    inner, front_end = sections["tora"].pop("cogvideox"), sections["tora"].pop("front_end", "diffusers")
+    inner = sections["tora"]["cogvideox"]
     i2v = inner["in_channels"] > inner["out_channels"]
-    config = model_sizes.cogvideox(i2v=i2v, front_end="sat" if i2v else front_end)
+    front_end = "sat" if i2v else sections["tora"].get("front_end", "diffusers")
+    config = model_sizes.cogvideox(i2v=i2v, front_end=front_end)
     config["tora"] |= sections["tora"] | {"cogvideox": config["tora"]["cogvideox"] | inner}
     return config | {part: config[part] | sections[part] for part in ("vae", "t5")}
 

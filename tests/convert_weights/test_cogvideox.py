@@ -23,6 +23,8 @@ from tests import hub_server
 from tests.converting import contents, main, refused, shard
 from tests.parity import cogvideox, golden
 from tora_jax.checkpoints import release
+from tora_jax.io.video import read_video
+from tora_jax.sampling import __main__ as sample
 
 PLAIN = {"format": "pt"}
 
@@ -133,6 +135,19 @@ def test_pipeline(pipeline):
     assert config["sampling"]["num_frames"] == 49
     model = model_of("cogvideox_transformer_motion", fields["caption_channels"])
     same(params(ours, "tora"), flatten(cogvideox.load_params(model, state)))
+
+
+def test_a_converted_folder_makes_a_video(pipeline, tmp_path):
+    """`sample.py --weights DIR` at the folder's own settings, smaller; the front end is the one of the files."""
+    *_, ours = pipeline
+    assert release.read_config(ours)["tora"]["front_end"] == "diffusers"
+    flags = ["--weights", str(ours), "--out", str(tmp_path / "video.mp4"), "--quiet", "--steps=1", "--num_frames=9"]
+    sample.sample(["sample.py", *flags, "--height=32", "--width=48", "--trajectory=wave"])
+    report = json.loads((tmp_path / "video.json").read_text())
+    assert (report["settings"]["solver"], report["settings"]["guidance"]) == ("dpm2m_sde", 6.0)
+    frames, fps = read_video(tmp_path / "video.mp4")
+    assert (frames.shape, fps) == ((9, 32, 48, 3), 8)
+    assert frames.std() > 1
 
 
 def test_pipeline_comes_back_to_the_byte(pipeline, tmp_path):
@@ -258,7 +273,7 @@ def test_sat(tmp_path):
     config = convert(tmp_path / "sat.safetensors", tmp_path / "ours", *write_sat_parts(tmp_path))
     fields = config["tora"]["cogvideox"]
     assert (fields["in_channels"], fields["learned_positions"]) == (32, 7 + 3 * 3 * 4)
-    assert fields["final_eps"] == 1e-6
+    assert (config["tora"]["front_end"], fields["final_eps"]) == ("sat", 1e-6)
     assert config["vae"]["encoder_chunk"] == 0
     model = model_of("cogvideox_transformer_sat_i2v", fields["caption_channels"])
     same(params(tmp_path / "ours", "tora"), flatten(cogvideox.load_params(model, state)))
