@@ -12,7 +12,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = {
         "probe": {
             "damaged_share": 0.01,  # of a file's frames
-            "threshold": 3.0,  # of PySceneDetect's AdaptiveDetector
+            "threshold": 3.0,  # the change at a cut, in multiples of the usual change there
             "shortest": 2.0,  # seconds of a clip
             "longest": 16.0,
             "loss": 0.5,  # seconds that a clip may begin later for a key frame, so that it is not encoded anew

@@ -35,6 +35,20 @@ def test_folders_of_videos(tmp_path, videos, captions):
         sources.open_source(tmp_path, "validation")
 
 
+def test_every_container_and_no_hidden_file(tmp_path):
+    """A file that macOS left beside the others has the ending of a video, too."""
+    frames = np.full((4, 16, 32, 3), 90, np.uint8)
+    for name in ("a.mp4", "b.M4V", "c.mov", "d.webm"):
+        write_video(tmp_path / "made.mp4", frames, 8)
+        (tmp_path / "made.mp4").rename(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    (tmp_path / "._a.mp4").write_bytes(b"\0\5\x16\7")
+    source = sources.open_source(tmp_path, "train")
+    assert [source[i]["caption"] for i in range(len(source))] == ["a.mp4", "b.M4V", "c.mov", "d.webm"]
+    infos, damaged = sources.scan(source)
+    assert (len(infos), damaged) == (4, {})
+
+
 def test_a_video_without_a_caption(tmp_path):
     fill(tmp_path / "videos", tmp_path / "labels")
     (tmp_path / "labels" / "b.txt").unlink()

@@ -9,6 +9,8 @@ from tests import known_clips, odd_videos
 from tests.known_clips import FPS, FRAMES, HEIGHT, KINDS, WIDTH
 from tora_jax.conditioning import images
 from tora_jax.data.clips import Clips
+from tora_jax.data.curate import cuts
+from tora_jax.data.curate import probe as curate_probe
 from tora_jax.io.clip_files import ClipError
 from tora_jax.io.video import probe, read_video
 
@@ -56,10 +58,7 @@ def test_in_a_folder(clip, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_through_curation(clip, kind):
-    pytest.importorskip("scenedetect")
-    from tora_jax.data.curate import cuts, probe
-
-    video, look = probe.probe(clip(kind), damaged_share=0.01, threshold=3.0)
+    video, look = curate_probe.probe(clip(kind), damaged_share=0.01, threshold=3.0)
     assert (video.traits or (None,))[-1] == KINDS[kind].trait
     (piece,) = cuts.plan(video, look, shortest=1.5, longest=16.0, loss=0.5)
     made = cuts.cut(clip(kind), video, piece)

@@ -10,7 +10,7 @@ import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from tora_jax.errors import UserError
 from tora_jax.io.video import (
@@ -257,6 +257,55 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert image.shape == (5, 7, 3)
     assert image.dtype == np.uint8
     assert mode == "1" or np.abs(image.astype(int) - 128).max() <= 3
+
+
+def profile(primaries, gamma=2.2):
+    """An ICC profile of a display: red, green and blue of these columns, in XYZ for D50."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(data[128:132], "big")
+    entries = np.frombuffer(bytes(data[132 : 132 + 12 * count]), ">u4").reshape(count, 3)
+    places = {bytes(entry[:1].astype(">u4")): (int(entry[1]), int(entry[2])) for entry in entries}
+    for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), np.transpose(primaries), strict=True):
+        start = places[name][0] + 8
+        data[start : start + 12] = np.round(np.array(column) * 65536).astype(">i4").tobytes()
+    start, size = places[b"rTRC"]  # the same for all three
+    data[start : start + size] = (b"para" + bytes(8) + round(gamma * 65536).to_bytes(4, "big")).ljust(size, b"\0")
+    return bytes(data)
+
+
+# Of Adobe RGB (1998), for D50.
+WIDE = ((0.60974, 0.20528, 0.14919), (0.31111, 0.62567, 0.06322), (0.01947, 0.06087, 0.74457))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("ending", ["png", "tiff", "webp"])
+def test_an_embedded_profile_becomes_srgb(tmp_path, mode, ending):
+    """What Adobe RGB calls (90, 200, 80) and (220, 90, 60)."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[:4], picture[4:] = (90, 200, 80), (220, 90, 60)
+    source = Image.fromarray(picture).convert(mode, palette=Image.Palette.ADAPTIVE)
+    options = {"lossless": True} if ending == "webp" else {}
+    image = read_image(save(tmp_path, source, f"a.{ending}", icc_profile=profile(WIDE), **options))
+    np.testing.assert_allclose(image[1, 1], (0, 201, 67), atol=4)
+    np.testing.assert_allclose(image[6, 6], (252, 90, 56), atol=4)
+
+
+def test_profiles_of_grey_and_of_srgb(tmp_path):
+    grey = Image.new("L", (4, 4), 100)
+    seen = read_image(save(tmp_path, grey, icc_profile=profile(WIDE, gamma=1.0)))
+    assert np.abs(seen.astype(int) - 168).max() <= 2  # the light 100 / 255 in sRGB
+    itself = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = Image.fromarray(clip(1)[0])
+    same = read_image(save(tmp_path, picture, icc_profile=itself))
+    assert np.abs(same.astype(int) - clip(1)[0]).max() <= 1
+    half = Image.fromarray(np.uint8([[[90, 200, 80, 51]]]))  # over white
+    np.testing.assert_allclose(read_image(save(tmp_path, half, icc_profile=profile(WIDE))), [[(204, 244, 217)]], atol=4)
+
+
+def test_a_broken_profile_is_refused(tmp_path):
+    path = save(tmp_path, Image.new("RGB", (4, 4)), icc_profile=b"no profile")
+    with pytest.raises(UserError, match=r"a\.png: has a broken colour profile; save it again, as sRGB"):
+        read_image(path)
 
 
 def test_a_turned_photo_is_upright(tmp_path):

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("scenedetect")
-
 from tora_jax.data.curate import appearance
 from tora_jax.data.sprites.clips import make_clip
 from tora_jax.io.video import write_video

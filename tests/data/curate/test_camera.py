@@ -11,8 +11,6 @@ import pytest
 from flax import traverse_util
 from safetensors.flax import save_file
 
-pytest.importorskip("scenedetect")
-
 from tests import moving
 from tora_jax.data.curate import camera
 from tora_jax.errors import UserError

@@ -6,12 +6,10 @@ import av
 import numpy as np
 import pytest
 
-pytest.importorskip("scenedetect")
-
-from tests import odd_videos
+from tests import moving, odd_videos
 from tora_jax.data.curate import cuts, probe
 from tora_jax.data.curate.probe import UnusableError
-from tora_jax.io.video import read_video
+from tora_jax.io.video import read_video, write_video
 
 TRAITS = {
     "variable.mp4": "variable rate",
@@ -22,7 +20,7 @@ TRAITS = {
 }
 
 
-def look(path):
+def look_at(path):
     return probe.probe(path, damaged_share=0.01, threshold=3.0)
 
 
@@ -40,22 +38,22 @@ def test_each_odd_file_has_its_reason(odd):
     folder, reasons = odd
     for name, reason in reasons.items():
         if reason in ("", "same file"):
-            video, seen = look(folder / name)
+            video, seen = look_at(folder / name)
             assert video.traits == ((TRAITS[name],) if name in TRAITS else ())
             assert len(seen.ticks) == 25 if name == "variable.mp4" else 17
             assert video.seconds == pytest.approx(3.31 if name == "variable.mp4" else 2.125, abs=0.01)
             assert (video.fps, seen.cuts) == (8.0, [])
         elif reason == "too short":
-            assert plan(look(folder / name)) == []
+            assert plan(look_at(folder / name)) == []
         else:
             with pytest.raises(UnusableError, match=reason):
-                look(folder / name)
+                look_at(folder / name)
 
 
 def test_odd_files_make_plain_clips(odd):
     folder, reasons = odd
     for name in (name for name, reason in reasons.items() if not reason):
-        found = look(folder / name)
+        found = look_at(folder / name)
         (piece,) = plan(found)
         clip = cuts.cut(folder / name, found[0], piece)
         got, fps = read_video(clip, strict=True)
@@ -80,7 +78,7 @@ def test_a_copied_piece_of_each_container(tmp_path):
     frames = np.concatenate([odd_videos.good(seed=0), odd_videos.good("still", 1)])
     for name, codec in (("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.ts", "libx264"), ("a.webm", "libvpx-vp9")):
         path = odd_videos.write(tmp_path / name, frames, codec, g=17, keyint_min=17)
-        found = look(path)
+        found = look_at(path)
         assert found[1].cuts == [17], name
         first, second = plan(found)
         assert (first.copied, second.copied) == (True, True), name
@@ -96,20 +94,20 @@ def test_a_copied_piece_of_each_container(tmp_path):
 def test_no_copy_where_the_file_cannot_be_cut(tmp_path):
     frames = np.concatenate([odd_videos.good(seed=0), odd_videos.good("still", 1)])
     path = odd_videos.write(tmp_path / "a.mp4", frames, g=250, sc_threshold=0)  # one key frame
-    found = look(path)
+    found = look_at(path)
     first, second = plan(found)
     assert (first.copied, second.copied) == (True, False)
     clip, _ = read_video(cuts.cut(path, found[0], second), strict=True)
     assert len(clip) == 17
     assert np.abs(clip.astype(int) - read_video(path)[0][17:]).mean() < 3
     old = odd_videos.write(tmp_path / "a.avi", frames, "mpeg4", g=17)
-    assert not any(piece.copied for piece in plan(look(old)))
+    assert not any(piece.copied for piece in plan(look_at(old)))
 
 
 def test_a_bare_stream_is_counted(tmp_path):
     frames = odd_videos.good()
     path = odd_videos.write(tmp_path / "a.h264", frames, format="h264", bf=0)
-    found = look(path)
+    found = look_at(path)
     (piece,) = plan((found[0], found[1]), shortest=0.5)
     assert not piece.copied
     clip, fps = read_video(cuts.cut(path, found[0], piece), strict=True)
@@ -161,6 +159,62 @@ def test_pieces_lie_in_scenes_and_have_their_length(seed):
         assert inside >= last - first - 4 * parts if last - first >= 16 else inside == 0
 
 
+def film(cuts_at, count):
+    """Drawn shots between hard cuts, at 25 frames a second."""
+    kinds = ("still, object", "pan, object", "shake, object", "zoom")
+    shots = [
+        moving.make(kinds[i % 4], i, max(stop - start, 2), 72, 96).video[: stop - start]
+        for i, (start, stop) in enumerate(itertools.pairwise((0, *cuts_at, count)))
+    ]
+    return np.concatenate(shots)
+
+
+@pytest.mark.parametrize(
+    "cuts_at",
+    [
+        (10, 110, 120, 200),
+        (1, 2, 100, 201),  # at the ends
+        (60, 61, 130, 132),  # shots of a frame or two
+        (20, 22, 24, 26, 28),
+    ],
+)
+def test_no_piece_holds_a_cut(tmp_path, cuts_at):
+    """However near to each other, or to an end, the cuts lie; scenes that are too short are left out."""
+    write_video(tmp_path / "a.mp4", film(cuts_at, 202), 25)
+    video, look = look_at(tmp_path / "a.mp4")
+    pieces = frames_of(plan((video, look)), fps=25 * 1000 * video.tick)
+    long = [(start, stop) for start, stop in itertools.pairwise((0, *cuts_at, 202)) if stop - start >= 50]
+    assert [(start, stop) for start, stop, _ in pieces] == long
+
+
+def test_cuts_in_numbers():
+    quiet = np.full(30, 4.0)
+
+    def found(**changes):
+        numbers = quiet.copy()
+        numbers[[int(name[1:]) for name in changes]] = list(changes.values())
+        return probe.find_cuts(numbers, 3.0)
+
+    assert found() == []
+    assert found(_10=14.9) == []  # under the least change
+    assert found(_10=15.0, _11=4.0) == [10]
+    assert found(_1=20.0, _29=20.0) == [1, 29]
+    assert found(_10=40.0, _11=40.0) == [10, 11]
+    assert found(_10=20.0, _11=20.0, _12=20.0, _13=20.0) == []  # a movement
+    assert probe.find_cuts(np.full(30, 20.0), 3.0) == []
+    assert probe.find_cuts(np.array([0.0, 50.0]), 3.0) == [1]
+
+
+def test_no_piece_holds_a_gap(tmp_path):
+    """A pause of a variable rate ends a piece, and so does the slow part, where each frame is alone."""
+    video, look = fake(90, keys=(0, 40))
+    ticks = look.ticks.copy()
+    ticks[40:] += 3000
+    ticks[70:] = ticks[69] + 400 * np.arange(1, 21)
+    pieces = plan((video, look._replace(ticks=ticks, gaps=[40, *range(70, 90)])))
+    assert [(piece.start, piece.stop) for piece in pieces] == [(0, 5000), (8000, 11750)]
+
+
 def test_black_and_frozen_frames(tmp_path):
     (piece,) = plan(fake(40, black=range(10), frozen=(*range(1, 5), *range(20, 29))))
     assert (piece.black, piece.frozen) == (0.25, 9 / 8)
@@ -168,7 +222,7 @@ def test_black_and_frozen_frames(tmp_path):
     frames = np.concatenate([np.zeros_like(moving[:4]), moving[:9], np.repeat(moving[9:10], 8, 0)])
     path = tmp_path / "a.mkv"
     odd_videos.write(path, frames, "ffv1", "bgr0")
-    _, seen = look(path)
+    _, seen = look_at(path)
     assert seen.black.tolist() == [True] * 4 + [False] * 17
     assert np.flatnonzero(seen.frozen).tolist() == [1, 2, 3, *range(14, 21)]
 
@@ -188,6 +242,6 @@ def test_streams_that_are_no_video(tmp_path):
         for stream, frame in ((song, sound), (song, None), (cover, None)):
             container.mux(stream.encode(frame))
     with pytest.raises(UnusableError, match="no video stream"):
-        look(path)
+        look_at(path)
     with pytest.raises(UnusableError, match="not a video"), probe.opened(b"nothing"):
         pass

@@ -15,7 +15,6 @@ import pytest
 
 pytest.importorskip("apache_beam")
 pytest.importorskip("openai")
-pytest.importorskip("scenedetect")
 
 import apache_beam as beam
 import tensorflow_datasets as tfds
@@ -93,6 +92,7 @@ def videos(tmp_path_factory):
     video_io.write_video(inner / "copy.mp4", (frames[:16] * 0.9).astype(np.uint8), odd_videos.FPS)
     video_io.write_video(inner / "small.mp4", odd_videos.good(seed=8, height=96, width=128), odd_videos.FPS)
     (folder / "good.txt").write_text("An ellipse moves.")
+    (folder / "._good.mp4").write_bytes(b"left by macOS, and passed over")
     reasons["good.txt"] = "not a video"
     return folder, reasons
 
@@ -112,7 +112,7 @@ def test_each_file_is_counted_under_its_reason(videos, whole):
     found = whole[1]["files"]
     want = {reason: list(reasons.values()).count(reason) for reason in set(reasons.values()) if reason}
     assert found["dropped"] == want
-    assert found["total"] == sum(path.is_file() for path in folder.rglob("*"))
+    assert found["total"] == sum(path.is_file() and path.name[0] != "." for path in folder.rglob("*"))
     assert found["used"] == found["total"] - sum(want.values())
     # The text file beside good.mp4 is no video, by its content; the copies are found before they are decoded.
     traits = dict.fromkeys(("variable rate", "rotated", "10 bit", "odd size", "wrong name"), 1)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("apache_beam")
-pytest.importorskip("scenedetect")
 
 import tensorflow_datasets as tfds
 from tora_jax.configs import curate

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("scenedetect")
-
 from tests import moving
 from tora_jax.data.curate import camera, tracks
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import cv2
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
-from scenedetect import FrameTimecode
-from scenedetect.detectors import AdaptiveDetector
+from jaxtyping import Bool, Float, Int
 
 from tora_jax.io import clip_files
 from tora_jax.io.clip_files import ClipError, Decoder, Source, find_rate
@@ -23,7 +22,8 @@ from tora_jax.io.display import Display
 SHORT = 128  # pixels of the shorter side, for finding cuts and still frames
 BLACK = 8.0  # of 255: the largest mean of a black frame
 FROZEN = 0.05  # of 255: the largest mean difference between two frames that are the same
-WINDOW = 2  # frames before and after a frame, whose usual change the change at a cut is compared with
+WINDOW = 2  # frames before and after a frame, whose change is the usual one there
+CUT, HARD = 15.0, 27.0  # of 255: the least change, mean over hue, saturation and value, at a cut, and at a hard one
 
 
 class UnusableError(Exception):
@@ -84,7 +84,7 @@ def probe(path: str | os.PathLike, damaged_share: float, threshold: float) -> tu
     Args:
       path: any file; its content counts, not its name.
       damaged_share: the largest share of the declared frames that may be damaged or missing.
-      threshold: of PySceneDetect's AdaptiveDetector: the change at a cut, in multiples of the usual one; its own is 3.
+      threshold: the change at a cut, in multiples of the usual one; see `find_cuts`.
 
     Raises:
       UnusableError: "empty", "not a video", "no video stream", "too large", "cut off", "damaged", "one frame", "changes
@@ -114,36 +114,33 @@ def opened(source: Source) -> Iterator[tuple[av.container.InputContainer, av.Vid
         yield found
 
 
-class _Cuts:
-    """PySceneDetect's AdaptiveDetector, which by itself passes over cuts near another one, or near an end."""
+def find_cuts(changes: Float[np.ndarray, "t"], threshold: float) -> list[int]:
+    """The numbers of the frames that begin a scene, without the first, however near each other or an end they are.
 
-    def __init__(self, threshold: float, fps: float):
-        self._detector = AdaptiveDetector(adaptive_threshold=threshold, min_scene_len=1, window_width=WINDOW)
-        self._fps, self._seen, self._last = fps, 0, None
-        self._found: list[int] = []
+    A frame does if its change is at least CUT, and `threshold` times the usual one: the mean of up to WINDOW frames
+    before and WINDOW after it; of the quieter side alone if the change is at least HARD, as where a shot of a frame or
+    two lies between others.
 
-    def add(self, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Takes the next frame, as BGR."""
-        for _ in range(WINDOW if self._last is None else 0):
-            self._process(picture)
-        self._process(picture)
-        self._last = picture
+    Args:
+      changes: of each frame from the one before, see `Look`; that of the first is not used.
 
-    def _process(self, picture: np.ndarray) -> None:
-        self._found += self._detector.process_frame(FrameTimecode(self._seen, self._fps), picture)
-        self._seen += 1
-
-    def finish(self) -> list[int]:
-        """The numbers of the frames that begin a scene, without the first."""
-        for _ in range(WINDOW):
-            self._process(self._last)
-        return [int(cut.frame_num) - WINDOW for cut in self._found]
+    Source: PySceneDetect's AdaptiveDetector, whose measure of change and values these are; HARD is its
+      ContentDetector's. It passes over cuts near an end or within 15 frames of another, and so is not used itself.
+    """
+    found = []
+    for frame in 1 + np.flatnonzero(changes[1:] >= CUT):
+        sides = changes[max(frame - WINDOW, 1) : frame], changes[frame + 1 : frame + 1 + WINDOW]
+        means = [side.mean() for side in sides if len(side)] or [0.0]
+        usual = min(means) if changes[frame] >= HARD else np.mean(means)
+        if changes[frame] >= threshold * usual:
+            found.append(int(frame))
+    return found
 
 
 def _look(container, stream, path: Path, damaged_share: float, threshold: float) -> tuple[Video, Look]:
     declared = stream.average_rate or stream.guessed_rate or Fraction(25)
-    cuts, decoder = _Cuts(threshold, float(declared)), Decoder(container, stream, survey=True)
-    ticks, black, frozen = [], [], []
+    decoder = Decoder(container, stream, survey=True)
+    ticks, black, frozen, changes = [], [], [], []
     first = previous = display = None
     for frame in decoder:
         if first is None:
@@ -151,11 +148,13 @@ def _look(container, stream, path: Path, damaged_share: float, threshold: float)
         elif (frame.height, frame.width) != (first.height, first.width):
             raise UnusableError("changes its size")
         ticks.append(frame.pts)
-        picture = np.ascontiguousarray(display(frame, SHORT)[..., ::-1])
-        cuts.add(picture)
+        picture = np.ascontiguousarray(display(frame, SHORT))
+        pair = picture, cv2.cvtColor(picture, cv2.COLOR_RGB2HSV)
+        change = [cv2.absdiff(*both).mean() for both in zip(pair, previous or pair, strict=True)]
         black.append(bool(picture.mean() < BLACK))
-        frozen.append(previous is not None and np.abs(picture.astype(np.int16) - previous).mean() < FROZEN)
-        previous = picture.astype(np.int16)
+        frozen.append(previous is not None and bool(change[0] < FROZEN))
+        changes.append(change[1])
+        previous = pair
     if decoder.cut_off:
         raise UnusableError("cut off")
     promised = clip_files.promised_frames(stream)
@@ -192,4 +191,4 @@ def _look(container, stream, path: Path, damaged_share: float, threshold: float)
         timed=timed,
     )
     seen = np.array(ticks, np.int64), np.isin(ticks, list(keys)), np.array(black), np.array(frozen)
-    return video, Look(*seen, cuts.finish(), rate.gaps.tolist())
+    return video, Look(*seen, find_cuts(np.array(changes), threshold), rate.gaps.tolist())
