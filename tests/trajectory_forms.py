@@ -229,6 +229,9 @@ KINDS = {
         lambda p, seen: {"tracks": filled(p, seen).swapaxes(0, 1)[None], "visibility": seen.T[None]}, "tracks.npz"
     ),
     "pickled objects in .npy": seen_by(objects, "tracks.npy"),
+    "Diffusion as Shader": seen_by(
+        lambda p, seen: objects(np.concatenate([p, 3 + 0 * p[..., :1]], -1), seen), "tracks.npy", axes="tnxyz"
+    ),
     "CoTracker [t, n, 2]": many(lambda p: p.swapaxes(0, 1), "tracks.npy", axes="tn"),
     "NaN where hidden [t, n, 2]": seen_by(
         lambda p, seen: np.where(seen[..., None], p, np.nan).swapaxes(0, 1), "tracks.npy", axes="tn"

@@ -128,7 +128,7 @@ def _form(studio: Studio) -> Form:
                 own.num_frames,
                 step=1,
                 label="Frames",
-                info=f"over {own['segment']}: in segments",
+                info=f"over {own.segment}: in segments",
                 min_width=130,
             )
             sizes = gr.Dropdown(list(studio.sizes), value=next(iter(studio.sizes)), label="Size", min_width=130)
