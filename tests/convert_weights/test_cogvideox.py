@@ -196,7 +196,7 @@ RELEASED = {
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_keys(name):
-    """Known by shapes alone; each key has its place, is a counter, or is dropped for a reason; no other may be there."""
+    """Known by shapes alone; each key has its place, is a counter, or is dropped for a reason; others are refused."""
     kind, variant, dropped = RELEASED[name]
     keys = golden.checkpoint_keys(name)
     dtypes = {key: np.dtype(np.int64 if key.endswith("num_batches_tracked") else np.float32) for key in keys}
