@@ -102,7 +102,7 @@ def make_cogvideox(folder: Path, dtype: str, form: str, i2v: bool) -> None:
         if form == "split":
             for file, prefix in tora_cogvideox.split({"cogvideox": {"in_channels": 32 if i2v else 16}}).items():
                 part = {key.removeprefix(prefix): keys.pop(key) for key in list(keys) if key.startswith(prefix)}
-                (folder / "motion").mkdir(parents=True, exist_ok=True)
+                (folder / "motion" / file).parent.mkdir(parents=True, exist_ok=True)
                 make_file(folder / "motion" / file, part, numbers, random_bits)
         make_shards(folder / "transformer", keys, numbers, "diffusion_pytorch_model", 3)
         (folder / "vae").mkdir()

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from convert_weights import export, folders, pipelines, plan, sources, stream, views, writers
+from convert_weights import adapters, export, folders, pipelines, plan, sources, stream, views, writers
 from convert_weights.checkpoint_types import CHECKPOINT_TYPES
 from convert_weights.mapping import ConversionError
 from convert_weights.plan import Part
@@ -196,6 +196,8 @@ def _export(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
     if unused:
         raise UserError(f"{unused[0]} means nothing with --reverse")
     kind, split = CHECKPOINT_TYPES[args.kind], getattr(args, "split", False)
+    if adapters.is_adapter(args.src):
+        return adapters.write(args.dst, kind, args.src, cast)
     with export.open_ours(args.src, kind, Path(args.dst).absolute().parent) as ours:
         if args.dry_run:
             for move in export.plan(kind, ours):

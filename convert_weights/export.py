@@ -190,9 +190,8 @@ def write(target: str, kind: CheckpointType, ours: Ours, cast: stream.Cast, spli
         files = {name: whole.under(prefix) for name, prefix in kind.split(ours.fields).items()}
     nbytes = sum(file.nbytes for file in files.values())
     with writers.aside(target, nbytes) as path:
-        if split:
-            path.mkdir()
         for name, file in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
             file.write(path / name)
     return {
         "source": ours.name,

@@ -63,6 +63,7 @@ class CheckpointType:
       tokenizer: source -> the tokenizer that lies beside the weights, or None; unset: the model needs none.
       licence: of the published weights, told when they are converted.
       split: fields -> the files that hold parts of the checkpoint apart, and the prefix that their names lack.
+      lora: what stands in front of the names in PyTorch's adapters; None: there are none.
       in_tora: in a whole release, the part `tora` holds it beside parameters of others.
     """
 
@@ -86,6 +87,7 @@ class CheckpointType:
     tokenizer: Callable[[Source], Path | None] | None = None
     licence: str = ""
     split: Callable[[Fields], Mapping[str, str]] | None = None
+    lora: str | None = None
     in_tora: bool = False
 
     def shapes(self, fields: Fields) -> dict[str, Shape]:

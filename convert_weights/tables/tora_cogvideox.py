@@ -256,7 +256,7 @@ def split(fields: Fields) -> dict[str, str]:
     """The split files of a model: file -> the prefix that its names lack."""
     inner = {"in_channels": CogVideoX.in_channels, "out_channels": CogVideoX.out_channels, **fields["cogvideox"]}
     mark = "_I2V" if inner["in_channels"] > inner["out_channels"] else ""
-    return {f"{name}{mark}.safetensors": prefix for name, prefix in SPLIT.items()}
+    return {f"{name}/{name}{mark}.safetensors": prefix for name, prefix in SPLIT.items()}
 
 
 def _released(**fields: Any) -> Fields:
@@ -292,4 +292,5 @@ CHECKPOINT_TYPE = CheckpointType(
     },
     licence=LICENCE,
     split=split,
+    lora="transformer.",
 )

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub import constants
@@ -25,6 +26,7 @@ from tests.parity import cogvideox, golden
 from tora_jax.checkpoints import release
 from tora_jax.io.video import read_video
 from tora_jax.sampling import __main__ as sample
+from tora_jax.training import lora
 
 PLAIN = {"format": "pt"}
 
@@ -357,10 +359,29 @@ def test_split_files(name, tmp_path):
 
     assert main(["tora_cogvideox", str(tmp_path / "ours"), str(tmp_path / "back"), "--reverse", "--split"]) == 0
     mark = "_I2V" if other else ""
-    assert contents(tmp_path / "back") == {f"{name}{mark}.safetensors" for name in SPLIT}
     for name in SPLIT:
         want = motion / name / f"{name}{mark}.safetensors"
-        assert (tmp_path / "back" / want.name).read_bytes() == want.read_bytes()
+        assert contents(tmp_path / "back" / name) == {want.name}
+        assert (tmp_path / "back" / name / want.name).read_bytes() == want.read_bytes()
+
+
+def test_an_adapter(pipeline, tmp_path, capsys):
+    """What LoRA learned here, in PyTorch's form: the product of its two matrices is the change of the weight."""
+    ours, path, rng = params(pipeline[2], "tora"), "cogvideox/blocks/attn/q/kernel", np.random.default_rng(0)
+    depth, width, out = ours[path].shape
+    a, b = (rng.standard_normal(shape, np.float32) for shape in ((depth, width, 4), (depth, 4, out)))
+    adapter = {f"tora/{path}/a": jnp.asarray(a), f"tora/{path}/b": jnp.asarray(b)}
+    lora.save(tmp_path / "adapter.safetensors", adapter, alpha=8.0)
+    argv = ["tora_cogvideox", str(tmp_path / "adapter.safetensors"), str(tmp_path / "lora.safetensors"), "--reverse"]
+    assert main(argv) == 0
+    merged = lora.merge(adapter, {f"tora/{path}": jnp.zeros_like(ours[path])}, 8.0)
+    got, want = load_file(tmp_path / "lora.safetensors"), flatten(merged)[f"tora/{path}"]
+    assert len(got) == 2 * depth
+    for layer in range(depth):
+        name = f"transformer.transformer_blocks.{layer}.attn1.to_q"
+        change = got[f"{name}.lora_B.weight"] @ got[f"{name}.lora_A.weight"]
+        np.testing.assert_allclose(change, want[layer].T, rtol=1e-4, atol=1e-4)
+    refused(capsys, ["t5", *argv[1:2], str(tmp_path / "no"), "--reverse"], "t5 has no form for adapters")
 
 
 def test_split_files_of_the_other_base(pipeline, tmp_path, capsys):
