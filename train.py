@@ -14,7 +14,6 @@ import functools
 import json
 import shlex
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -60,7 +59,7 @@ def main(argv: list[str], check_interrupt) -> None:
         command_line.join_processes()
     first = jax.process_index() == 0  # writes what is written once
     config = tuples(args.config.to_dict())
-    workdir = Path(args.workdir)
+    workdir = command_line.local_path("--workdir", args.workdir)
     released = workdir / "release"
     if released.exists():
         raise UserError(f"{released}: exists, so this run is finished; choose another --workdir")

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -168,6 +169,19 @@ def parse(
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags start with --, see --help")
     return values
+
+
+def local_path(flag: str, path: str) -> Path:
+    """The path that a flag names.
+
+    Raises:
+      UserError: it is an address, such as that of a bucket.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
+        raise UserError(
+            f"{flag} {path}: is an address, and a folder or file of this machine is wanted; mount the bucket"
+        )
+    return Path(path)
 
 
 def join_processes() -> None:

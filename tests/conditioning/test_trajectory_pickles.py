@@ -136,6 +136,12 @@ def nested():
     return data
 
 
+def test_room_is_not_made_for_what_a_stream_claims():
+    claims = b"\x80\x02]r" + (2**32 - 1).to_bytes(4, "little") + b"."
+    with pytest.raises(UserError, match="too large"):
+        trajectory_pickles.loads(claims, "file")
+
+
 TRAPS = {
     "code": Trap(),
     "a command": Trap(__import__("os").system, ("false",)),

@@ -167,6 +167,7 @@ BAD = {
     "output is a folder": ("--out=.", None, "--out"),
     "output without an ending": ("--out=video", None, ".mp4"),
     "output under a file": ("--out=bad.txt/x.mp4", "text", "--out bad.txt/x.mp4"),
+    "output in a bucket": ("--out=gs://bucket/o/v.mp4", None, "mount the bucket"),
     "no number": ("--steps=some", None, "steps"),
     "unknown flag": ("--stepz=3", None, "steps"),
     "unknown config field": ("--config.sampling.stepz=3", None, "Did you mean"),

@@ -1,5 +1,6 @@
 """What a person asks for: settings, scores, trajectories and visual conditions in all their forms."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 from PIL import Image
 
 import tora_jax
+from tora_jax.backbones import assembly
 from tora_jax.conditioning import trajectory
 from tora_jax.errors import UserError
-from tora_jax.sampling import request
+from tora_jax.sampling import __main__ as command
+from tora_jax.sampling import request, segments
+from tora_jax.sampling.generate import Result
 
 SECTION = {"height": 32, "width": 32, "num_frames": 5, "fps": 8.0, "steps": 1, "guidance": 1.0}
 
@@ -142,3 +146,41 @@ class TestApi:
     def test_the_import_is_cheap(self):
         code = "import sys, tora_jax; sys.exit(any(m in sys.modules for m in ('jax', 'numpy', 'flax')))"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def seen(monkeypatch, models):
+    """In place of the model: the tracks of all that is to be made."""
+    tracks = []
+
+    def generate_pieces(_, inputs, settings, **options):
+        tracks.extend(each.tracks for each in inputs)
+        video = np.zeros((settings.num_frames, settings.height, settings.width, 3), np.uint8)
+        yield [Result(video, video, {})] * len(inputs)
+
+    monkeypatch.setattr(segments, "generate_pieces", generate_pieces)
+    monkeypatch.setattr(assembly, "load", lambda *_: models)
+    return tracks
+
+
+def test_a_path_stays_on_the_picture_in_all_ways(models, seen, tiny_release, tmp_path, monkeypatch):
+    """Flags, batches and Python: a photo of which a third is cropped away above and below."""
+    monkeypatch.chdir(tmp_path)
+    photo = np.zeros((96, 48, 3), np.uint8)
+    Image.fromarray(photo).save("photo.png")
+    Path("path.json").write_text("[[12, 40], [36, 56]]")
+    want = np.stack([np.linspace(0.25, 0.75, 5), (np.linspace(40, 56, 5) - 32) / 32], -1)
+    said = {"trajectory_canvas": "48x96"}
+    tora_jax.generate(models, None, "path.json", {0: photo}, **said)
+    tora_jax.generate(models, None, [[12, 40], [36, 56]], {-1: "photo.png"}, trajectory_canvas="image")
+    flags = ["sample.py", f"--weights={tiny_release}", "--quiet", "--trajectory_canvas=48x96"]
+    command.sample([*flags, "--trajectory=path.json", "--image=photo.png"])
+    command.sample([*flags, "--trajectory=path.json", "--last_image=photo.png"])
+    line = {"trajectories": ["path.json"], "conditions": ["2=photo.png"], "name": "line", **said}
+    Path("videos.jsonl").write_text(json.dumps(line))
+    command.sample([*flags, "--batch=videos.jsonl", "--out=many", "--mesh=data=1"])
+    assert len(seen) == 5
+    for tracks in seen:
+        np.testing.assert_allclose(tracks, want[None], atol=1e-6)
+    for name in ("outputs/tora.json", "many/line.json"):
+        np.testing.assert_allclose(json.loads(Path(name).read_text())["tracks"], want[None], atol=1e-6)

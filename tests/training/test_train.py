@@ -227,11 +227,14 @@ def test_a_folder_that_holds_a_run(clips, spatial, tmp_path):
         assert (folder / "release" / name).read_bytes() == before[f"release/{name}"]
 
 
-def test_no_workdir(capsys):
+@pytest.mark.parametrize(
+    ("flags", "said"), [([], "--workdir is missing"), (["--workdir=gs://bucket/run"], "mount the bucket")]
+)
+def test_no_folder_to_work_in(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
-        training_runs.command_line.run(train.main, ["train.py", f"--config={ROOT}/configs/vae.py:runlocal"])
+        training_runs.command_line.run(train.main, ["train.py", f"--config={ROOT}/configs/vae.py:runlocal", *flags])
     assert stop.value.code == 2
-    assert "--workdir is missing" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------

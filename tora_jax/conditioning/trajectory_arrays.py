@@ -108,7 +108,7 @@ def from_named(arrays: Mapping[str, np.ndarray], hints: Hints, name: str, form: 
     array = arrays[key]
     if not all(isinstance(arrays[each], np.ndarray) for each in (key, *seen)):
         raise UserError(f"{name}: {key} is no array of numbers; the form is {SAVEZ}")
-    if key == "array" and array.ndim == 4 and array.shape[1:] == (121, 1, 3) and np.isin(array[..., 2], (0, 8)).all():
+    if key == "array" and array.ndim == 4 and array.shape[2:] == (1, 3) and np.isin(array[..., 2], (0, 8)).all():
         scaled, shown = array[..., :2] / 8, array[..., 2] > 0
         return from_array(scaled, hints, name, seen=shown, form="ATI's tracks")
     shown = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tora_jax.errors import UserError
 # A short stream may name one list a thousand times in another.
 MAX_VALUES, MAX_DEPTH = 500_000, 8
 MAX_ELEMENTS = 2**28  # of a tensor whose elements share their places
+MAX_BYTES = 256 * 2**20  # of a stream or a storage inside of an archive
 TEXT = re.compile(r"[biuf]\d{1,2}|O8?")
 STORAGES = {
     "DoubleStorage": "<f8",
@@ -141,6 +143,9 @@ def loads(stream: bytes, name: str, storages: Callable[[str], bytes] | None = No
       UserError: the stream names anything else, or is broken.
     """
     try:
+        for code, number, _ in pickletools.genops(stream):
+            if code.name in ("PUT", "LONG_BINPUT") and number > len(stream):  # room is made for that many at once
+                raise pickle.UnpicklingError("a number of its own that is too large")
         return _plain(_Reader(stream, storages).load(), [MAX_VALUES])
     except Exception as error:  # broken streams raise nearly anything
         what = str(error) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
@@ -183,10 +188,16 @@ def load_torch(path: Path, name: str) -> Any:
         with zipfile.ZipFile(path) as archive:
             (stream,) = [member for member in archive.namelist() if member.endswith("data.pkl")]
             folder = stream.removesuffix("data.pkl")
-            if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+
+            def content(part: str) -> bytes:
+                if archive.getinfo(folder + part).file_size > MAX_BYTES:
+                    raise pickle.UnpicklingError(f"over {MAX_BYTES >> 20} MB")
+                return archive.read(folder + part)
+
+            if f"{folder}byteorder" in archive.namelist() and content("byteorder") != b"little":
                 raise UserError(f"{name}: was saved on a machine of another byte order; {ADVICE}")
-            return loads(archive.read(stream), name, lambda number: archive.read(f"{folder}data/{number}"))
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+            return loads(content("data.pkl"), name, lambda number: content(f"data/{number}"))
+    except UserError:
+        raise
+    except Exception as error:  # as of broken streams
         raise UserError(f"{name}: is not a readable file of torch.save; save it again") from error

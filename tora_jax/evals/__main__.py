@@ -71,7 +71,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = command_line.parse(argv, define_flags, USAGE, eval_config.get_config())
     if args.out is None:
         raise UserError("--out is missing; name a folder for the videos and the figures")
-    config, out = tuples(args.config.to_dict()), Path(args.out)
+    config, out = tuples(args.config.to_dict()), command_line.local_path("--out", args.out)
     command_line.use_compilation_cache()
     results, records = evaluate(config, args.weights, out, args.quiet, check_interrupt)
     report.write(out, results, records)

@@ -49,6 +49,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = command_line.parse(argv, _define, USAGE, sampling.section())
     if args.weights is None and args["config"].using_default_value:
         args.weights = str(release.DEMO)
+    command_line.local_path("--out", args.out)
     config = _config(args)
     section = config.get("sampling", {})
     given = _given(args)
