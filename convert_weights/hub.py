@@ -128,16 +128,17 @@ def _fetch(name: str, file: str) -> Path:
         url = huggingface_hub.hf_hub_url(repository, file, endpoint=client.endpoint)
         about = client.get_hf_file_metadata(url=url)
         blob = _folder(repository) / "blobs" / about.etag
-        if about.size >= RESUMED and not blob.exists():
+        if (about.size or 0) >= RESUMED:
             # The client itself starts such a file again in the next run (huggingface_hub 2.4).
             blob.parent.mkdir(parents=True, exist_ok=True)
             part = blob.with_name(f"{blob.name}.part")
-            with filelock.FileLock(f"{part}.lock"), part.open("ab") as stream:  # another process may fetch it too
-                options = {"headers": huggingface_hub.utils.build_hf_headers(), "expected_size": about.size}
-                if stream.tell() < about.size and not blob.exists():
-                    file_download.http_get(url, stream, resume_size=stream.tell(), **options)
-                stream.close()
-                part.rename(blob)
+            with filelock.FileLock(f"{part}.lock"):  # another process may fetch it too
+                if not blob.exists():
+                    with part.open("ab") as stream:
+                        options = {"headers": huggingface_hub.utils.build_hf_headers(), "expected_size": about.size}
+                        if stream.tell() < about.size:
+                            file_download.http_get(url, stream, resume_size=stream.tell(), **options)
+                    part.rename(blob)
         return client.hf_hub_download(repository, file, cache_dir=_cache())  # links it, or fetches a small one
 
     return Path(_ask(name, fetch))

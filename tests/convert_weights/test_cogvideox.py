@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -181,7 +182,11 @@ def test_parts_from_elsewhere(pipeline, tmp_path, capsys):
     refused(capsys, argv, "holds no vae and no t5", "--vae SRC and --t5 SRC")
     argv += ["--vae", str(source / "vae"), "--t5", str(source / "text_encoder")]
     refused(capsys, argv, "--tokenizer FILE")
+    argv += ["--variant", '{"tora": {"front_end": "sat"}}']
     assert main([*argv, "--tokenizer", str(source / "tokenizer" / "spiece.model")]) == 0
+    config = release.read_config(tmp_path / "ours")
+    assert (config["tora"]["front_end"], config["tora"]["cogvideox"]["final_eps"]) == ("sat", 1e-6)
+    assert config["vae"]["encoder_chunk"] == 0
     assert params(tmp_path / "ours", "tora").keys() == params(ours, "tora").keys()
 
 
@@ -478,8 +483,8 @@ def hub(pipeline, tmp_path, monkeypatch):
         yield server
 
 
-def test_hub(hub, pipeline, tmp_path):
-    """The files needed alone are fetched, and once."""
+def test_hub(hub, pipeline, tmp_path, monkeypatch, capsys):
+    """The files needed alone are fetched, and once; later runs need no network."""
     convert("someone/tora", tmp_path / "ours")
     assert contents(tmp_path / "ours") == contents(pipeline[2])
     for part in ("tora", "vae", "t5"):
@@ -492,6 +497,10 @@ def test_hub(hub, pipeline, tmp_path):
     hub.asked.clear()
     convert("someone/tora", tmp_path / "again")
     assert hub.fetched() == set()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
+    convert("someone/tora", tmp_path / "without_network")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused(capsys, ["t5", "someone/else", str(tmp_path / "no")], "install the extra hub", "hf download someone/else")
 
 
 def test_hub_resumes(hub, tmp_path, capsys, monkeypatch):
