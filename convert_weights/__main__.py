@@ -28,6 +28,7 @@ import jax
 from convert_weights import adapters, export, folders, pipelines, plan, sources, stream, views, writers
 from convert_weights.checkpoint_types import CHECKPOINT_TYPES
 from convert_weights.mapping import ConversionError
+from convert_weights.notes import note
 from convert_weights.plan import Part
 from convert_weights.releases import COGVIDEOX, OPENSORA, ReleaseType
 from convert_weights.tables import tora_cogvideox
@@ -122,7 +123,7 @@ def _plan_part(kind: str, source: Source, variant: str | None, cast: stream.Cast
     part = plan.plan_part(CHECKPOINT_TYPES[kind], source, variant, cast.dtype)
     if part.variant == "own sizes":
         released = ", ".join(part.kind.released)
-        _note(f"{source.name}: none of the released sizes of {kind} ({released})")
+        note(f"{source.name}: none of the released sizes of {kind} ({released})")
     return part
 
 
@@ -131,7 +132,7 @@ def _convert_part(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]
     if args.dry_run:
         return _dry_run([part])
     for licence in plan.licences([part]):
-        _note(licence)
+        note(licence)
     find = part.kind.tokenizer
     tokenizer = None if find is None else args.tokenizer or find(part.source)
     return ReleaseWriter(args.dst, cast, tokenizer, args.orbax, args.mesh).write_part(part)
@@ -155,7 +156,7 @@ def _convert_whole(
         names = " or ".join(folders.TOKENIZERS)
         raise UserError(f"{found['t5']}: no {names} in the folder of the text encoder; name it with --tokenizer FILE")
     for licence in plan.licences(planned.values()):
-        _note(licence)
+        note(licence)
     return ReleaseWriter(args.dst, cast, tokenizer, args.orbax, args.mesh).write_whole(kind, planned)
 
 
@@ -176,7 +177,7 @@ def _with_motion(args: argparse.Namespace, base: Source) -> Source:
     base = tora_cogvideox.view(base)
     files = pipelines.find_split(args.motion, tora_cogvideox.takes_images(base.shapes))
     for file in files.values():
-        _note(f"{file} goes onto {base.name}")
+        note(f"{file} goes onto {base.name}")
     return views.joined({"": base, **{prefix: _open(args, file) for prefix, file in files.items()}})
 
 
@@ -239,10 +240,6 @@ def _tell(args: argparse.Namespace, report: dict[str, Any], seconds: float) -> N
     new = f", {len(report['new'])} tensors new (untrained)" if report.get("new") else ""
     odd = f", NaN or Inf in {', '.join(report['nonfinite'])}" if report["nonfinite"] else ""
     print(f"wrote {args.dst}: {writers.readable(report['bytes'])} in {seconds:.1f} s{new}{odd}")
-
-
-def _note(text: str) -> None:
-    print(f"convert_weights: note: {text}", file=sys.stderr)
 
 
 def _stop(*_) -> NoReturn:

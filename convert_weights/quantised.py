@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert_weights import safetensors_io
+from convert_weights.notes import note
 from convert_weights.views import Source
 from tora_jax.errors import UserError
 
@@ -51,11 +51,8 @@ def as_bfloat16(source: Source, metadata: Mapping[str, str]) -> Source:
     scales = {key: scale for key in small if (scale := _scale(source, key)) is not None}
     dropped = {*scales.values(), *(key for key in source.shapes if _UNUSED.fullmatch(key))}
     kept = [key for key in source.shapes if key not in dropped]
-    print(
-        f"convert_weights: note: {source.name}: {len(small)} tensors in fp8 become bfloat16"
-        + (f", {len(scales)} of them times their scales" if scales else ""),
-        file=sys.stderr,
-    )
+    times = f", {len(scales)} of them times their scales" if scales else ""
+    note(f"{source.name}: {len(small)} tensors in fp8 become bfloat16{times}")
 
     def read(key: str) -> np.ndarray:
         array = source.read(key)

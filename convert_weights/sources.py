@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from convert_weights import folders, hub, pickles, quantised, safetensors_io, views
+from convert_weights.notes import note
 from convert_weights.views import Source
 from tora_jax.errors import UserError
 
@@ -42,36 +42,34 @@ def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "
         config = folders.read_json(path / "config.json") if (path / "config.json").is_file() else {}
         places = (path / folder / name for folder in (".", "tokenizer") for name in folders.TOKENIZERS)
         tokenizer = next((place for place in places if place.is_file()), None)
-    if files[0].suffix in folders.MSGPACK:
-        merged = views.merge(path, [_unpack(file) for file in files])
-        return _source(name, files, merged, lambda key: merged[key], config, tokenizer)
     for file in files:
         check(file, pickles.is_pickle(file))
+    held, read, metadata = _read(name, files)
+    _check_index(index, dict(zip((file.name for file in files), held, strict=True)))
+    tensors = views.merge(path, held)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+    source = Source(name, tuple(files), shapes, dtypes, lambda key: read(tensors[key]), config, tokenizer)
+    return quantised.as_bfloat16(views.without_prefixes(source), metadata)
+
+
+def _read(name: str, files: Sequence[Path]) -> tuple[Sequence[Mapping], Callable, dict[str, str]]:
+    """What each file holds, by names; what makes an array of it; strings beside."""
+    if files[0].suffix in folders.MSGPACK:
+        return [_unpack(file) for file in files], np.asarray, {}
     if any(pickles.is_pickle(file) for file in files):
-        tensors, wrappers = zip(*(pickles.read(file) for file in files), strict=True)
+        held, wrappers = zip(*(pickles.read(file) for file in files), strict=True)
         if wrappers[0]:
-            print(f"convert_weights: note: {name}: the tensors under {wrappers[0]!r} are taken", file=sys.stderr)
-        _check_index(index, {file.name: held for file, held in zip(files, tensors, strict=True)})
-        merged = views.merge(path, tensors)
-        source = _source(name, files, merged, lambda key: merged[key], config, tokenizer)
-        return quantised.as_bfloat16(views.without_prefixes(source), {})
-    headers, metadata = zip(*(safetensors_io.read_header_and_metadata(file) for file in files), strict=True)
-    _check_index(index, {file.name: held for file, held in zip(files, headers, strict=True)})
-    merged = views.merge(path, headers)
-    source = _source(name, files, merged, lambda key: safetensors_io.read(merged[key]), config, tokenizer)
-    return quantised.as_bfloat16(views.without_prefixes(source), {k: v for one in metadata for k, v in one.items()})
-
-
-def _source(name, files, tensors, read, config, tokenizer) -> Source:
-    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
-    return Source(name, tuple(files), shapes, {k: t.dtype for k, t in tensors.items()}, read, config, tokenizer)
+            note(f"{name}: the tensors under {wrappers[0]!r} are taken")
+        return held, np.asarray, {}
+    held, metadata = zip(*(safetensors_io.read_header_and_metadata(file) for file in files), strict=True)
+    return held, safetensors_io.read, dict(item for strings in metadata for item in strings.items())
 
 
 def _tell_of_others(name: str, folder: Path, files: Sequence[Path]) -> None:
     """A training of ColossalAI keeps the moving average in `ema.pt` and the model in a folder beside it."""
     if files[0].stem == "ema" and (folder / "model").is_dir():
-        note = f"{name}: {files[0].name} is taken, the moving average; for the model as it was trained: {name}/model"
-        print(f"convert_weights: note: {note}", file=sys.stderr)
+        note(f"{name}: {files[0].name} is taken, the moving average; for the model as it was trained: {name}/model")
 
 
 def locate(name: str, check: Callable[[str], None] = lambda file: None) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert_weights.notes import note
 from tora_jax.errors import UserError
 
 
@@ -120,7 +120,7 @@ def without_prefixes(source: Source) -> Source:
         names, found = {name.removeprefix(prefix): key for name, key in names.items()}, found + prefix
     if not found:
         return source
-    print(f"convert_weights: note: {source.name}: the names are taken without {found!r}", file=sys.stderr)
+    note(f"{source.name}: the names are taken without {found!r}")
     return cut(source, {name: Piece(key) for name, key in names.items()})
 
 
@@ -129,5 +129,5 @@ def under(source: Source, prefix: str) -> Source:
     pieces = {key.removeprefix(prefix): Piece(key) for key in source.shapes if key.startswith(prefix)}
     others = len(source.shapes) - len(pieces)
     beside = f"; {others} tensors of other models are left" if others else ""
-    print(f"convert_weights: note: {source.name}: the tensors under {prefix!r} are taken{beside}", file=sys.stderr)
+    note(f"{source.name}: the tensors under {prefix!r} are taken{beside}")
     return cut(source, pieces)
