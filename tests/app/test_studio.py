@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import known_clips
 from tora_jax.app import studio as app
 from tora_jax.conditioning import images, trajectory
 from tora_jax.errors import UserError
@@ -87,6 +88,22 @@ def test_pictures_and_their_names(studio, tmp_path):
     assert kind == "data:image/webp;base64"
     assert Image.open(io.BytesIO(base64.b64decode(content))).size == (48, 32)
     np.testing.assert_allclose(seen, (0, 0, 1, 1))  # of the same shape
+
+
+def test_uploads_are_taken_as_players_show_them(studio, monkeypatch, tmp_path):
+    """A clip that is stored mirrored: the reader of all commands."""
+    taken = []
+
+    def generate_batch(models, inputs, settings, **others):
+        taken.append(inputs[0].images)
+        return [Result(np.zeros((settings.num_frames, settings.height, settings.width, 3), np.uint8), None, {})]
+
+    monkeypatch.setattr(segments, "generate_batch", generate_batch)
+    clip = known_clips.make("mirrored", tmp_path)
+    generate(studio, drawn={"trajectories": []}, files={0: str(clip)}, num_frames=17)
+    first = taken[0][0].pixels
+    for (row, column), colour in (((3, 1), (0, 0)), ((3, 46), (0, 1)), ((28, 1), (1, 0)), ((28, 46), (1, 1))):
+        np.testing.assert_allclose(first[:, row, column].mean(0), known_clips.PATCHES[colour], atol=4)
 
 
 @pytest.mark.parametrize(

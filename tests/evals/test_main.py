@@ -11,6 +11,7 @@ from PIL import Image
 from tora_jax.configs import eval as eval_config
 from tora_jax.configs import sampling
 
+from tests import odd_videos
 from tora_jax import command_line
 from tora_jax.checkpoints import release
 from tora_jax.data.sprites.clips import make_clip
@@ -18,6 +19,7 @@ from tora_jax.errors import UserError
 from tora_jax.evals import __main__ as evals
 from tora_jax.evals import fvd, metrics, report, tasks
 from tora_jax.io.files import tuples
+from tora_jax.io.video import read_video, write_video
 from tora_jax.sampling.generate import Result
 
 CELLS = ((5, 32, True), (9, 48, True), (9, 48, False))
@@ -158,6 +160,19 @@ def test_videos_that_are_there(config, perfect, tmp_path):
     (tmp_path / "truth/5x32x32_8fps/benchmark_one_0003.mp4").unlink()
     with pytest.raises(UserError, match=r"has neither 5x32x32_8fps/benchmark_one_0003\.mp4 nor benchmark"):
         evals.evaluate(config, "not read", tmp_path / "third")
+
+
+def test_videos_that_are_stored_mirrored(config, tmp_path):
+    """And say so: they are measured as players show them."""
+    config |= {"videos": "truth", "cells": config["cells"][:1]}
+    results, _ = evals.evaluate(config, "not read", tmp_path / "truth")
+    for path in (tmp_path / "truth").glob("*/*.mp4"):
+        write_video(path, read_video(path)[0][:, :, ::-1], 8.0)
+        odd_videos.set_matrix(path, [-1, 0, 0, 1])
+    config["videos"] = str(tmp_path / "truth")
+    again, _ = evals.evaluate(config, "not read", tmp_path / "again")
+    (cell,) = again["cells"]
+    assert cell["psnr"] > results["cells"][0]["psnr"] - 2  # it is encoded twice
 
 
 def test_first_frames(config, monkeypatch, tmp_path):
