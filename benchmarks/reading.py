@@ -1,6 +1,6 @@
 """Is a plain clip read as fast as at an earlier commit, and to the same pixels? Side by side, in turns.
 
-  python -m benchmarks.reading --against REV [--repeats N]
+  python -m benchmarks.reading --against REV [--only NAME,...] [--repeats N]
 
 Clips of three sizes, and one in Matroska, which has no index of frames. Each side is a process of its own, which reads
 a clip in one thread whenever it is told to. The seconds are those of its processor, which other work on the machine
@@ -34,8 +34,11 @@ CLIPS = {
     "480p.mkv": (51, 480, 848),
 }
 READER = """
-import hashlib, sys, time
-from tora_jax.io.video import read_video
+import hashlib, importlib, os, sys, time
+name = "tora_jax.io.video" if os.path.exists("tora_jax/io/video.py") else "tora_jax.video_io"  # as it once was
+module = importlib.import_module(name)
+assert module.__file__.startswith(os.getcwd()), module.__file__
+read_video = module.read_video
 for line in sys.stdin:
     start = time.process_time()
     frames, fps = read_video(line.strip(), strict=True, threads=1)
@@ -85,10 +88,14 @@ def compare(path: Path, sides: dict[str, subprocess.Popen[str]], repeats: int) -
 def main(argv: Sequence[str], check_interrupt: Callable[[], None]) -> None:
     parser = command_line.Parser("python -m benchmarks.reading", __doc__)
     parser.add_argument("--against", required=True, metavar="REV", help="commit to compare with")
+    parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(CLIPS)}")
     parser.add_argument("--repeats", type=int, default=100, metavar="N", help="turns of each clip")
     args = parser.parse_args(argv[1:])
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}; it must be at least 1")
+    names = args.only.split(",") if args.only else list(CLIPS)
+    if odd := [name for name in names if name not in CLIPS]:
+        raise UserError(f"{odd[0]!r} is no clip; there are {', '.join(CLIPS)}")
     commit, results = trees.commit(args.against), {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder).resolve()
@@ -99,8 +106,8 @@ def main(argv: Sequence[str], check_interrupt: Callable[[], None]) -> None:
             for name, place in places.items()
         }
         try:
-            for name, size in CLIPS.items():
-                make_clip(work / name, *size)
+            for name in names:
+                make_clip(work / name, *CLIPS[name])
                 results[name] = compare(work / name, sides, args.repeats)
                 check_interrupt()
         finally:
