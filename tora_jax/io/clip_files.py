@@ -212,7 +212,7 @@ def _checked(timeline: Timeline, name: str) -> Timeline:
 
 def _index(stream: av.VideoStream) -> list:
     """The index of a file that has an entry for each frame, in the order of decoding; else nothing."""
-    entries = getattr(stream, "index_entries", ())  # older PyAV has none
+    entries = stream.index_entries
     return list(entries) if len(entries) == stream.frames else []
 
 

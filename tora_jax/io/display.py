@@ -7,25 +7,26 @@ import functools
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
 from jaxtyping import Float32, UInt8, UInt16
 
 from tora_jax.io.clip_files import MAX_PIXELS, ClipError
 
 BT601_HEIGHT, BT601_WIDTH = 576, 1279  # the largest frames without a matrix that players take for BT.601's
 EXACT = 0x20 | 0x2000 | 0x40000  # FFmpeg's AREA, FULL_CHR_H_INT, ACCURATE_RND: scaling takes 3 of 255 off without them
-# FFmpeg's numbers: RGB, BT.709, unknown, FCC, BT.470BG, SMPTE 170M, SMPTE 240M, BT.2020
-MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
+# FFmpeg's numbers of matrices, primaries and transfer characteristics; these of matrices are RGB, BT.709, unknown, FCC,
+# BT.470BG, SMPTE 170M, SMPTE 240M, BT.2020.
+MATRICES, BT709, UNKNOWN = (0, 1, 2, 4, 5, 6, 7, 9), 1, 2
+BT2020, DISPLAY_P3 = 9, 12
+PQ, HLG = 16, 18
+LINEAR, LOG, LOG_SQRT, SMPTE428 = 8, 9, 10, 17
 # SDR's white in HDR (ITU-R BT.2408): nits of PQ, and the light at HLG's level of 0.75, where the most is 1.
 PQ_WHITE, HLG_WHITE = 203.0, 0.26496
 KNEE, PEAK = 0.75, 1000 / PQ_WHITE  # of SDR's white: from where on HDR is made darker, so that light up to PEAK fits in
 # Linear RGB -> that of BT.709 (from ITU-R BT.2087, and from the primaries of SMPTE EG 432-1)
 TO_BT709 = {
-    ColorPrimaries.BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
-    ColorPrimaries.SMPTE432: ((1.2249, -0.2247, 0), (-0.0420, 1.0419, 0), (-0.0197, -0.0786, 1.0979)),
+    BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
+    DISPLAY_P3: ((1.2249, -0.2247, 0), (-0.0420, 1.0419, 0), (-0.0197, -0.0786, 1.0979)),
 }
-HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
-UNKNOWN = (ColorTrc.LINEAR, ColorTrc.LOG, ColorTrc.LOG_SQRT, ColorTrc.SMPTE428)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Display:
         """
         codec = stream.codec_context
         large = frame.height > BT601_HEIGHT or frame.width > BT601_WIDTH
-        if frame.colorspace not in MATRICES or codec.color_trc in UNKNOWN:
+        if frame.colorspace not in MATRICES or codec.color_trc in (LINEAR, LOG, LOG_SQRT, SMPTE428):
             raise ClipError(
                 f"{name}: has colours of a rare kind; convert it to BT.709 (ffmpeg -vf colorspace)", "colours"
             )
@@ -66,8 +67,8 @@ class Display:
         return cls(
             square,
             *_orientation(frame, name),
-            matrix=Colorspace.ITU709 if frame.colorspace == ColorPrimaries.UNSPECIFIED and large else None,
-            transfer=codec.color_trc if codec.color_trc in HDR else 0,
+            matrix=BT709 if frame.colorspace == UNKNOWN and large else None,
+            transfer=codec.color_trc if codec.color_trc in (PQ, HLG) else 0,
             primaries=codec.color_primaries if codec.color_primaries in TO_BT709 else 0,
         )
 
@@ -157,10 +158,10 @@ def to_bt709(pixels: UInt16[np.ndarray, "h w 3"], transfer: int, primaries: int)
 def _light(transfer: int) -> Float32[np.ndarray, "65536"]:
     """Light of each level, 1 = SDR's white."""
     level = np.linspace(0, 1, 65536)
-    if transfer == ColorTrc.SMPTE2084:
+    if transfer == PQ:
         root = level ** (32 / 2523)
         light = ((root - 0.8359375).clip(0, None) / (18.8515625 - 18.6875 * root)) ** (8192 / 1305) * 10000 / PQ_WHITE
-    elif transfer == ColorTrc.ARIB_STD_B67:
+    elif transfer == HLG:
         high = (np.exp((level - 0.55991073) / 0.17883277) + 0.28466892) / 12
         light = np.where(level <= 0.5, level**2 / 3, high) / HLG_WHITE
     else:
