@@ -131,10 +131,12 @@ def test_a_point_at_rest_among_paths(tmp_path):
 
 def test_visibility_beside_tracks(tmp_path):
     """Wan-Move's two files."""
-    write(tmp_path, LATE[None, :, None], "a_visibility.npy")
-    reading = trajectory.readings([str(write(tmp_path, FIVE[:1].swapaxes(0, 1)[None], "a_tracks.npy"))])[0]
+    seen = write(tmp_path, LATE[None, :, None], "a_visibility.npy")
+    tracks = write(tmp_path, FIVE[:1].swapaxes(0, 1)[None], "a_tracks.npy")
+    (reading,) = trajectory.readings([str(tracks)])
     assert len(reading.trajectories[0]) == LATE.sum()
     assert "a_visibility.npy" in reading.line
+    assert trajectory.files(tracks) == [tracks, seen]  # a batch makes the line again when one of them changes
     write(tmp_path, np.full((1, 33, 1), 0.5), "a_visibility.npy")
     assert "threshold" in refusal(tmp_path, FIVE[:1].swapaxes(0, 1)[None], name="a_tracks.npy")
 

@@ -43,6 +43,7 @@ def test_a_request(dry_run):
     assert files() == {"outputs/tora.json", "outputs/tora_trajectory.png"}
     assert said.splitlines() == [
         "path.json: 1 path of 2 points on 60x90 of photo.png, 5 frames; from JSON",
+        "circle: a preset",
         "photo.png: 60x90, for frame 0; scaled to 48x32, 56% of it cropped away",
     ]
     report = json.loads(Path("outputs/tora.json").read_text())

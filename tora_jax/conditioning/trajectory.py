@@ -50,6 +50,12 @@ def is_preset(path: Path) -> bool:
     return path in presets().values()
 
 
+def files(source: str | os.PathLike) -> list[Path]:
+    """All files of a name: Wan-Move's have their visibility beside them."""
+    path = find(source)
+    return [path, *filter(None, [trajectory_reading.beside(path)])]
+
+
 def names(sources: Any) -> tuple[str, ...]:
     """The names of sources that are files or presets; empty for points."""
     sources = [sources] if isinstance(sources, str | os.PathLike) else sources

@@ -83,9 +83,11 @@ def _drawing(path: Path, hints: Hints) -> Drawing:
     if content.startswith(b"\x93NUMPY"):
         array = trajectory_arrays.read_npy(content, name)
         if isinstance(array, np.ndarray):
-            seen = _visibility_beside(path)
-            form = "NumPy's .npy" + (f" with {seen[0].name}" if seen else "")
-            return trajectory_arrays.from_array(array, hints, name, seen=seen and seen[1], form=form)
+            form, seen = "NumPy's .npy", None
+            if other := beside(path):
+                found = trajectory_arrays.read_npy(other.read_bytes(), str(other))
+                form, seen = f"{form} with {other.name}", trajectory_arrays.visible(found, other.name, name)
+            return trajectory_arrays.from_array(array, hints, name, seen=seen, form=form)
         return trajectory_arrays.from_objects(array, hints, name, "objects in NumPy's .npy")
     if content[:1] == b"\x80":
         data = trajectory_pickles.loads(content, name)
@@ -102,13 +104,11 @@ def _zipped(path: Path, hints: Hints, name: str) -> Drawing:
     return trajectory_arrays.read_npz(path, hints, name)
 
 
-def _visibility_beside(path: Path) -> tuple[Path, np.ndarray] | None:
+def beside(path: Path) -> Path | None:
     """X_visibility.npy beside X_tracks.npy, as Wan-Move has them."""
     other = path.with_name(path.name.replace("tracks", "visibility"))
-    if other == path or not other.is_file() or other.stat().st_size > MAX_BYTES:
-        return None
-    found = trajectory_arrays.read_npy(other.read_bytes(), str(other))
-    return other, trajectory_arrays.visible(found, other.name, str(path))
+    there = other != path and path.suffix == ".npy" and other.is_file() and other.stat().st_size <= MAX_BYTES
+    return other if there else None
 
 
 def _from_text(content: bytes, hints: Hints, name: str) -> Drawing:

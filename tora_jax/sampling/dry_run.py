@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tora_jax.backbones.assembly import Models
-from tora_jax.conditioning import images
+from tora_jax.conditioning import images, trajectory
 from tora_jax.errors import UserError
 from tora_jax.io import overlay
 from tora_jax.io.files import write_atomic, write_text
@@ -66,7 +66,9 @@ def _write(
     models: Models, wanted: request.Request, given: Mapping[int, images.Given], out: Path, report: dict[str, Any]
 ) -> list[str]:
     size = video_size(models, wanted.settings.height, wanted.settings.width)
-    lines = [*wanted.lines, *_pictures(wanted, given, size)]
+    names = wanted.settings.trajectory
+    presets = [f"{each}: a preset" for each in names if trajectory.is_preset(trajectory.find(each))]
+    lines = [*wanted.lines, *presets, *_pictures(wanted, given, size)]
     frames = images.fit({min(given): given[min(given)]} if given else {}, size)
     frame = next((each.pixels for each in frames.values()), np.full((*size, 3), GREY, np.uint8))
     frame = frame if frame.ndim == 3 else frame[0]

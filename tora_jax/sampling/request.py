@@ -69,7 +69,7 @@ class Request:
     def files(self) -> list[Path]:
         """The files named for trajectories and conditions."""
         named = [each.source for each in self.conditions if not isinstance(each.source, np.ndarray)]
-        return [*map(trajectory.find, self.settings.trajectory), *map(Path, named)]
+        return [*(path for each in self.settings.trajectory for path in trajectory.files(each)), *map(Path, named)]
 
     def placed(self, size: tuple[int, int]) -> Request:
         """The request with its trajectories in the video's frame, of `size` (height, width).
