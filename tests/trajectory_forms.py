@@ -102,6 +102,16 @@ def wan_move(folder: Path, pixels: np.ndarray, size: tuple[int, int], seen: np.n
     return save(folder / "wan_tracks.npy", pixels.swapaxes(0, 1)[None].astype(np.float32))
 
 
+def tap_vid_3d(folder: Path, pixels: np.ndarray, size: tuple[int, int], seen: np.ndarray) -> Path:
+    depth = 2 + seen.cumsum(1)[..., None].astype(np.float64)  # metres
+    focal, middle = np.array([300.0, 310.0]), np.array(size) / 2
+    points = np.concatenate([(pixels - middle) / focal * depth, depth], -1).swapaxes(0, 1)
+    return save(
+        folder / "tapvid3d.npz",
+        {"tracks_XYZ": points, "visibility": seen.T, "fx_fy_cx_cy": np.concatenate([focal, middle])},
+    )
+
+
 def torch_save(data: Any) -> bytes:
     """What torch.save writes of plain Python."""
     file = io.BytesIO()
@@ -248,6 +258,7 @@ KINDS = {
         ),
         "tapvid.csv",
     ),
+    "TAPVid-3D .npz": Kind(tap_vid_3d, canvas, hidden=True),
     "PointOdyssey .npz": seen_by(
         lambda p, seen: {"trajs_2d": p.swapaxes(0, 1), "visibilities": np.where(seen, 1, 2).T}, "annotations.npz"
     ),

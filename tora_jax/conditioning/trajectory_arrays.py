@@ -23,7 +23,8 @@ PLACES = ("tracks", "pred_tracks", "track", "points", "trajectories", "trajector
 SEEN = ("visibility", "visibilities", "visible", "visibles", "visibs", "vis", "pred_visibility", "track_visibility")
 HIDDEN = ("occluded", "occlusion", "hidden")
 IN_SPACE = ("tracks_XYZ", "coords", "tracks_3d")
-WANTED = {*PLACES, *SEEN, *HIDDEN, *IN_SPACE}
+CAMERA = "fx_fy_cx_cy"  # in pixels, of TAPVid-3D's tracks_XYZ, which are in the camera's axes at each frame
+WANTED = {*PLACES, *SEEN, *HIDDEN, *IN_SPACE, CAMERA}
 SAVEZ = "numpy.savez(FILE, tracks=tracks, visibility=visibility)"
 BESIDE = 0.9  # of the pairs of steps speak for one order of axes, or against it
 ENOUGH = 8  # steps each way, to let them speak
@@ -99,6 +100,10 @@ def from_named(arrays: Mapping[str, np.ndarray], hints: Hints, name: str, form: 
     Args:
       keys: all names, for the message.
     """
+    if {"tracks_XYZ", CAMERA} <= arrays.keys():
+        xy = _projected(arrays["tracks_XYZ"], arrays[CAMERA], name)
+        seen = {key: array for key, array in arrays.items() if key in (*SEEN, *HIDDEN)}
+        return from_named({"trajs_2d": xy, **seen}, hints, name, "TAPVid-3D's points, projected", keys)
     if space := [key for key in IN_SPACE if key in arrays]:
         raise UserError(f"{name}: {space[0]} holds places in space; project them into the picture, and save x, y")
     places, seen = [key for key in PLACES if key in arrays], [key for key in (*SEEN, *HIDDEN) if key in arrays]
@@ -116,6 +121,16 @@ def from_named(arrays: Mapping[str, np.ndarray], hints: Hints, name: str, form: 
         shown = visible(arrays[seen[0]], seen[0], name, hidden=seen[0] in HIDDEN)
     order = ORDERS.get(key, "nt" if key == "points" and seen and seen[0] == "occluded" else "")
     return from_array(array, hints, name, seen=shown, form=form, order=order)
+
+
+def _projected(xyz: np.ndarray, camera: np.ndarray, name: str) -> np.ndarray:
+    """Pixels of [t, n, 3] metres; what is behind the camera is hidden."""
+    if not all(isinstance(each, np.ndarray) and each.dtype.kind in "fiu" for each in (xyz, camera)):
+        raise UserError(f"{name}: tracks_XYZ and {CAMERA} are no arrays of numbers; the form is {SAVEZ}")
+    if xyz.ndim != 3 or xyz.shape[-1] != 3 or camera.shape != (4,):
+        raise UserError(f"{name}: tracks_XYZ {list(xyz.shape)} and {CAMERA} {list(camera.shape)} are not TAPVid-3D's")
+    depth = xyz[..., 2:].astype(np.float64)
+    return xyz[..., :2] / np.where(depth > 0, depth, np.nan) * camera[:2] + camera[2:]
 
 
 def visible(array: np.ndarray, key: str, name: str, hidden: bool = False) -> np.ndarray:
