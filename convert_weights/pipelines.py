@@ -26,12 +26,14 @@ def find(src: str, variant: str | None) -> dict[str, str]:
       Name -> where it is: a path, or a hub id with what follows it.
 
     Raises:
-      UserError: it holds no denoiser, or several.
+      UserError: it holds no denoiser, or several, or is a release folder of ours.
     """
     if Path(src).is_file():
         return {"tora": src}
     names = sources.listing(src)
     held = {str(PurePosixPath(name).parent) for name in names if name.endswith(_WEIGHTS)}
+    if "tora.safetensors" in names:
+        raise UserError(f"{src}: converted already; sample.py takes it as --weights, and --reverse converts it back")
     denoisers = [name for name in names if PurePosixPath(name).name == SAT["tora"]]
     if denoisers:
         found = _sat(src, names, denoisers, variant)

@@ -427,7 +427,8 @@ def test_plain_base(tmp_path):
 
 def test_other_models(pipeline, tmp_path, capsys):
     """Those of the same family have the same names, and would make noise."""
-    source, state, _ = pipeline
+    source, state, ours = pipeline
+    refused(capsys, ["tora_cogvideox", str(ours), str(tmp_path / "ours")], "converted already", "--reverse")
     folder = shutil.copytree(source, tmp_path / "other")
     argv = ["tora_cogvideox", str(folder), str(tmp_path / "ours")]
     config = json.loads((folder / "transformer" / "config.json").read_text())
