@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -47,9 +48,9 @@ def drop_cache(path: Path) -> None:
 
 
 def timed(command: list[str], source: Path) -> dict[str, float]:
-    """Runs a command: seconds, and the largest RssAnon of its process in GiB."""
+    """Runs a command: seconds, those of the processor, and the largest RssAnon of its process in GiB."""
     drop_cache(source)
-    start, peak = time.perf_counter(), 0
+    start, peak, before = time.perf_counter(), 0, processor_seconds()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         try:
@@ -61,7 +62,14 @@ def timed(command: list[str], source: Path) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise UserError(f"{' '.join(command)}: exit code {process.returncode}")
-    return {"seconds": round(seconds, 2), "rss_anon_gib": round(peak / 2**20, 3)}
+    used = processor_seconds() - before
+    return {"seconds": round(seconds, 2), "processor": round(used, 2), "rss_anon_gib": round(peak / 2**20, 3)}
+
+
+def processor_seconds() -> float:
+    """What the commands run so far have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def same(kind: str, first: Source, second: Path) -> bool:
