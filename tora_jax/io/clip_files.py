@@ -31,7 +31,6 @@ ENDINGS = (
     *(".mpeg", ".m2v", ".vob", ".h264", ".264", ".hevc", ".265", ".ivf", ".obu", ".flv", ".wmv", ".asf", ".ogv"),
     *(".mxf", ".nut", ".dv"),
 )
-MAX_PIXELS = 100_000_000  # of a still or a frame; a small file can claim any size
 REORDERED = 32  # frames between the stored and the shown order; H.264 allows 16
 STEADY = 0.25  # of the time between two frames: how far frames at a constant rate may lie from their times
 EXACT = 1e-6  # of a rate: for rounding
@@ -68,7 +67,7 @@ def open_clip(source: Source, threads: int = 0) -> Iterator[tuple[av.container.I
       threads: of the decoder; 0 = one for each core.
 
     Raises:
-      ClipError: "empty", "not a video", "no video stream" or "too large".
+      ClipError: "empty", "not a video" or "no video stream".
     """
     name = name_of(source)
     if not isinstance(source, bytes) and not os.path.isfile(source):
@@ -88,9 +87,6 @@ def open_clip(source: Source, threads: int = 0) -> Iterator[tuple[av.container.I
         if not streams:
             raise ClipError(f"{name}: has no video in it; give a video file", "no video stream")
         stream = streams[0]
-        if stream.width * stream.height > MAX_PIXELS:
-            limit = f"{MAX_PIXELS // 10**6} million pixels"
-            raise ClipError(f"{name}: has frames of over {limit}; make it smaller", "too large")
         stream.thread_count, stream.thread_type = threads, "NONE" if threads == 1 else "AUTO"
         yield container, stream
 

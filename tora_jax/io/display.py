@@ -9,9 +9,10 @@ import av
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
 
-from tora_jax.io.clip_files import MAX_PIXELS, ClipError
+from tora_jax.io.clip_files import ClipError
 
 BT601_HEIGHT, BT601_WIDTH = 576, 1279  # the largest frames without a matrix that players take for BT.601's
+WIDEST = 10.0  # of a pixel, in its heights
 EXACT = 0x20 | 0x2000 | 0x40000  # FFmpeg's AREA, FULL_CHR_H_INT, ACCURATE_RND: scaling takes 3 of 255 off without them
 # FFmpeg's numbers of matrices, primaries and transfer characteristics; these of matrices are RGB, BT.709, unknown, FCC,
 # BT.470BG, SMPTE 170M, SMPTE 240M, BT.2020.
@@ -53,7 +54,7 @@ class Display:
         """How the frames are shown of the stream that begins with this one.
 
         Raises:
-          ClipError: "rotated" by other than quarters, or "colours" that cannot be converted.
+          ClipError: "rotated" by other than quarters, "colours" that cannot be converted, or pixels far from square.
         """
         codec = stream.codec_context
         large = frame.height > BT601_HEIGHT or frame.width > BT601_WIDTH
@@ -62,8 +63,8 @@ class Display:
                 f"{name}: has colours of a rare kind; convert it to BT.709 (ffmpeg -vf colorspace)", "colours"
             )
         square = float(stream.sample_aspect_ratio or 1)
-        if not 0 < frame.height * frame.width * square <= MAX_PIXELS:
-            raise ClipError(f"{name}: has pixels {square:g} times as wide as high; make them square", "too large")
+        if not 1 / WIDEST <= square <= WIDEST:
+            raise ClipError(f"{name}: has pixels {square:g} times as wide as high; make them square", "not square")
         return cls(
             square,
             *_orientation(frame, name),

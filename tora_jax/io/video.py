@@ -20,12 +20,13 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 from tora_jax.errors import UserError
-from tora_jax.io.clip_files import MAX_PIXELS, ClipError, Decoder, Source, find_timeline, jump, name_of, open_clip
+from tora_jax.io.clip_files import ClipError, Decoder, Source, find_timeline, jump, name_of, open_clip
 from tora_jax.io.display import Display, reformat
 from tora_jax.io.files import write_atomic
 
 Frames = UInt8[np.ndarray, "t h w 3"]
 
+MAX_PIXELS = 100_000_000  # of a still or a frame; a small file can claim any size
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # x264's output depends on the number of threads, so the number is fixed. Two parts of its lookahead are off, because
 # with them the same frames gave other bytes from one run to the next (measured on a machine with AVX-512).
@@ -138,7 +139,7 @@ def probe(source: Source) -> VideoInfo:
       ClipError: as `read_video`, for faults that the index or the first frame show.
     """
     name = name_of(source)
-    with _faults(name, []), open_clip(source) as (container, stream):
+    with _opened(source, [], threads=0) as (container, stream):
         timeline = find_timeline(source, container, stream)
         for frame in Decoder(container, stream):
             return VideoInfo(timeline.count, *Display.of(stream, frame, name).size(frame), timeline.fps)
@@ -172,7 +173,7 @@ def read_video(
     """
     name, only = name_of(source), range(max_frames or sys.maxsize) if only is None else only
     frames: list[np.ndarray] = []
-    with _faults(name, frames), open_clip(source, threads) as (container, stream):
+    with _opened(source, frames, threads) as (container, stream):
         timeline, repeats, display = find_timeline(source, container, stream), None, None
         if timeline.numbers is not None:
             wanted = timeline.numbers[only.start : only.stop : only.step]
@@ -206,14 +207,19 @@ def read_video(
 
 
 @contextlib.contextmanager
-def _faults(name: str, frames: list) -> Iterator[None]:
-    """Faults of the decoder become a `ClipError` that counts the `frames` so far."""
-    try:
-        yield
-    except (OSError, av.FFmpegError) as e:
-        where = f"after frame {len(frames)}" if frames else "as a video"
-        problem = f"{name}: cannot be decoded {where} ({e.strerror}); is the file complete?"
-        raise ClipError(problem, "damaged") from e
+def _opened(source: Source, frames: list, threads: int) -> Iterator[tuple]:
+    """`open_clip`, where faults of the decoder become a `ClipError` that counts the `frames` so far."""
+    name = name_of(source)
+    with open_clip(source, threads) as (container, stream):
+        if stream.width * stream.height > MAX_PIXELS:
+            limit = f"{MAX_PIXELS // 10**6} million pixels"
+            raise ClipError(f"{name}: has frames of over {limit}; make it smaller", "too large")
+        try:
+            yield container, stream
+        except (OSError, av.FFmpegError) as e:
+            where = f"after frame {len(frames)}" if frames else "as a video"
+            problem = f"{name}: cannot be decoded {where} ({e.strerror}); is the file complete?"
+            raise ClipError(problem, "damaged") from e
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:

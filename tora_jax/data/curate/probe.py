@@ -87,8 +87,8 @@ def probe(path: str | os.PathLike, damaged_share: float, threshold: float) -> tu
       threshold: the change at a cut, in multiples of the usual one; see `find_cuts`.
 
     Raises:
-      UnusableError: "empty", "not a video", "no video stream", "too large", "cut off", "damaged", "one frame", "changes
-        its size", "rotated" (not by quarters), "colours" (of a rare kind).
+      UnusableError: "empty", "not a video", "no video stream", "cut off", "damaged", "one frame", "changes its size",
+        "rotated" (not by quarters), "colours" (of a rare kind), "not square" (at all).
     """
     with opened(path) as (container, stream):
         try:
@@ -104,7 +104,7 @@ def opened(source: Source) -> Iterator[tuple[av.container.InputContainer, av.Vid
     """A container and its video stream, decoded in one thread: the pipeline has a process for each core.
 
     Raises:
-      UnusableError: "empty", "not a video", "no video stream" or "too large".
+      UnusableError: "empty", "not a video" or "no video stream".
     """
     with contextlib.ExitStack() as stack:
         try:
