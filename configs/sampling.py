@@ -44,7 +44,7 @@ class Settings:
         f"Trajectory file (text, table, JSON, .npy, .npz), or one of {', '.join(trajectory.presets())}. Repeatable.",
     )
     # These four are None, so that configs and keys of batches from before they were there stay as they are.
-    trajectory_canvas: str | None = setting(None, "WIDTHxHEIGHT that trajectory files are drawn on; 1x1 = fractions.")
+    trajectory_canvas: str | None = setting(None, "WIDTHxHEIGHT that files are drawn on; 1x1 = fractions; image ...")
     trajectory_axes: str | None = setting(None, "Of an array: nt = paths, then points; tn = frames, then paths ...")
     trajectory_times: str | None = setting(None, "points = spread over the video; frames = one point a frame.")
     trajectory_tracks: str | None = setting(

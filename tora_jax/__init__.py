@@ -62,7 +62,8 @@ def generate(
       conditions: frame -> an image or video file, uint8 pixels [h, w, 3] or [n, h, w, 3], or (one of them, edit ratio).
         Negative frames count from the end; a clip there ends at it.
       settings: as the flags of sample.py (docs/sampling.md): num_frames, height, width, fps, steps, guidance,
-        trajectory_guidance, negative_prompt, seed, segment, overlap, aesthetic_score, motion_score, camera_motion;
+        trajectory_guidance, trajectory_canvas ("image": drawn on the given picture), trajectory_axes, trajectory_times,
+        trajectory_tracks, negative_prompt, seed, segment, overlap, aesthetic_score, motion_score, camera_motion;
         also `progress`, a function called after each step with the number of steps done and with a function that gives
         the estimate of the clean latents [1, t, h, w, c], if it is called at once; what `progress` raises stops the
         generation.

@@ -26,7 +26,7 @@ IN_SPACE = ("tracks_XYZ", "coords", "tracks_3d")
 CAMERA = "fx_fy_cx_cy"  # in pixels, of TAPVid-3D's tracks_XYZ, which are in the camera's axes at each frame
 WANTED = {*PLACES, *SEEN, *HIDDEN, *IN_SPACE, CAMERA}
 SAVEZ = "numpy.savez(FILE, tracks=tracks, visibility=visibility)"
-BESIDE = 0.9  # of the pairs of steps speak for one order of axes, or against it
+CLEAR = 0.9  # of the pairs of steps speak for one order of axes, or against it
 ENOUGH = 8  # steps each way, to let them speak
 
 
@@ -215,9 +215,9 @@ def _paths(array: np.ndarray, hints: Hints, name: str, order: str) -> tuple[list
     if 1 in array.shape[:2]:
         return [array.reshape(-1, array.shape[-1])], ""
     order, word, smooth = hints.order or order, "", _smoothness(array)
-    if not order and custom and not (custom == "tn" and smooth > BESIDE):
+    if not order and custom and not (custom == "tn" and smooth > CLEAR):
         order, word = custom, f"axes {'1, t, n' if custom == 'tn' else 'n, t, 1'}"
-    if not order and hints.canvas == (1, 1) and smooth > BESIDE:
+    if not order and hints.canvas == (1, 1) and smooth > CLEAR:
         order, word = "nt", "axes n, t, as TAP-Vid's fractions have them"
     if not order:
         a, b = array.shape[:2]

@@ -36,8 +36,8 @@ MAX_BYTES = 32 * 2**20
 MAX_BINARY_BYTES = 1024 * 2**20  # an .npz or a pickle may hold the video, too
 UNKNOWN, NONE = Hints(), MappingProxyType({})
 SLEAP = (
-    "of SLEAP's write a table, or save its points: numpy.save('FILE.npy', "
-    "h5py.File('FILE.h5')['tracks'][:].transpose(0, 2, 3, 1).reshape(-1, FRAMES, 2)), --trajectory_axes=nt"
+    "of DeepLabCut's give the .csv, of SLEAP's save the points: numpy.save('FILE.npy', "
+    "numpy.concatenate(h5py.File('FILE.h5')['tracks'][:].transpose(0, 2, 3, 1))), and say --trajectory_axes=nt"
 )
 
 
@@ -169,7 +169,8 @@ def _where(chosen: str | None, pictures: Pictures, hints: Hints) -> str:
     if chosen is not None:
         return f" of {chosen}"
     if pictures and not hints.on:
-        return f", the whole frame (drawn on {next(iter(pictures))}: --trajectory_canvas=image)"
+        size = f":{hints.canvas[0]:g}x{hints.canvas[1]:g}" if hints.canvas else ""
+        return f", the whole frame (drawn on {next(iter(pictures))}: --trajectory_canvas=image{size})"
     return ""
 
 

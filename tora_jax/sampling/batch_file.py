@@ -147,7 +147,7 @@ def run(
     for path in folder.iterdir():
         if ASIDE.fullmatch(path.name):  # a kill left it half-written
             path.unlink(missing_ok=True)
-    missing = [job for job in jobs if not is_done(folder, job)]
+    missing = [job for job in jobs if not _is_done(folder, job)]
     before, made, failed = len(jobs) - len(missing), 0, 0
     ready: dict[tuple, list[Job]] = {}
     for job in missing:
@@ -175,7 +175,7 @@ def video(folder: Path, job: Job) -> Path:
 
 
 def _report(folder: Path, job: Job) -> dict:
-    """The report of an earlier run on this job; empty without one, or if the report is of another line."""
+    """The report of an earlier run on this job; empty without one, or if it is of another line or of a dry run."""
     try:
         report = json.loads((folder / f"{job.name}.json").read_text())
         return report if report["key"] == job.key else {}
@@ -183,8 +183,7 @@ def _report(folder: Path, job: Job) -> dict:
         return {}
 
 
-def is_done(folder: Path, job: Job) -> bool:
-    """Whether the video of a job is there; a dry run's report has no key."""
+def _is_done(folder: Path, job: Job) -> bool:
     report = _report(folder, job)
     return bool(report) and "error" not in report
 
