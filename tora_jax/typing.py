@@ -47,6 +47,7 @@ class Denoiser(Protocol):
     """Noisy latents, conditions and motion features -> what the process calls a prediction."""
 
     in_channels: int
+    given_channels: int  # in which a first frame is given beside the latents; 0 = frames are given in their places
     caption_channels: int
     caption_length: int
     patch: int

@@ -22,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Key, UInt8
 
-from tora_jax.conditioning import motion_maps
+from tora_jax.conditioning import motion_maps, prompt_rewriting
 from tora_jax.conditioning.text import Tokenizer
 from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.diffusion.v_prediction import GUIDANCE, VPrediction
@@ -39,6 +39,7 @@ OWN: dict[str, set[str]] = {}
 OPTIONAL: set[str] = set()
 MOTION = "vae"  # trajectory maps go through the video VAE
 BUFFERS = r"tora/cogvideox/positions"
+REWRITING = prompt_rewriting.LONG_INSTRUCTIONS
 TOKENS = {"clean": str, "see_padding": True}  # as both front ends have it: no cleaning, no mask
 
 SPACINGS = {"sat": "sat", "diffusers": "trailing"}  # of the sampler's timesteps, by front end

@@ -8,6 +8,7 @@ The parts of a config:
   SECTIONS: section of a config -> the module whose fields it has; OWN: fields that the section above sets instead;
     OPTIONAL: sections that may be None.
   MOTION: the part that encodes trajectory maps.
+  REWRITING: instructions for a language model that rewrites prompts.
   TOKENS: how captions become tokens; options of `text.Tokenizer`.
   BUFFERS: regex of the paths of parameters that never train.
   dummies: the smallest inputs of each part.
@@ -39,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from tora_jax.conditioning import motion_maps, text
+from tora_jax.conditioning import motion_maps, prompt_rewriting, text
 from tora_jax.conditioning.images import Given
 from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.diffusion.rectified_flow import RectifiedFlow
@@ -67,6 +68,7 @@ MOTION = "motion_vae"
 # The reference keeps the null caption as a buffer; shift and scale of the VAEs are statistics of their latents.
 BUFFERS = r"(.*/)?null_caption|(vae|motion_vae)/(shift|scale)"
 
+REWRITING = prompt_rewriting.INSTRUCTIONS
 TOKENS: dict[str, Any] = {}
 
 IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)

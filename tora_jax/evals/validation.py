@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 
 from tora_jax import sharding
 from tora_jax.backbones.assembly import Models
@@ -126,10 +127,11 @@ def _tora(config: Mapping[str, Any], models: Models) -> Callable:
 
 
 class Clip(NamedTuple):
-    """A task of `sampled`: caption, tracks, and the colours of sprites."""
+    """A task of `sampled`: caption, tracks, the first frame, and the colours of sprites."""
 
     caption: str
     tracks: traj_error.Tracks
+    first: UInt8[np.ndarray, "h w 3"]
     colours: tuple[str, ...]
     fps: float
 
@@ -145,11 +147,14 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
       UserError: there are no clips to take captions and tracks from.
     """
     clips, bucket = held_out_clips(config), config["data"]["buckets"][0]
-    settings = {name: config["sampling"][name] for name in ("guidance", "trajectory_guidance", "negative_prompt")}
+    settings = {
+        name: config["sampling"][name] for name in ("guidance", "trajectory_guidance", "negative_prompt", "solver")
+    }
     settings |= {"height": bucket["height"], "width": bucket["width"], "num_frames": bucket["frames"]}
     settings |= {"fps": float(np.median([clip.fps for clip in clips])), "steps": config["evaluation"]["steps"]}
     settings = Settings(**settings)
-    inputs = [Inputs(clip.caption, clip.tracks) for clip in clips]
+    given = models.tora.given_channels > 0
+    inputs = [Inputs(clip.caption, clip.tracks, {0: clip.first} if given else {}) for clip in clips]
     current: dict[str, Any] = {}
     models = dataclasses.replace(models, params=current)  # keeps what it has compiled while the parameters change
 
@@ -201,7 +206,7 @@ def held_out_clips(config: Mapping[str, Any]) -> list[Clip]:
         objects = record.get("objects", {"colour": ()})["colour"]
         colours = tuple(name.decode() for name in objects) if len(objects) == len(tracks) else ()
         if len(tracks):
-            chosen.append(Clip(record["caption"], tracks, colours, float(clip["fps"])))
+            chosen.append(Clip(record["caption"], tracks, clip["video"][0], colours, float(clip["fps"])))
         if len(chosen) == evaluation["clips"]:
             break
     if not chosen:

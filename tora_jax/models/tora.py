@@ -52,6 +52,11 @@ class Tora(nn.Module):
         return self._stdit.in_channels
 
     @property
+    def given_channels(self) -> int:
+        """0: given frames stand in their places."""
+        return 0
+
+    @property
     def caption_channels(self) -> int:
         """Width of the text encoder's output."""
         return self._stdit.caption_channels

@@ -59,9 +59,9 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
             "--rewrite_url rewrites the prompt of one video, and --batch has its own prompts; leave one out"
         )
     if args.rewrite_url:
-        wanted = request.make(
-            section, given | {"prompt": prompt_rewriting.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model)}
-        )
+        instructions = assembly.backbone(config).REWRITING
+        prompts = prompt_rewriting.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model, instructions)
+        wanted = request.make(section, given | {"prompt": prompts})
     mesh = None if args.dry_run else _mesh(args)  # a dry run leaves the devices alone
     if args.batch:
         folder = Path(args.out if args["out"].present else "outputs/batch")
