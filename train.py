@@ -146,7 +146,12 @@ def main(argv: list[str], check_interrupt) -> None:
     params = sharding.to_host(job.combine(state.ema, frozen))
     if job.name != "tora" and validation.changes_latents(state.trained):
         normalise = validation.latent_statistics(config, models, open_held_out, mesh)
-        params[job.name].update(normalise(params[job.name]))
+        statistics = normalise(params[job.name])
+        if "scale" in params[job.name]:
+            params[job.name].update(statistics)
+        else:  # CogVideoX's: one number, a field of the config
+            scaling = 1 / float(np.mean(statistics["scale"]))
+            print(f"towards unit variance of the latents, set vae.scaling to {scaling:.3g}", file=sys.stderr)
     adapter = sharding.to_host(state.ema) if job.adapts else None
     if not first:
         return

@@ -128,6 +128,10 @@ def vae_loss(phase: str) -> dict:
     return {**terms, **changes[phase]}
 
 
+# The terms that a VAE without a spatial half does not have.
+ONE_NET = {"frame": 0.0, "identity": 0.0, "kl_spatial": 0.0}
+
+
 def bucket(frames: int, height: int, width: int, batch: int, fps: float = 0.0) -> dict:
     """A size of clips; fps 0 takes every frame."""
     return {"frames": frames, "height": height, "width": width, "fps": fps, "batch": batch, "weight": 1.0}

@@ -9,6 +9,7 @@ Suites:
   demo, sprites   the small model: a few clips at several sizes and lengths; the whole test split
   paper           512x512 at 16, 64 and 128 frames, from a folder of video object segmentation
   sizes           the same clips from 240p to 720p, 2 to 8 seconds
+  cogvideox       the released Tora on CogVideoX: 480x720 at 49 frames, from such a folder
   list            a JSON file of prompts and trajectories
 `runlocal` shrinks any of them to seconds.
 """
@@ -16,7 +17,7 @@ Suites:
 from ml_collections import ConfigDict
 from tora_jax.configs import common, model_sizes
 
-SUITES = ("demo", "sprites", "paper", "sizes", "list")
+SUITES = ("demo", "sprites", "paper", "sizes", "cogvideox", "list")
 
 
 def cell(frames: int, height: int, width: int, fps: float, trajectory: bool = True) -> dict:
@@ -62,6 +63,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.cells = tuple(
             cell(frames, *(side // 16 * 16 for side in size), 24.0) for size in sides for frames in (51, 102, 204)
         )
+    elif arg.suite == "cogvideox":
+        config.benchmark.kind = "segmentation"
+        config.sampling.update({"steps": 50, "guidance": 6.0})
+        config.cells = (cell(49, 480, 720, 8.0),)
     else:
         config.benchmark.kind = "list" if arg.suite == "list" else "segmentation"
         config.first_frame = arg.suite == "paper"

@@ -18,7 +18,9 @@ def trained(variant: str = "XL/2", *, small: bool, runlocal: bool) -> dict:
     return tiny() if runlocal else small_model(SMALL) if small else opensora(variant)
 
 
-def trained_cogvideox(variant: str = "5B", *, i2v: bool, front_end: str, small: bool, runlocal: bool) -> dict:
+def trained_cogvideox(
+    variant: str = "5B", *, small: bool, runlocal: bool, i2v: bool = False, front_end: str = "sat"
+) -> dict:
     """The same for the released Tora."""
     options = {"i2v": i2v, "front_end": front_end}
     if runlocal:

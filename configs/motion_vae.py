@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.buckets = (common.bucket(17, 256, 256, batch=32, fps=24.0),)
     if arg.arch == "magvit":
         config.motion_vae = model_sizes.magvit(arg.small or arg.runlocal)
-        config.loss = {**common.vae_loss("joint"), "frame": 0.0, "identity": 0.0, "kl_spatial": 0.0}
+        config.loss = {**common.vae_loss("joint"), **common.ONE_NET}
     if arg.small:
         config.optim = {**common.quick(1e-3), "warmup": 20}
         if arg.phase == "spatial":

@@ -197,7 +197,8 @@ def _generate(config, cell, tasks, seeds, models) -> list[np.ndarray]:
         for task in tasks
     ]
     size = {"height": cell["height"], "width": cell["width"], "num_frames": cell["frames"], "fps": cell["fps"]}
-    results = generate_batch(models, inputs, Settings(**size, **config["sampling"]), seeds=seeds)
+    solver = models.sampling.get("solver", Settings.solver)  # what the weights are sampled with
+    results = generate_batch(models, inputs, Settings(**{**size, "solver": solver, **config["sampling"]}), seeds=seeds)
     return [result.video for result in results]
 
 
