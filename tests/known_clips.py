@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.odd_videos import set_matrix
 
-HEIGHT, WIDTH, FPS, FRAMES = 144, 256, 25, 52
+HEIGHT, WIDTH, FPS, FRAMES = 144, 256, 25, 40
 START, SPEED, SIDE = 60.0, 40.0, 24  # of the square: x of its centre, pixels a second
 GREY, WHITE = 90, (230, 230, 230)
 PATCHES = {(0, 0): (220, 40, 40), (0, 1): (40, 180, 60), (1, 0): (40, 60, 210), (1, 1): (230, 210, 60)}
@@ -111,7 +111,7 @@ def jittering(path: Path) -> Path:
 
 def slowing(path: Path) -> Path:
     """The rate halves on the way from 25 to 12.5."""
-    ticks = [*range(0, 1000, 40), *range(1000, 2100, 80)]
+    ticks = [*range(0, 1000, 40), *range(1000, 1600, 80)]
     return write(path, (scene(tick / 1000) for tick in ticks), ticks=ticks)
 
 

@@ -26,10 +26,10 @@ def test_as_a_file(clip, kind):
     known_clips.check(frames, fps)
     assert probe(clip(kind)) == (len(frames), *frames.shape[1:3], fps)
     assert abs(len(frames) / fps - FRAMES / FPS) < 0.1
-    some, _ = read_video(clip(kind).read_bytes(), only=range(40, 46, 2), strict=True)
+    some, _ = read_video(clip(kind).read_bytes(), only=range(34, 39, 2), strict=True)
     if kind == "interlaced":  # the first frame after a key frame has none before it
         some, frames = some[1:], frames[2:]
-    np.testing.assert_array_equal(some, frames[40:46:2][: len(some)])
+    np.testing.assert_array_equal(some, frames[34:39:2][: len(some)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,12 +60,12 @@ def test_in_a_folder(clip, kind):
 def test_through_curation(clip, kind):
     video, look = curate_probe.probe(clip(kind), damaged_share=0.01, threshold=3.0)
     assert (video.traits or (None,))[-1] == KINDS[kind].trait
-    (piece,) = cuts.plan(video, look, shortest=1.5, longest=16.0, loss=0.5)
+    (piece,) = cuts.plan(video, look, shortest=1.2, longest=16.0, loss=0.5)
     made = cuts.cut(clip(kind), video, piece)
     assert piece.copied == KINDS[kind].copied
     frames, fps = read_video(made, strict=True)
     known_clips.check(frames, fps, first=piece.start * video.tick - look.ticks[0] * video.tick)
-    assert len(frames) / fps > 1.5
+    assert len(frames) / fps > 1.2
 
 
 def test_a_rate_that_leaves_gaps_is_refused(tmp_path):
