@@ -178,7 +178,8 @@ def find_timeline(source: Source, container: av.container.InputContainer, stream
     if len(rate.gaps):
         at, gap = times[rate.gaps[0] - 1] - times[0], times[rate.gaps[0]] - times[rate.gaps[0] - 1]
         problem = f"has a variable frame rate, and no frame for {gap:.2g} s after {at:.2f} s, so motion is uneven"
-        raise ClipError(f"{name}: {problem}; give it a constant rate (ffmpeg -vf minterpolate)", "variable rate")
+        way_out = f"make it even first (ffmpeg -i IN -vf minterpolate=fps={rate.fps:g} OUT)"
+        raise ClipError(f"{name}: {problem}; {way_out}", "variable rate")
     numbers = None if rate.constant else at_rate(times, rate.fps)
     return _checked(Timeline(len(times) if rate.constant else len(numbers), rate.fps, numbers, promised), name)
 

@@ -59,9 +59,8 @@ class Display:
         codec = stream.codec_context
         large = frame.height > BT601_HEIGHT or frame.width > BT601_WIDTH
         if frame.colorspace not in MATRICES or codec.color_trc in (LINEAR, LOG, LOG_SQRT, SMPTE428):
-            raise ClipError(
-                f"{name}: has colours of a rare kind; convert it to BT.709 (ffmpeg -vf colorspace)", "colours"
-            )
+            problem = f"{name}: has colours of a rare kind (ICtCp, linear light ...); export it in BT.709"
+            raise ClipError(problem, "colours")
         square = float(stream.sample_aspect_ratio or 1)
         if not 1 / WIDEST <= square <= WIDEST:
             raise ClipError(f"{name}: has pixels {square:g} times as wide as high; make them square", "not square")
