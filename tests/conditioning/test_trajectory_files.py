@@ -258,6 +258,10 @@ REFUSED = {
     "visibility of other frames": ({"tracks": FIVE[:1], "visibility": np.ones((1, 32), bool)}, "does not fit"),
     "hidden throughout": ({"tracks": FIVE[:1], "visibility": np.zeros((1, 33), bool)}, "nothing to follow"),
     "no places": ({"video": np.zeros(3)}, "has the arrays video"),
+    "space and camera": (
+        {"tracks_XYZ": np.ones((4, 2, 3)), "fx_fy_cx_cy": np.ones(4), "visibility": np.ones((4, 2), bool)},
+        "name its size",
+    ),
     "space": ({"tracks_XYZ": np.zeros((4, 2, 3)), "visibility": np.ones((4, 2), bool)}, "in space"),
     "box, then centres": (json.dumps([[[40, 20], [80, 60], [60, 40], [70, 45], [90, 60]]]), "SG-I2V"),
     "box beside centres": (json.dumps([[[40, 20], [80, 60]], [[60, 40], [70, 45], [90, 60]]]), "SG-I2V"),

@@ -101,6 +101,8 @@ def from_named(arrays: Mapping[str, np.ndarray], hints: Hints, name: str, form: 
       keys: all names, for the message.
     """
     if {"tracks_XYZ", CAMERA} <= arrays.keys():
+        if hints.canvas is None and not hints.on:
+            raise UserError(f"{name}: tracks_XYZ are projected into the video; name its size: --trajectory_canvas=WxH")
         xy = _projected(arrays["tracks_XYZ"], arrays[CAMERA], name)
         seen = {key: array for key, array in arrays.items() if key in (*SEEN, *HIDDEN)}
         return from_named({"trajs_2d": xy, **seen}, hints, name, "TAPVid-3D's points, projected", keys)
