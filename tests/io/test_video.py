@@ -426,6 +426,14 @@ def test_frames_far_into_a_video(tmp_path, name, codec, options):
         np.testing.assert_array_equal(read_video(path, only=only, strict=True)[0], whole[only], str(start))
 
 
+def test_frames_after_the_end(tmp_path):
+    write_video(tmp_path / "a.mp4", clip(), 8)
+    assert len(read_video(tmp_path / "a.mp4", only=range(10, 40))[0]) == 2
+    for start in (12, 200):
+        with pytest.raises(UserError, match=rf"a\.mp4: has 12 frames, and none of number {start}"):
+            read_video(tmp_path / "a.mp4", only=range(start, 300))
+
+
 def write_with_key_frames(path):
     """97 frames, every 20th of them a key frame; the index is in front."""
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:

@@ -175,10 +175,11 @@ def read_video(
     frames: list[np.ndarray] = []
     with _opened(source, frames, threads) as (container, stream):
         timeline, repeats, display = find_timeline(source, container, stream), None, None
+        if only[0] >= timeline.count:
+            raise ClipError(f"{name}: has {timeline.count} frames, and none of number {only[0]}", "too short")
         if timeline.numbers is not None:
             wanted = timeline.numbers[only.start : only.stop : only.step]
-            stored, repeats = np.unique(wanted, return_inverse=True)
-            only = stored.tolist() or [timeline.numbers[-1] + 1]  # none
+            only, repeats = np.unique(wanted, return_inverse=True)
         seen, decoder = jump(container, stream, only[0]), Decoder(container, stream)
         for frame in decoder:
             if seen in only:
