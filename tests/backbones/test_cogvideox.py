@@ -7,12 +7,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tora_jax.configs import model_sizes, tora_cogvideox
+from tora_jax.configs import model_sizes, tora_cogvideox, vae
 
-from tests import training_runs
+from tests import records, training_runs
 from tora_jax import generate, load
 from tora_jax.backbones import assembly, cogvideox, opensora
 from tora_jax.checkpoints import release
+from tora_jax.data.sprites.dataset import SpritesConfig
 from tora_jax.diffusion.v_prediction import VPrediction
 from tora_jax.errors import UserError
 from tora_jax.sampling import request
@@ -200,9 +201,6 @@ def test_configs_of_the_released_sizes():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    from tests import records
-    from tora_jax.data.sprites.dataset import SpritesConfig
-
     scale = SpritesConfig(name="least", side=32, frames=9, fps=8.0)
     folder = tmp_path_factory.mktemp("data") / "clips"
     return records.write(folder, {split: records.clips(4, split, scale) for split in ("train", "validation")})
@@ -241,3 +239,25 @@ def test_training(clips, tmp_path, t2v, i2v, arg, stage):
     assert {f"tora/extractor/blocks/norm{i}/{name}" for i in (1, 2) for name in ("mean", "variance")} <= changed
     assert "tora/cogvideox/blocks/motion_fuser/gamma_temporal/kernel" in changed
     assert json.loads((tmp_path / "run/release/config.json").read_text())["backbone"] == "cogvideox"
+
+
+@pytest.mark.slow  # half a minute to compile
+def test_training_the_vae(clips, tmp_path):
+    """One net in one phase; what normalises its latents is a field of the config, so the number is said."""
+    outcome = training_runs.run("vae.py:backbone=cogvideox,runlocal", tmp_path / "run", training_runs.source(clips))
+    assert outcome.code == 0, outcome.stderr
+    *steps, judged = outcome.metrics
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert all(line.keys() == {"step", "loss", "video", "kl", "grad_norm"} for line in steps)
+    assert judged["psnr"] > 0
+    assert "set vae.scaling to" in outcome.stderr
+    assert release.load(tmp_path / "run/release", parts=cogvideox.PARTS).config["backbone"] == "cogvideox"
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [("backbone=cogvideox,phase=spatial", "trained in one phase"), ("backbone=sora", "opensora, cogvideox")],
+)
+def test_configs_of_the_vae_that_cannot_be(arg, message):
+    with pytest.raises(ValueError, match=message):
+        vae.get_config(arg)
