@@ -303,6 +303,8 @@ def davis(tmp_path_factory):
                 if n == 0:
                     image.putpalette([c for c in range(256) for _ in range(3)])
                 image.save(masks / f"{j:05}.png")
+        for place in (pictures / "._00000.jpg", masks / "._00000.png"):
+            place.write_bytes(b"left by macOS")
     (folder / "prompts.json").write_text('{"sparse": "a box slides right."}')
     return folder
 
