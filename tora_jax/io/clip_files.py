@@ -164,16 +164,19 @@ def find_timeline(source: Source, container: av.container.InputContainer, stream
       ClipError: "variable rate", where there is no frame for too long; or "not a video", without frames or a rate.
     """
     name, declared = name_of(source), float(stream.average_rate or stream.guessed_rate or 0)
-    index = [entry.timestamp for entry in _index(stream) if not entry.is_discard]
+    index, tick = [entry.timestamp for entry in _index(stream) if not entry.is_discard], float(stream.time_base)
     promised = len(index) or stream.frames
-    # Times of decoding are as even as those of showing, if no frame is hidden.
-    steps = set(map(operator.sub, index[1:], index)) if promised == stream.frames else ()
-    if declared and len(steps) == 1 and abs(declared * steps.pop() * float(stream.time_base) - 1) < EXACT:
+    known = index if promised == stream.frames else []  # times of decoding, where no frame is hidden
+    steps = set(map(operator.sub, known[1:], known))
+    if declared and len(steps) == 1 and abs(declared * steps.pop() * tick - 1) < EXACT:
         return Timeline(promised, declared, None, promised)
-    shown = _times(source, container, stream)
-    if None in shown:  # a bare stream: frames are counted
-        return _checked(Timeline(len(shown), declared, None, promised), name)
-    times = np.unique(shown) * float(stream.time_base)
+    times = np.array(known, float) * tick
+    # They are as even as the times of showing, and without B-frames the same. Packets are asked last: all are read.
+    if not known or (stream.codec_context.has_b_frames and not find_rate(times, declared).constant):
+        shown = _times(source, container, stream)
+        if None in shown:  # a bare stream: frames are counted
+            return _checked(Timeline(len(shown), declared, None, promised), name)
+        times = np.unique(shown) * tick
     rate = find_rate(times, declared)
     if len(rate.gaps):
         at, gap = times[rate.gaps[0] - 1] - times[0], times[rate.gaps[0]] - times[rate.gaps[0] - 1]

@@ -180,7 +180,7 @@ def read_video(
         if timeline.numbers is not None:
             wanted = timeline.numbers[only.start : only.stop : only.step]
             only, repeats = np.unique(wanted, return_inverse=True)
-        seen, decoder = jump(container, stream, only[0]), Decoder(container, stream)
+        seen, decoder = jump(container, stream, int(only[0])), Decoder(container, stream)
         for frame in decoder:
             if seen in only:
                 display = display or Display.of(stream, frame, name)
