@@ -7,7 +7,8 @@
 
 spatial: single frames through the spatial VAE. causal: the causal VAE learns to give back the spatial VAE's latents
 (the reference's identity loss). joint: both, on pixels. decoder: the spatial VAE's decoder alone, on squares around
-objects, which weigh more than the rest; latents stay, and so do the denoisers and cached latents that go with them.
+objects, which weigh more than the rest; latents stay, and so do the denoisers and cached latents that go with them. The
+norms get used to squares: stop at three quarters, and go on with whole frames (`--config.resume --config.data.crop=0`).
 
 Arguments: `phase`; `backbone=cogvideox`: CogVideoX's VAE, one net that trains in one phase, joint; `small`: the small
 model's VAE; `runlocal`: either of them at the least size, for a few steps.
@@ -46,10 +47,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.optim.muon_kernels = (r"!.*(conv_in|conv_out|quant_conv)/kernel", r".*/kernel")
         if arg.phase == "spatial":
             config.loss.coarse = 0.25
-        config.steps = {"spatial": 1000, "causal": 100, "joint": 90, "decoder": 500}[arg.phase]
+        config.steps = {"spatial": 1000, "causal": 100, "joint": 90, "decoder": 1000}[arg.phase]
         config.optim.lr = {"spatial": 2e-3, "causal": 1e-3, "joint": 5e-4, "decoder": 2e-3}[arg.phase]
         config.optim.warmup = {"spatial": 100, "causal": 20, "joint": 20, "decoder": 20}[arg.phase]
-        batch = {"spatial": 16, "causal": 8, "joint": 4, "decoder": 16}[arg.phase]
+        batch = {"spatial": 16, "causal": 8, "joint": 4, "decoder": 8}[arg.phase]
         if arg.backbone == "cogvideox":  # from nothing, in one phase
             config.steps, config.optim.optimizer, config.optim.muon_rms = 400, "muon", 0.8
             config.optim.lr = 2e-3
