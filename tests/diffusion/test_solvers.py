@@ -64,7 +64,7 @@ def test_guidance_that_is_kept_is_guidance():
     np.testing.assert_allclose(again, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
 def test_a_step_aims_at_clean_latents(solver):
     """On a straight line, wherever the step is, that is its end."""
     data, noise = jax.random.normal(jax.random.key(0), (2, *SHAPE))

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def perfect(monkeypatch):
         return [Result(clip.video, None, {}) for clip in clips]
 
     monkeypatch.setattr(evals, "generate_batch", generate_batch)
-    monkeypatch.setattr(evals.assembly, "load", lambda weights: None)
+    monkeypatch.setattr(evals.assembly, "load", lambda weights: SimpleNamespace(sampling={}))
     return asked
 
 
@@ -184,7 +185,7 @@ def test_first_frames(config, monkeypatch, tmp_path):
         return [Result(np.repeat(each.images[0][None], settings.num_frames, 0), None, {}) for each in inputs]
 
     monkeypatch.setattr(evals, "generate_batch", generate_batch)
-    monkeypatch.setattr(evals.assembly, "load", lambda weights: None)
+    monkeypatch.setattr(evals.assembly, "load", lambda weights: SimpleNamespace(sampling={}))
     config |= {"first_frame": True, "cells": config["cells"][1:2], "batch": 5}
     results, _ = evals.evaluate(config, release.DEMO, tmp_path)
     for i, images in enumerate(given):
@@ -238,7 +239,7 @@ def test_a_list_that_was_edited(config, tmp_path, monkeypatch):
         return [Result(np.zeros(size, np.uint8), None, {}) for _ in inputs]
 
     monkeypatch.setattr(evals, "generate_batch", generate_batch)
-    monkeypatch.setattr(evals.assembly, "load", lambda weights: None)
+    monkeypatch.setattr(evals.assembly, "load", lambda weights: SimpleNamespace(sampling={}))
     path = tmp_path / "list.json"
     config["benchmark"] = {"kind": "list", "source": str(path), "split": "", "clips": 0}
     config["cells"] = config["cells"][:1]

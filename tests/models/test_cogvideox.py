@@ -93,8 +93,9 @@ def test_the_full_size():
 
 def test_learned_positions_are_for_one_size():
     model = tiny(learned_positions=100, add_positions=True)
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs())
     with pytest.raises(UserError, match="100 learned positions"):
-        jax.eval_shape(model.init, jax.random.key(0), *inputs())
+        jax.eval_shape(model.apply, params, *inputs())
 
 
 def test_sizes_that_cannot_be():

@@ -147,9 +147,8 @@ def sampled(config: Mapping[str, Any], models: Models, folder: Path) -> Judge:
       UserError: there are no clips to take captions and tracks from.
     """
     clips, bucket = held_out_clips(config), config["data"]["buckets"][0]
-    settings = {
-        name: config["sampling"][name] for name in ("guidance", "trajectory_guidance", "negative_prompt", "solver")
-    }
+    settings = {name: config["sampling"][name] for name in ("guidance", "trajectory_guidance", "negative_prompt")}
+    settings["solver"] = config["sampling"].get("solver", Settings.solver)
     settings |= {"height": bucket["height"], "width": bucket["width"], "num_frames": bucket["frames"]}
     settings |= {"fps": float(np.median([clip.fps for clip in clips])), "steps": config["evaluation"]["steps"]}
     settings = Settings(**settings)
