@@ -9,7 +9,7 @@ from PIL import Image
 
 from tora_jax.app import studio
 
-pytest.importorskip("gradio")
+pytestmark = pytest.mark.slow  # needs Gradio
 
 
 @pytest.fixture

@@ -104,8 +104,10 @@ def test_objects_in_npy_and_npz(tmp_path, form):
             np.testing.assert_allclose(found[1][:, :2], PATHS[1, :5], atol=1e-6)
 
 
+@pytest.mark.slow  # needs PyTorch
 def test_tensors(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     tracks = torch.tensor(PATHS.swapaxes(0, 1)[None] * 256, dtype=torch.float32)
     seen = torch.tensor(SEEN.T[None])
     torch.save({"pred_tracks": tracks, "pred_visibility": seen}, tmp_path / "cotracker.pt")

@@ -69,7 +69,8 @@ def write_text_encoder(weights: Path, tokenizer: Path) -> None:
 
 def write_sat(folder: Path, variant: str, state: dict) -> Path:
     """As the authors keep theirs: pickles of DeepSpeed, the VAE with the nets of its loss, T5 with its tokenizer."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     place = folder / "tora" / variant / "mp_rank_00_model_states.pt"
     place.parent.mkdir(parents=True)
     tensors = {SAT_PREFIX + key: torch.from_numpy(value) for key, value in state.items()}
@@ -297,6 +298,7 @@ def test_sat(tmp_path):
     same(params(tmp_path / "again", "tora"), params(tmp_path / "ours", "tora"))
 
 
+@pytest.mark.slow  # needs PyTorch
 def test_sat_folder(tmp_path, capsys):
     """The pickles as they lie in the authors' folder; what else is in them is left out, there and back."""
     state = denoiser("cogvideox_transformer_sat")
@@ -313,6 +315,7 @@ def test_sat_folder(tmp_path, capsys):
     assert len(load_file(tmp_path / "vae")) == len(cogvideox.weights(golden.load("cogvideox_vae_sat")))
 
 
+@pytest.mark.slow  # needs PyTorch
 def test_sat_with_both_variants(tmp_path, capsys):
     source = write_sat(tmp_path / "ckpts", "t2v", denoiser("cogvideox_transformer_sat"))
     write_sat(source, "i2v", denoiser("cogvideox_transformer_sat_i2v"))
@@ -322,9 +325,11 @@ def test_sat_with_both_variants(tmp_path, capsys):
     refused(capsys, [*argv, "--variant", "i2v"], "tora/i2v/mp_rank_00_model_states.pt: wrong variant", "5B")
 
 
+@pytest.mark.slow  # needs PyTorch
 def test_pickle_with_more_than_tensors(tmp_path, capsys):
     """What DeepSpeed may keep beside the weights: refused by name, never read in an unsafe way."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     path = tmp_path / "source" / "mp_rank_00_model_states.pt"
     path.parent.mkdir()
     torch.save({"module": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1.0)}, path)

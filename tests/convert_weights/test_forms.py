@@ -105,8 +105,10 @@ def test_bundle_and_prefixes(plain, tmp_path, capsys):
         assert all(value.tobytes() == want[key].tobytes() for key, value in got.items())
 
 
+@pytest.mark.slow  # needs PyTorch
 def test_wrapped_pickles(plain, tmp_path, capsys):
-    torch = pytest.importorskip("torch")
+    import torch
+
     want = convert(plain, tmp_path, "want")
     state = {key: torch.from_numpy(value) for key, value in plain.items()}
     torch.save({"state_dict": state, "step": 100}, tmp_path / "wrapped.pt")

@@ -247,7 +247,8 @@ class Decoder:
             yield frame
         else:
             return
-        graph, self.interlaced = _deinterlacer(frame, self._stream.time_base), True
+        tick = self._stream.time_base  # PyAV 19 has a type of its own here
+        graph, self.interlaced = _deinterlacer(frame, Fraction(tick.numerator, tick.denominator)), True
         for each in itertools.chain((frame,), frames, (None,)):
             yield from _pass(graph, each)
 
