@@ -85,7 +85,10 @@ def load_params(model: CogVideoXTora, state: dict) -> dict:
     pieces = {key: Piece(key) for key in state}
     if tora_cogvideox.is_sat(state):
         pieces = tora_cogvideox.from_sat({key: value.shape for key, value in state.items()})
-    read = lambda name: pieces[name].cut(state[pieces[name].key])  # noqa: E731
+
+    def read(name: str) -> np.ndarray:
+        return pieces[name].cut(state[pieces[name].key])
+
     motion = any(key.startswith("traj_extractor.") for key in pieces)
     target = param_shapes(model, motion)
     return mapping.from_state_dict(tora_cogvideox.TABLE, {name: read(name) for name in pieces}, target, UNUSED)

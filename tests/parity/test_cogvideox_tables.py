@@ -82,7 +82,10 @@ def test_round_trip(name):
     state = cogvideox.weights(data)
     shapes = {key: value.shape for key, value in state.items()}
     pieces = pieces_of(shapes)
-    read = lambda name: pieces[name].cut(state[pieces[name].key])  # noqa: E731
+
+    def read(name: str) -> np.ndarray:
+        return pieces[name].cut(state[pieces[name].key])
+
     model = cogvideox.tora_of(data.config, data["in/text"].shape[1])
     moves = mapping.plan(TABLE, {ours: read(ours).shape for ours in pieces}, target_of(model), UNUSED)
     back = mapping.revert(moves, mapping.convert(moves, read))

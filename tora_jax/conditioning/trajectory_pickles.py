@@ -174,7 +174,7 @@ def is_torch(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(member.endswith("data.pkl") for member in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # no archive, or a broken one: not torch's
         return False
 
 
