@@ -1,10 +1,10 @@
-"""Compiles a job for TPUs that are not there, and says what it needs: `libtpu` from the package index is enough.
+"""Compiles a job for TPUs that are not there, and says what it needs: `pip install 'tora_jax[tpu]'` is enough.
 
   python -m benchmarks.aot --config configs/tora.py:stage=1 --topology v5e:4x4 --mesh fsdp=16 --height 480 --width 854
 
-Prints one JSON line, and ends with 1 where a chip has too little memory. What is compiled is what `train.py`,
-`sample.py` run: a whole training step on precomputed clips, the encoding of a caption, a trajectory's features, one
-sampling step with guidance, the decoding of a video.
+Prints one JSON line, and ends with 1 where a device has too little memory, or where it is not known how much it has
+("fits": null). What is compiled is what `train.py`, `sample.py` run: a whole training step on precomputed clips, the
+encoding of a caption, a trajectory's features, one sampling step with guidance, the decoding of a video.
 """
 
 import json
@@ -17,6 +17,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import math
+from importlib import metadata
 
 import jax
 from absl import flags
@@ -32,6 +33,12 @@ from tora_jax.io.files import tuples
 
 GIB = 2**30
 
+# What compilers say of a program that does not fit: libtpu 0.0.42 and 0.0.52 while they plan, and when they allocate.
+MESSAGES = (
+    r"total memory required for .*? \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)",
+    r"Used ([\d.]+)G of ([\d.]+)G hbm",
+)
+
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     to = {"flag_values": values}
@@ -46,19 +53,59 @@ def main(argv: list[str], _) -> None:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     except Exception as error:
-        raise UserError(
-            f"--topology {args.topology}: {command_line.last_line(error)}; it needs pip install libtpu"
-        ) from None
+        raise UserError(f"--topology {args.topology}: {command_line.last_line(error)}; {install()}") from None
     mesh = sharding.make_mesh(config["mesh"] if args.mesh is None else args.mesh, devices)
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
-    figures = measure(config, mesh, args.job, size, args.batch)
+    try:
+        figures = measure(config, mesh, args.job, size, args.batch)
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"the compiler of libtpu {version('libtpu')} gave up ({first}); {install()}") from None
+    figures |= {name: version(name) for name in ("jax", "libtpu")}
     print(json.dumps({"job": args.job, "topology": args.topology, "mesh": dict(mesh.shape), **size, **figures}))
+    if figures["fits"] is None:
+        print(f"how much memory a {figures['device']} has is not known here: benchmarks/chips.py", file=sys.stderr)
     if not figures["fits"]:
         sys.exit(1)
 
 
+def version(package: str) -> str:
+    """The version that is installed, or "none"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def install() -> str:
+    """What to do where libtpu fails: install the one that JAX is made for, if that is not there."""
+    wanted = (re.match(r"libtpu\W*==\s*([\d.]+\*?)", line) for line in metadata.requires("jax") or ())
+    wanted = next((match[1] for match in wanted if match), "")
+    there = version("libtpu")
+    if wanted and f"{there}.".startswith(f"{wanted.rstrip('.*')}."):
+        return f"libtpu {there} is the one that jax {version('jax')} is made for: another topology or mesh may compile"
+    return f"jax {version('jax')} is made for libtpu {wanted}, not {there}: pip install 'jax[tpu]=={version('jax')}'"
+
+
+def wanted_memory(error: jax.errors.JaxRuntimeError) -> dict[str, float] | None:
+    """GiB that a program wants and that a device has, by the compiler's message that it does not fit.
+
+    Returns:
+      None: it is another message.
+    """
+    if "RESOURCE_EXHAUSTED" not in (text := str(error)):
+        return None
+    for pattern in MESSAGES:
+        if match := re.search(pattern, text):
+            return {"total_gib": float(match[1]), "chip_gib": float(match[2])}
+    return {}
+
+
 def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int = 0) -> dict:
-    """Compiles a job on a mesh; the JSON line's figures."""
+    """Compiles a job on a mesh; the JSON line's figures.
+
+    "fits" is None where the memory of the device is not known.
+    """
     rules = tuple(config["rules"].items())
     parts = assembly.modules(config)
     batch = batch or (mesh.shape["data"] * mesh.shape["fsdp"] if job == "train" else 1)
@@ -74,9 +121,8 @@ def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if not (used := re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))):
+            if (needs := wanted_memory(error)) is None:
                 raise
-            needs = {"total_gib": float(used[1]), "chip_gib": float(used[2])}
             return {**figures, "compile_seconds": round(time.perf_counter() - start, 1), **needs, "fits": False}
     memory = compiled.memory_analysis()
     total = (
@@ -98,7 +144,7 @@ def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int
         "temporary_gib": round(memory.temp_size_in_bytes / GIB, 2),
         "total_gib": round(total / GIB, 2),
         "chip_gib": chip and chip.memory,
-        "fits": chip is None or total <= chip.memory * GIB,
+        "fits": None if chip is None else total <= chip.memory * GIB,
         "tflop": work and float(f"{work / 1e12:.4g}"),
         "collectives": collectives(compiled.as_text()),
     }
