@@ -1,11 +1,14 @@
 """docs/finetune.md: every command of it, in small, from a folder of clips to a video."""
 
 import re
+import runpy
 import shlex
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tora_jax.configs import model_sizes
 
 from tests import training_runs
@@ -41,6 +44,27 @@ def run(words: list[str]) -> None:
         )
 
 
+def values(words: list[str], *flags: str) -> list[str]:
+    return [words[i + 1] for i, word in enumerate(words) if word in flags]
+
+
+def test_commands_follow_from_each_other():
+    """Configs take their arguments and flags, and what a command reads was made before: what `slow` runs in full."""
+    convert, *rest = COMMANDS
+    made = {convert[-1], "clips"}
+    for words in rest:
+        sources = [quoted for word in words for quoted in re.findall(r"sources=\('(.*)',\)", word)]
+        for path in (*values(words, "--weights", "--source"), *sources):
+            assert path.removesuffix("/release") in made, words
+        made.update(values(words, "--workdir", "--out"))
+        for config in values(words, "--config"):
+            file, _, argument = config.partition(":")
+            fields = runpy.run_path(str(training_runs.ROOT / file))["get_config"](argument).lock()
+            for name in (word.split("=")[0] for word in words if word.startswith("--config.")):
+                attrgetter(name.removeprefix("--config."))(fields)
+
+
+@pytest.mark.slow  # ten trainings, most of their time in compilations
 def test_every_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training_runs.write_folder(Path("clips"), train=20, validation=4)
