@@ -31,7 +31,7 @@ install_import_hook("tora_jax", f"{typecheck.__name__}.check")
 gc.set_threshold(100_000, 20, 100)
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 

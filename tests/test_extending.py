@@ -21,7 +21,7 @@ from tests import training_runs
 from tests.converting import main
 from tora_jax import generate, load
 from tora_jax.checkpoints import release
-from tora_jax.data.sources import SOURCES
+from tora_jax.data.sources import SOURCES, open_source
 from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.diffusion.solvers import SOLVERS
 from tora_jax.io.video import probe
@@ -116,13 +116,12 @@ def test_a_source(tmp_path, monkeypatch):
         with zipfile.ZipFile(zipped / f"{split}.zip", "w") as archive:
             for path in sorted((plain / split).iterdir()):
                 archive.write(path, path.name)
-    outcomes = []
-    for folder in (plain, zipped):
-        workdir, source = tmp_path / f"from_{folder.name}", training_runs.source(folder)
-        outcomes.append(training_runs.run("vae.py:phase=spatial,runlocal", workdir, source))
-    assert [(outcome.code, outcome.stderr) for outcome in outcomes] == [(0, "")] * 2
-    assert outcomes[0].metrics == outcomes[1].metrics
-    assert math.isfinite(outcomes[1].metrics[0]["loss"])
+    want, found = (open_source(folder, "train") for folder in (plain, zipped))
+    assert [found[i]["video"] for i in range(4)] == [Path(want[i]["video"]).read_bytes() for i in range(4)]
+    assert [found[i]["caption"] for i in range(4)] == [want[i]["caption"] for i in range(4)]
+    outcome = training_runs.run("vae.py:phase=spatial,runlocal", tmp_path / "run", training_runs.source(zipped))
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert math.isfinite(outcome.metrics[0]["loss"])
 
 
 # ---------------------------------------------------------------- a solver, a fuser

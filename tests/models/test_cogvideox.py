@@ -34,9 +34,8 @@ def params():
 
 def shaken(params):
     """All parameters moved, also those that start at zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return tree.unflatten([p + 0.05 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32), params)
 
 
 def test_an_untrained_fuser_changes_nothing(params):

@@ -34,16 +34,26 @@ def inputs():
 
 @functools.cache
 def init(fuser, placement):
+    """A model with untrained fusers around blocks with random weights; only the fusers' are compiled, which is fast."""
     model = Tora(STDIT, fuser, placement, motion_features=8)
-    params = jax.jit(functools.partial(model.init, **inputs()))(jax.random.key(1))["params"]
-    return model, params
+
+    def draw(key, kept):
+        flat = traverse_util.flatten_dict(model.init(key, **inputs())["params"])
+        return {path: leaf for path, leaf in flat.items() if kept(path)}
+
+    fresh = jax.jit(functools.partial(draw, kept=of_a_fuser))(jax.random.key(1))
+    shapes = jax.eval_shape(functools.partial(draw, kept=lambda path: not of_a_fuser(path)), jax.random.key(1))
+    return model, traverse_util.unflatten_dict({**fresh, **shaken(jax.tree.map(lambda x: np.zeros(x.shape), shapes))})
+
+
+def of_a_fuser(path):
+    return any(part.endswith("_fuser") for part in path)
 
 
 def shaken(params):
     """The same tree with random numbers where layers start at zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return tree.unflatten([leaf + 0.2 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32), params)
 
 
 def apply(model, params, **changes):
@@ -53,9 +63,7 @@ def apply(model, params, **changes):
 def plain(params):
     """The output of plain Open-Sora, on the tree without fusers."""
     flat = traverse_util.flatten_dict(params["stdit"])
-    params = traverse_util.unflatten_dict(
-        {path: leaf for path, leaf in flat.items() if not any(part.endswith("_fuser") for part in path)}
-    )
+    params = traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if not of_a_fuser(path)})
     arguments = inputs()
     del arguments["motion"]
     return jax.jit(STDiT(**STDIT).apply)({"params": params}, **arguments)
@@ -67,10 +75,6 @@ class TestFusers:
     def test_untrained_changes_nothing(self, fuser, placement):
         """Bit for bit, around blocks with random weights."""
         model, params = init(fuser, placement)
-        fresh = traverse_util.flatten_dict(params)
-        params = traverse_util.flatten_dict(shaken(params))
-        params = {k: fresh[k] if any(p.endswith("_fuser") for p in k) else v for k, v in params.items()}
-        params = traverse_util.unflatten_dict(params)
         np.testing.assert_array_equal(apply(model, params), plain(params))
 
     def test_null_trajectory_changes_nothing(self, fuser, placement):
@@ -87,7 +91,8 @@ class TestFusers:
     def test_passes_of_guidance_share_features(self, fuser, placement):
         model, params = init(fuser, placement)
         params, arguments = shaken(params), inputs()
-        features = model.apply({"params": params}, arguments.pop("motion"), method="extract")
+        extract = jax.jit(functools.partial(model.apply, method="extract"))
+        features = extract({"params": params}, arguments.pop("motion"))
         twice = {name: jnp.concatenate([value] * 2) for name, value in arguments.items()}
         denoise = jax.jit(functools.partial(model.apply, method="denoise"))
         got = denoise({"params": params}, features=features, **twice)
@@ -209,10 +214,11 @@ def test_data_std_is_that_of_data_for_which_an_output_of_zero_is_best(std):
     tora, params = init("adaptive_norm", "temporal")
     tora, params = tora.clone(data_std=std), jax.tree.map(jnp.zeros_like, params)
     noise, data = jax.random.normal(jax.random.key(3), (2, BATCH, FRAMES, 40, 40, 4))
+    apply = jax.jit(tora.apply)
     for t in (0.1, 0.5, 0.9):
         x_t, velocity = (1 - t) * std * data + t * noise, std * data - noise
         changes = {"x": x_t, "motion": None, "timestep": jnp.full(BATCH, 1000 * t)}
-        found = tora.apply({"params": params}, **inputs() | changes)[..., :4]
+        found = apply({"params": params}, **inputs() | changes)[..., :4]
         best = (velocity * x_t).sum() / jnp.square(x_t).sum()  # of so many numbers, to about 1 %
         np.testing.assert_allclose(found, best * x_t, atol=0.02 * jnp.abs(velocity).max())
 

@@ -101,9 +101,7 @@ def test_every_step(setup):
 def test_loss(setup, masked):
     data = setup.data
     mask = jnp.asarray(data["in/train_mask"], bool) if masked else None
-    got = training_loss(
-        RectifiedFlow(),
-        lambda x, t: setup.apply(x, t, mask),
+    got = jax.jit(lambda *given: training_loss(RectifiedFlow(), lambda x, t: setup.apply(x, t, mask), *given))(
         channels_last(data["in/train_x"]),
         channels_last(data["in/train_noise"]),
         jnp.asarray(data["in/train_t"]),

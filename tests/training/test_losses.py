@@ -1,5 +1,7 @@
 """What the jobs minimise."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,14 +54,16 @@ def test_weight_beside_the_paths(parts, params):
     batch = on_device(make_batch(0))
     keys = losses.sample_keys(jax.random.key(0), 0, batch)
 
+    @functools.partial(jax.jit, static_argnums=(1, 2))
     def found(batch, weight, drop):
         config = {**LOSS, "path_weight": weight, "drop_motion": drop}
-        return np.asarray(losses.tora_loss(opensora, parts, config)(params, batch, keys)[0])
+        return losses.tora_loss(opensora, parts, config)(params, batch, keys)[0]
 
     assert (found(batch, 5.0, 0.0) > found(batch, 0.0, 0.0)).all()
-    np.testing.assert_array_equal(found(batch, 5.0, 1.0), found(batch, 0.0, 1.0))
+    # Equal but for the rounding of two programs.
+    np.testing.assert_allclose(found(batch, 5.0, 1.0), found(batch, 0.0, 1.0), rtol=1e-6)
     still = without_motion(batch)
-    np.testing.assert_array_equal(found(still, 5.0, 0.0), found(still, 0.0, 0.0))
+    np.testing.assert_allclose(found(still, 5.0, 0.0), found(still, 0.0, 0.0), rtol=1e-6)
 
 
 class Means(nn.Module):

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from flax.core import FrozenDict, freeze
 
 from tora_jax import backbones
 from tora_jax.checkpoints import release
@@ -63,25 +64,25 @@ class Models:
         """The VAE of trajectory maps; its parameters go by the name `backbone.MOTION`."""
         return self.parts[self.backbone.MOTION]
 
-    @functools.cached_property
+    @property
     def encode_text(self) -> Callable:
         """(parameters of T5, tokens, mask) -> features."""
-        return jax.jit(functools.partial(self.backbone.encode_text, self.parts["t5"]))
+        return _compiled(self.backbone.encode_text, self.parts["t5"])
 
-    @functools.cached_property
+    @property
     def encode_video(self) -> Callable:
         """(parameters of the VAE, video in -1..1) -> latents: the posteriors' means."""
-        return jax.jit(lambda params, video: self.vae.apply({"params": params}, video, method="encode"))
+        return _compiled(_encode_video, self.vae)
 
-    @functools.cached_property
+    @property
     def extract(self) -> Callable:
         """(all parameters, RGB trajectory maps in -1..1, keys) -> the extractor's features."""
-        return jax.jit(functools.partial(self.backbone.extract, self.parts))
+        return _compiled(self.backbone.extract, self.parts)
 
-    @functools.cached_property
+    @property
     def denoise(self) -> Callable:
         """A forward pass of the denoiser, not compiled; see `sampler.Method`."""
-        return functools.partial(self.backbone.denoise, self.tora)
+        return _bound(self.backbone.denoise, self.tora)
 
     def method(self, solver: str) -> sampler.Method:
         """What the sampler's steps are compiled for.
@@ -92,15 +93,33 @@ class Models:
         process = self.backbone.process(self.parts)
         return sampler.Method(self.denoise, process, solvers.find(solver, process))
 
-    @functools.cached_property
+    @property
     def decode(self) -> Callable:
         """(frames, parameters of the VAE, latents) -> uint8 video, and whether all of it was finite."""
+        return _compiled(_decode, self.vae, static=0)
 
-        def decode(num_frames, params, latents):
-            video = self.vae.apply({"params": params}, latents, num_frames, method="decode")
-            return from_float(video), jnp.isfinite(video).all()
 
-        return jax.jit(decode, static_argnums=0)
+# Kept for equal modules, so that a process traces and compiles once however often it loads the same model.
+KEPT = 32
+
+
+@functools.lru_cache(KEPT)
+def _bound(function: Callable, module: nn.Module | Mapping[str, nn.Module]) -> Callable:
+    return functools.partial(function, module)
+
+
+@functools.lru_cache(KEPT)
+def _compiled(function: Callable, module: nn.Module | Mapping[str, nn.Module], static: int | None = None) -> Callable:
+    return jax.jit(_bound(function, module), static_argnums=static)
+
+
+def _encode_video(vae: nn.Module, params: Mapping, video: jax.Array) -> jax.Array:
+    return vae.apply({"params": params}, video, method="encode")
+
+
+def _decode(vae: nn.Module, num_frames: int, params: Mapping, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    video = vae.apply({"params": params}, latents, num_frames, method="decode")
+    return from_float(video), jnp.isfinite(video).all()
 
 
 def names() -> list[str]:
@@ -120,8 +139,8 @@ def backbone(config: Mapping[str, Any]) -> ModuleType:
     return importlib.import_module(f"{backbones.__name__}.{name}")
 
 
-def modules(config: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The parts that a config names.
+def modules(config: Mapping[str, Any]) -> Mapping[str, nn.Module]:
+    """The parts that a config names; hashable, and equal for equal configs.
 
     Raises:
       UserError: for a missing part, or a field that a part does not have.
@@ -140,7 +159,7 @@ def modules(config: Mapping[str, Any]) -> dict[str, nn.Module]:
             close = closest(name, known) or ", ".join(sorted(known))
             raise UserError(f"config: {section} has no field {name!r}; did you mean {close}?")
     try:
-        return {part: module(**config[part]) for part, module in kind.PARTS.items()}
+        return FrozenDict({part: module(**freeze(config[part])) for part, module in kind.PARTS.items()})
     except TypeError as error:
         raise UserError(f"config: {error}") from None
 
@@ -168,8 +187,17 @@ def init_params(kind: ModuleType, parts: Mapping[str, nn.Module], key: jax.Array
     keys = jax.random.split(key, len(inputs))
     for own, (part, (args, options)) in zip(keys, inputs.items(), strict=True):
         same = next((other for other in params if parts[other] == parts[part]), None)
-        params[part] = params[same] if same else parts[part].init(own, *args, **options)["params"]
+        traced = isinstance(key, jax.core.Tracer)
+        params[part] = params[same] if same else _initializer(parts[part], traced)(own, args, options)
     return params
+
+
+@functools.lru_cache(KEPT)
+def _initializer(part: nn.Module, traced: bool) -> Callable[[jax.Array, tuple, dict[str, Any]], dict[str, Any]]:
+    """(key, arguments and keywords of a call) -> parameters of a part."""
+    # Run once, so fast to compile beats fast to run: half a minute less on a laptop. JAX takes no options in a trace.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" and not traced else None
+    return jax.jit(lambda key, args, options: part.init(key, *args, **options)["params"], compiler_options=quick)
 
 
 def load(
@@ -207,9 +235,7 @@ def load(
     tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), length, **kind.TOKENS)
     kind.check_fit(parts, tokenizer)
     if released is None:
-        # Run once, so fast to compile beats fast to run: half a minute less on a laptop.
-        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        params = keep(jax.jit(init, compiler_options=quick)(jax.random.key(seed)))
+        params = keep(init(jax.random.key(seed)))
         origin = f"random weights (seed {seed})"
     else:
         params, origin = released.params, str(weights)
