@@ -29,7 +29,7 @@ from tora_jax.data import pipeline, placement
 from tora_jax.errors import UserError
 from tora_jax.evals import validation
 from tora_jax.io.files import tuples
-from tora_jax.training import lora
+from tora_jax.training import lora, record
 from tora_jax.training.job import Job
 from tora_jax.training.log import Log
 from tora_jax.training.step import init_state, jit_train_step
@@ -63,12 +63,13 @@ def main(argv: list[str], check_interrupt) -> None:
     released = workdir / "release"
     if released.exists():
         raise UserError(f"{released}: exists, so this run is finished; choose another --workdir")
+    weights = record.weights_of(workdir, args.weights, config)
     command_line.use_compilation_cache()
     mesh, rules = sharding.make_mesh(config["mesh"]), tuple(config["rules"].items())
 
     # ----- Models, and what of them trains ----------------------------------------------------------------------
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # devices get their own parts alone, below
-        models = assembly.load(config, args.weights, config["seed"])
+        models = assembly.load(config, weights, config["seed"])
         params = dict(models.params)
         if config["from_video_vae"]:
             params["motion_vae"] = params["vae"]
@@ -109,10 +110,10 @@ def main(argv: list[str], check_interrupt) -> None:
     manager = Manager(workdir / "checkpoints", config["keep"], best="objective")
     if manager.steps() and not config["resume"]:
         raise UserError(f"{workdir}: holds a run already; go on with it by --config.resume, or choose another folder")
+    record.hold(workdir, config, weights, opened.identity(), mesh, first)
     if config["resume"] and (found := manager.restore(state)):
         state = found.state
-        if found.data is not None:
-            batches.set_state(found.data)
+        batches.set_state(found.data)
     start = step = int(state.step)
     log = Log(workdir, start, config["steps"], args.quiet, first)
 
@@ -161,7 +162,7 @@ def main(argv: list[str], check_interrupt) -> None:
     figures = json.dumps(judged, indent=2)
     readme = f"Trained by\n\n    {launch}\n\nSeed {config['seed']}. On held-out clips:\n\n{figures}\n"
     sections = assembly.sections(config)
-    release.save(released, sections, params, assembly.tokenizer_path(args.weights), readme)
+    release.save(released, sections, params, assembly.tokenizer_path(weights), readme)
     print(f"wrote {released}")
 
 

@@ -37,7 +37,8 @@ def training() -> dict:
             "embed": "fsdp",
             "hidden": "tensor",
         },
-        "resume": False,
+        "resume": False,  # goes on from the newest checkpoint, as the run began
+        "resume_anyway": False,  # takes settings, weights or clips that are not those that the run began with
         "from_video_vae": False,  # the motion VAE starts as the video VAE of the weights
         "accumulate": 1,  # micro-batches that a batch is cut into
         "ema": 0.99,

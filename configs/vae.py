@@ -8,7 +8,8 @@
 spatial: single frames through the spatial VAE. causal: the causal VAE learns to give back the spatial VAE's latents
 (the reference's identity loss). joint: both, on pixels. decoder: the spatial VAE's decoder alone, on squares around
 objects, which weigh more than the rest; latents stay, and so do the denoisers and cached latents that go with them. The
-norms get used to squares: stop at three quarters, and go on with whole frames (`--config.resume --config.data.crop=0`).
+norms get used to squares: stop at three quarters, and go on with whole frames (`--config.resume`,
+`--config.resume_anyway`, `--config.data.crop=0`).
 
 Arguments: `phase`; `backbone=cogvideox`: CogVideoX's VAE, one net that trains in one phase, joint; `small`: the small
 model's VAE; `runlocal`: either of them at the least size, for a few steps.

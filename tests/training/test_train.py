@@ -25,6 +25,7 @@ from tora_jax.sampling.__main__ import sample
 from tora_jax.training import lora, optim
 
 SPATIAL = "vae.py:phase=spatial,runlocal"
+RESUME_ANYWAY = "--config.resume_anyway"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,11 @@ def test_the_decoder_alone(clips, spatial, tmp_path):
     changed = {path for path in flat if not np.array_equal(flat[path], after[path])}
     decoder = {path for path in flat if re.match("vae/spatial_vae/(decoder|post_quant_conv)/", path)}
     assert changed == decoder
+    # What does not train comes from the weights that the run began with, named or not.
+    frozen = (folder / "release/t5.safetensors").read_bytes()
+    shutil.rmtree(folder / "release")
+    assert run("vae.py:phase=decoder,runlocal", folder, source(clips), FINE, "--config.resume").code == 0
+    assert (folder / "release/t5.safetensors").read_bytes() == frozen
 
 
 def tensorboard(folder):
@@ -219,7 +225,10 @@ def test_a_folder_that_holds_a_run(clips, spatial, tmp_path):
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("release"))
     mistake(run(SPATIAL, folder, source(clips), FINE), "holds a run already; go on with it by --config.resume")
     other = run("vae.py:phase=causal,runlocal", folder, source(clips), FINE, "--config.resume")
+    mistake(other, "the run began otherwise: config.")
+    other = run("vae.py:phase=causal,runlocal", folder, source(clips), FINE, "--config.resume", RESUME_ANYWAY)
     mistake(other, "the checkpoint of step 4 is of another config")
+    (folder / "run.json").unlink()  # as older versions left it
     outcome = run(SPATIAL, folder, source(clips), FINE, "--config.resume")
     assert outcome.code == 0, outcome.stderr
     assert outcome.metrics == spatial[0].metrics

@@ -31,8 +31,8 @@ class Restored(NamedTuple):
 
     Attributes:
       state: like the target.
-      data: what this process gave `Manager.save` as the position of its data; None when another number of processes
-        saved it, for then it means nothing.
+      data: what this process gave `Manager.save` as the position of its data; where another number of processes saved
+        it, what the first of them gave, for batches are counted over all processes.
       step: that it was saved at.
     """
 
@@ -159,12 +159,8 @@ class Manager:
             if broken:
                 self._put_aside(broken)
                 self._orbax.reload()
-            if len(found.data) != jax.process_count():
-                warnings.warn(
-                    f"{self.folder}: saved by {len(found.data)} processes; the data starts anew", stacklevel=2
-                )
-                return Restored(found.state, None, candidate)
-            return Restored(found.state, json.loads(found.data[jax.process_index()]), candidate)
+            mine = jax.process_index() if len(found.data) == jax.process_count() else 0
+            return Restored(found.state, json.loads(found.data[mine]), candidate)
         if broken:
             failure = f"the checkpoint of step {max(broken)} cannot be read ({broken[max(broken)]})"
             raise UserError(f"{self.folder}: {failure}" + (", nor any older one" if len(broken) > 1 else ""))

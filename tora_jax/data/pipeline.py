@@ -29,6 +29,7 @@ import numpy as np
 from absl import flags
 
 from tora_jax.conditioning import text
+from tora_jax.data import sources
 from tora_jax.data.clips import DAMAGED, Clip, Clips, size_name, uses_table
 from tora_jax.errors import UserError
 
@@ -119,7 +120,7 @@ class Batches(grain.DatasetIterator):
     def __init__(self, dataset: grain.MapDataset, workers: int, prefetch: int, clips: Clips, damaged_share: float):
         super().__init__()
         self._dataset, self._workers, self._prefetch = dataset, workers, prefetch
-        self._records, self._share = len(clips.source), damaged_share
+        self._source, self._records, self._share = clips.source, len(clips.source), damaged_share
         self.made = clips.source.made
         self._next, self._batches = 0, None
         self.damaged: dict[str, str] = {}
@@ -154,6 +155,10 @@ class Batches(grain.DatasetIterator):
                 f"{len(self.damaged)} of {self._records} records are damaged, such as {next(iter(self.damaged))}; "
                 f"mend or remove them, or raise damaged_share above {self._share:g}"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these clips apart from others, as JSON can hold it, see `sources.digest`."""
+        return {"clips": self._records, "digest": sources.digest(self._source), "made": self.made}
 
     def get_state(self) -> dict[str, Any]:
         """The number of the next batch, and the damaged records."""

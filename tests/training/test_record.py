@@ -1,0 +1,149 @@
+"""Who goes on with a run goes on as it began, or says that the change is meant."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import training_runs
+from tora_jax import sharding
+from tora_jax.data import sources
+from tora_jax.errors import UserError
+from tora_jax.training import record
+
+CONFIG = {
+    "seed": 0,
+    "mesh": "",
+    "steps": 4,
+    "resume": False,
+    "resume_anyway": False,
+    "optim": {"lr": 1e-4, "weight_decay": ()},
+    "data": {"sources": ("clips",), "workers": 0, "buckets": ({"frames": 5, "weight": 1.0},)},
+}
+DATA = {"clips": 4, "digest": "ab", "made": None}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "tora.safetensors").write_bytes(bytes(100))
+    return folder
+
+
+def hold(workdir, weights, data=DATA, **changes):
+    optim, more = changes.pop("optim", {}), changes.pop("more", {})
+    config = {**CONFIG, **changes, "optim": CONFIG["optim"] | optim, "data": CONFIG["data"] | more}
+    record.hold(workdir, config, weights and str(weights), data, sharding.make_mesh(""), True)
+
+
+@pytest.fixture
+def begun(tmp_path, weights):
+    hold(tmp_path / "run", weights)
+    return tmp_path / "run"
+
+
+def test_what_a_record_holds(begun, weights):
+    found = record.read(begun)
+    assert found["weights"]["folder"] == str(weights)
+    assert found["config"]["optim"] == {"lr": 1e-4, "weight_decay": []}
+    assert found["data"] == DATA
+    assert found["versions"].keys() >= {"jax", "tora_jax"}
+    assert found["mesh"]["data"] == found["processes"] == 1
+    assert found["changes"] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mesh": "data=2"},
+        {"steps": 8},
+        {"save_every": 1},
+        {"more": {"workers": 2}},
+        {"more": {"sources": ("/moved/clips",)}},
+    ],
+)
+def test_what_may_differ(begun, weights, changes):
+    before = (begun / record.NAME).read_bytes()
+    hold(begun, weights, resume=True, **changes)
+    assert (begun / record.NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "config.seed: 0 -> 1"),
+        ({"optim": {"lr": 1e-3}}, "config.optim.lr: 0.0001 -> 0.001"),
+        ({"ema": 0.9}, "config.ema: none -> 0.9"),
+        ({"more": {"buckets": ({"frames": 9, "weight": 1.0},)}}, "config.data.buckets: "),
+        ({"data": DATA | {"digest": "cd"}}, "data.digest: ab -> cd"),
+        ({"data": DATA | {"clips": 5}}, "data.clips: 4 -> 5"),
+    ],
+)
+def test_what_changes_the_losses(begun, weights, capsys, changes, said):
+    """One line names it; `resume_anyway` takes it, says so and notes it."""
+    before = (begun / record.NAME).read_bytes()
+    with pytest.raises(UserError, match="the run began otherwise") as refused:
+        hold(begun, weights, resume=True, **changes)
+    assert said in refused.value.message
+    assert (begun / record.NAME).read_bytes() == before
+    hold(begun, weights, resume=True, resume_anyway=True, **changes)
+    assert said in capsys.readouterr().err
+    assert said in record.read(begun)["changes"][0][0]
+    hold(begun, weights, resume=True, **changes)  # it is the run's own now
+
+
+def test_weights_are_found_and_checked(begun, weights, tmp_path):
+    resume = {"resume": True}
+    assert record.weights_of(begun, None, {"resume": False}) is None
+    assert record.weights_of(begun, None, resume) == str(weights)
+    moved = weights.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="weights; name their folder by --weights"):
+        record.weights_of(begun, None, resume)
+    assert record.weights_of(begun, str(moved), resume) == str(moved)
+    hold(begun, moved, resume=True)  # the same weights elsewhere
+    (moved / "tora.safetensors").write_bytes(bytes(99) + b"1")
+    for other in (moved, None):
+        with pytest.raises(UserError, match=r"weights\.checksum: "):
+            hold(begun, other, resume=True)
+
+
+def test_a_record_that_is_broken(begun):
+    (begun / record.NAME).write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: cannot be read"):
+        record.read(begun)
+
+
+class TestDigest:
+    """Of sources of any kind."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return training_runs.write_folder(tmp_path / "clips", train=3)
+
+    def digest(self, folder: Path) -> str:
+        return sources.digest(sources.open_source(folder, "train"))
+
+    def test_a_moved_folder_is_the_same(self, folder, tmp_path):
+        before = self.digest(folder)
+        assert self.digest(folder.rename(tmp_path / "moved")) == before
+
+    def test_other_clips(self, folder):
+        before = self.digest(folder)
+        caption, video = folder / "train/1.txt", folder / "train/2.mp4"
+        caption.write_text("another caption\n")
+        other = self.digest(folder)
+        data = bytearray(video.read_bytes())
+        data[len(data) // 2] ^= 1
+        video.write_bytes(data)
+        assert len({before, other, self.digest(folder)}) == 3
+
+    def test_arrays(self):
+        class Arrays(list):
+            made = None
+            info = name = list.__getitem__
+
+        one, other = Arrays([{"x": np.zeros(3)}] * 99), Arrays([{"x": np.zeros(3, np.float32)}] * 99)
+        assert sources.digest(one) == sources.digest(Arrays(one))
+        assert len({sources.digest(one), sources.digest(other), sources.digest(Arrays(one[1:]))}) == 3

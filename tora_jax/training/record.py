@@ -1,0 +1,128 @@
+"""What a run is, noted in its folder before the first step, and held against whoever goes on with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tora_jax.checkpoints import release
+from tora_jax.errors import UserError
+from tora_jax.io.files import note_made
+
+NAME = "run.json"
+# Settings that change the losses by rounding alone, or not at all: where and how fast a run computes, how long it goes
+# on, how often it looks and saves, and what it is judged by.
+FREE = {
+    *("config.mesh", "config.rules", "config.steps", "config.log_every", "config.eval_every", "config.save_every"),
+    *("config.keep", "config.resume", "config.resume_anyway", "config.evaluation"),
+    *("config.data.validation", "config.data.workers", "config.data.prefetch", "config.data.damaged_share"),
+}
+FOLDERS = {"config.data.sources", "weights.folder"}  # may move; what is in them may not
+PACKAGES = ("tora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def read(workdir: Path) -> dict[str, Any] | None:
+    """The record of the run in a folder; None where there is none.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = workdir / NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it to go on without a record of the run") from None
+
+
+def weights_of(workdir: Path, given: str | None, config: Mapping[str, Any]) -> str | None:
+    """The weights that a run begins with: those given, or of a run that is gone on with its own.
+
+    What does not train is in no checkpoint, and is read from them again.
+
+    Raises:
+      UserError: they are gone.
+    """
+    before = read(workdir) if config["resume"] else None
+    own = given or (before and before["weights"]["folder"])
+    if own and not given and not Path(own).is_dir():
+        raise UserError(f"{workdir}: the run began with weights that are gone, {own}; name their folder by --weights")
+    return own
+
+
+def hold(
+    workdir: Path, config: Mapping[str, Any], weights: str | None, data: Mapping[str, Any], mesh: Mesh, first: bool
+) -> None:
+    """Notes what a run is before its first step; later on, holds the one that goes on with it against the note.
+
+    Args:
+      weights: that it began with; None = random ones.
+      data: of `Batches.identity`.
+      first: whether this process writes what is written once.
+
+    Raises:
+      UserError: what changes the losses is another than before, and the config has no `resume_anyway`.
+    """
+    folder = None if weights is None else str(Path(weights).absolute())
+    checksum = None if weights is None else release.checksum(weights)
+    now = {"config": config, "weights": {"folder": folder, "checksum": checksum}, "data": data}
+    now = json.loads(json.dumps(now))  # as it will be read: lists in place of tuples
+    before = read(workdir) if config["resume"] else None
+    differ = [] if before is None else list(_differences(before, now))
+    if differ and not config["resume_anyway"]:
+        raise UserError(
+            f"{workdir}: the run began otherwise: {'; '.join(differ)}; go on as it began, or, if the change is meant, "
+            "with --config.resume_anyway"
+        )
+    if differ and first:
+        print(f"goes on otherwise than it began, as {workdir / NAME} notes: {'; '.join(differ)}", file=sys.stderr)
+    if first and (before is None or differ):
+        changes = [] if before is None else [*before["changes"], differ]
+        where = {"mesh": dict(mesh.shape), "processes": jax.process_count(), "git": _git(), "versions": _versions()}
+        note_made(workdir / NAME, {**now, **where, "changes": changes})
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What changes the losses, each as "name: before -> now"."""
+    ours, theirs = (
+        {path: value for name in ("config", "weights", "data") for path, value in _flat(note[name], name)}
+        for note in (before, now)
+    )
+    for path in sorted(ours.keys() | theirs.keys()):
+        if ours.get(path) != theirs.get(path) and path not in FREE | FOLDERS:
+            yield f"{path}: {_short(ours.get(path))} -> {_short(theirs.get(path))}"
+
+
+def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested settings; settings that are free stay whole."""
+    if isinstance(value, Mapping) and path not in FREE:
+        for name, each in value.items():
+            yield from _flat(each, f"{path}.{name}")
+    else:
+        yield path, value
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _git() -> str | None:
+    """The commit of the code, with "+" where files differ from it; None where it lies in no checkout."""
+    asked = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or a disk that does not answer
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
