@@ -110,10 +110,10 @@ def main(argv: list[str], check_interrupt) -> None:
     manager = Manager(workdir / "checkpoints", config["keep"], best="objective")
     if manager.steps() and not config["resume"]:
         raise UserError(f"{workdir}: holds a run already; go on with it by --config.resume, or choose another folder")
-    record.hold(workdir, config, weights, opened.identity(), mesh, first)
     if config["resume"] and (found := manager.restore(state)):
         state = found.state
         batches.set_state(found.data)
+    record.hold(workdir, config, weights, opened.identity(), mesh, first)
     start = step = int(state.step)
     log = Log(workdir, start, config["steps"], args.quiet, first)
 

@@ -144,6 +144,7 @@ def test_the_seed_decides(folder):
 
 def test_clips_are_thinned_out_to_the_rate_of_the_bucket(folder, written):
     """9 frames at 8 per second: 4 at about 3 per second are every third; 6 fit at every frame alone."""
+    pixels = list(map(frames_of, written))
     for frames, fps, step in ((3, 3.0, 3), (5, 4.0, 2), (6, 4.0, 1), (4, 100.0, 1), (1, 1.0, 1)):
         data = config(folder, buckets=(bucket(frames, fps=fps, batch=12),))
         batch, *_ = take(batches(data, "train", seed=0), 1)
@@ -153,9 +154,9 @@ def test_clips_are_thinned_out_to_the_rate_of_the_bucket(folder, written):
             reach = (frames - 1) * step + 1
             windows = [
                 (i, start)
-                for i, record in enumerate(written)
+                for i, clip in enumerate(pixels)
                 for start in range(FRAMES - reach + 1)
-                if (frames_of(record)[start : start + reach : step] == video).all()
+                if (clip[start : start + reach : step] == video).all()
             ]
             starts |= {start for _, start in windows}
         assert starts >= {0} if reach == FRAMES else len(starts) > 1

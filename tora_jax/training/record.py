@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
-import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def hold(
             "with --config.resume_anyway"
         )
     if differ and first:
-        print(f"goes on otherwise than it began, as {workdir / NAME} notes: {'; '.join(differ)}", file=sys.stderr)
+        warnings.warn(f"{workdir}: goes on otherwise than it began: {'; '.join(differ)}", stacklevel=2)
     if first and (before is None or differ):
         changes = [] if before is None else [*before["changes"], differ]
         where = {"mesh": dict(mesh.shape), "processes": jax.process_count(), "git": _git(), "versions": _versions()}
