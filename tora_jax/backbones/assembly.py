@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -12,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -224,28 +228,58 @@ def load(
             raise ValueError("load needs a config, weights or both")
         config = release.read_config(weights)
     parts, kind = modules(config), backbone(config)
-    init = functools.partial(init_params, kind, parts)
-    try:
-        shapes = jax.eval_shape(init, jax.random.key(0))
-    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-        raise UserError(f"config: these values make no model: {str(error).strip().splitlines()[0]}") from None
+    fits = None if weights is None else _note_of_fit(kind, config, weights)
+    shapes = None if fits and fits.exists() else _shapes(kind, parts)
     keep = jax.device_get if low_memory else (lambda params: params)
     released = None if weights is None else release.load(weights, keep, kind.PARTS)
+    if released is not None and shapes is not None:
+        _check_sizes(shapes, released.params, str(weights))
+        if fits is not None:
+            with contextlib.suppress(OSError):  # a full or read-only disk costs the next start a second, no more
+                fits.parent.mkdir(parents=True, exist_ok=True)
+                fits.touch()
     length = parts["tora"].caption_length
     tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), length, **kind.TOKENS)
     kind.check_fit(parts, tokenizer)
     if released is None:
-        params = keep(init(jax.random.key(seed)))
+        params = keep(init_params(kind, parts, jax.random.key(seed)))
         origin = f"random weights (seed {seed})"
     else:
         params, origin = released.params, str(weights)
-        _check_sizes(shapes, params, origin)
     return Models(kind, parts, params, tokenizer, origin, config.get("sampling", {}))
 
 
 def tokenizer_path(weights: str | Path | None) -> Path:
     """The sentencepiece model of a release folder, or the one of the small model."""
     return Path(str(resources.files("tora_jax").joinpath("assets") if weights is None else weights)) / "tokenizer.model"
+
+
+def _shapes(kind: ModuleType, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Of all parameters, part -> tree; a second or two of tracing.
+
+    Raises:
+      UserError: the fields make no model.
+    """
+    try:
+        return jax.eval_shape(functools.partial(init_params, kind, parts), jax.random.key(0))
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(f"config: these values make no model: {str(error).strip().splitlines()[0]}") from None
+
+
+def _note_of_fit(kind: ModuleType, config: Mapping[str, Any], weights: str | Path) -> Path | None:
+    """The empty file that stands beside the compiled programs once these weights were found to fit this config.
+
+    Its name is made of all that decides: the config, the weights, and the code of the models. None where compiled
+    programs are not kept.
+    """
+    if jax.config.jax_compilation_cache_dir is None or not Path(weights).is_dir():
+        return None
+    named = json.dumps([flax.__version__, sections(config), release.checksum(weights)], default=str)
+    decides = hashlib.sha256(named.encode())
+    for folder in ("models", "backbones"):
+        for path in sorted(Path(str(resources.files("tora_jax").joinpath(folder))).glob("*.py")):
+            decides.update(path.read_bytes())
+    return Path(jax.config.jax_compilation_cache_dir) / f"fits-{decides.hexdigest()}"
 
 
 def _check_sizes(want: Mapping, got: Mapping, origin: str) -> None:

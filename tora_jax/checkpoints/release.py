@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
 
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
@@ -142,13 +142,18 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
     try:
-        flat = load_file(path)
-        wide = {name: leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf for name, leaf in flat.items()}
-        return traverse_util.unflatten_dict(wide, sep="/")
+        with safe_open(path, framework="np") as file:
+            names = file.keys()
+            return traverse_util.unflatten_dict({name: _on_device(file.get_tensor(name)) for name in names}, sep="/")
     except SafetensorError as error:
         raise UserError(f"{path}: broken or truncated ({error})") from None
     except (AttributeError, TypeError, KeyError, ValueError) as error:  # names or number formats that JAX has not
         raise UserError(f"{path}: holds tensors that cannot be read ({error})") from None
+
+
+def _on_device(leaf: np.ndarray) -> jax.Array:
+    """Widened in NumPy: by JAX each shape would be a program to compile, which took most of a small model's load."""
+    return jax.device_put(leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf)
 
 
 def load_model(folder: str | Path, part: str, build: Callable[..., nn.Module]) -> tuple[nn.Module, dict[str, Any]]:
