@@ -68,22 +68,22 @@ class Models:
         """The VAE of trajectory maps; its parameters go by the name `backbone.MOTION`."""
         return self.parts[self.backbone.MOTION]
 
-    @property
+    @functools.cached_property
     def encode_text(self) -> Callable:
         """(parameters of T5, tokens, mask) -> features."""
         return _compiled(self.backbone.encode_text, self.parts["t5"])
 
-    @property
+    @functools.cached_property
     def encode_video(self) -> Callable:
         """(parameters of the VAE, video in -1..1) -> latents: the posteriors' means."""
         return _compiled(_encode_video, self.vae)
 
-    @property
+    @functools.cached_property
     def extract(self) -> Callable:
         """(all parameters, RGB trajectory maps in -1..1, keys) -> the extractor's features."""
         return _compiled(self.backbone.extract, self.parts)
 
-    @property
+    @functools.cached_property
     def denoise(self) -> Callable:
         """A forward pass of the denoiser, not compiled; see `sampler.Method`."""
         return _bound(self.backbone.denoise, self.tora)
@@ -97,22 +97,36 @@ class Models:
         process = self.backbone.process(self.parts)
         return sampler.Method(self.denoise, process, solvers.find(solver, process))
 
-    @property
+    @functools.cached_property
     def decode(self) -> Callable:
         """(frames, parameters of the VAE, latents) -> uint8 video, and whether all of it was finite."""
-        return _compiled(_decode, self.vae, static=0)
+        return _compiled(_decode, self.vae, 0)
 
 
-# Kept for equal modules, so that a process traces and compiles once however often it loads the same model.
-KEPT = 32
+def _shared(make: Callable[..., Callable]) -> Callable[..., Callable]:
+    """The same result for equal arguments, so that a process traces and compiles a model once however often it loads.
+
+    Modules that are not of `modules` may have fields that cannot be compared; then each call makes its own.
+    """
+    kept = functools.lru_cache(32)(make)
+
+    @functools.wraps(make)
+    def find(*args: Any) -> Callable:
+        try:
+            hash(args)
+        except TypeError:
+            return make(*args)
+        return kept(*args)
+
+    return find
 
 
-@functools.lru_cache(KEPT)
+@_shared
 def _bound(function: Callable, module: nn.Module | Mapping[str, nn.Module]) -> Callable:
     return functools.partial(function, module)
 
 
-@functools.lru_cache(KEPT)
+@_shared
 def _compiled(function: Callable, module: nn.Module | Mapping[str, nn.Module], static: int | None = None) -> Callable:
     return jax.jit(_bound(function, module), static_argnums=static)
 
@@ -196,7 +210,7 @@ def init_params(kind: ModuleType, parts: Mapping[str, nn.Module], key: jax.Array
     return params
 
 
-@functools.lru_cache(KEPT)
+@_shared
 def _initializer(part: nn.Module, traced: bool) -> Callable[[jax.Array, tuple, dict[str, Any]], dict[str, Any]]:
     """(key, arguments and keywords of a call) -> parameters of a part."""
     # Run once, so fast to compile beats fast to run: half a minute less on a laptop. JAX takes no options in a trace.
