@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests import known_clips
+from tora_jax.app import page
 from tora_jax.app import studio as app
 from tora_jax.conditioning import images, trajectory
 from tora_jax.errors import UserError
@@ -72,6 +73,15 @@ def test_a_drawing_becomes_a_video(studio):
     assert report["traj_error"] == pytest.approx(made.error, abs=0.01)
     assert "/" not in report["weights"]
     assert studio.visit("anna").made == [made]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_prompt_that_is_lost_is_said(studio):
+    made = generate(studio, prompt="红色的星星")
+    (told,) = made.lost
+    assert told.startswith("the prompt is empty after cleaning: '红色的星星' is lost")
+    assert json.loads((made.folder / "tora.json").read_text())["lost"] == [told]
+    assert page._status(made).endswith(told)
 
 
 def test_without_a_path(studio):

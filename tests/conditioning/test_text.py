@@ -102,6 +102,51 @@ def test_a_long_caption_is_cut_before_the_end_mark(tokenizer):
     assert ids[0, -1] == text.EOS
 
 
+LONG = "a red disc moves slowly from left to right over blue waves and then stops."
+
+
+def test_scores_survive_the_cut(tokenizer):
+    """The text before them is cut, at the tokens that they need; but where they need all there is, they are text."""
+    scored = text.append_scores(LONG, motion_score=8)
+    ids, _ = text.Tokenizer(ASSET.read_bytes(), 20)([text.clean(scored)])
+    want = "a red disc moves slowly from left to right over blue motion score: 8.0."
+    assert tokenizer._pieces.decode(ids[0].tolist()) == want
+    tight = text.Tokenizer(ASSET.read_bytes(), 8)
+    np.testing.assert_array_equal(tight([text.clean(scored)])[0], tight([text.clean(LONG)])[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lost"),
+    [
+        ("a red star.", []),
+        ("", []),
+        ("红色的星星在蓝色的波浪上", [(text.EMPTY, "红色的星星在蓝色的波浪上")]),
+        ("www.example.com photo.jpg", [(text.EMPTY, "www.example.com photo.jpg")]),
+        ("红色 a boat 星星", [(text.UNREAD, "红色 星星")]),
+        ("赤い星", [(text.UNREAD, "赤 星 い")]),
+        ("красная звезда over blue waves", [(text.UNREAD, "красная звезда")]),
+        (LONG, [(text.CUT, "from left to right over blue waves and then stops.")]),
+    ],
+)
+@pytest.mark.parametrize("score", [None, 8])
+def test_what_is_lost(prompt, lost, score):
+    length = 6 if score is None else 6 + 8
+    found = text.Tokenizer(ASSET.read_bytes(), length).losses(text.append_scores(prompt, motion_score=score))
+    if lost and lost[0][0] != text.CUT:  # Cyrillic is spelt in bytes, which do not fit here
+        found = [each for each in found if each.kind != text.CUT]
+    assert found == lost
+    assert all(repr(each.text)[1:-1][:20] in str(each) for each in found)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.one_of(st.text(max_size=60), ODD))
+@example("half a character: \ud800 <b>")
+def test_losses_of_any_text(tokenizer, raw):
+    for each in tokenizer.losses(text.append_scores(raw, 6.5, 8)):
+        assert each.kind in (text.EMPTY, text.UNREAD, text.CUT)
+        assert each.text
+
+
 def test_spaces_around_words_do_not_matter(tokenizer):
     ids, _ = tokenizer(["a red star", "  a  red   star "])
     np.testing.assert_array_equal(ids[0], ids[1])

@@ -30,6 +30,7 @@ def photo(height=90, width=60, spot=SPOT):
 def tracks(trajectories, conditions, **said):
     """(x, y) in 0..1 of the frame, and the frame as the model gets it."""
     wanted = request.make(SECTION, {"trajectories": trajectories, "conditions": conditions, **said}).placed(SIZE)
+    wanted.warn()
     frames = images.fit(wanted.read(), SIZE)
     pixels = next(iter(frames.values())).pixels
     return wanted.tracks, pixels if pixels.ndim == 3 else pixels[0], wanted.lines

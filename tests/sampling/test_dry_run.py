@@ -66,6 +66,23 @@ def test_without_a_picture_or_a_path(dry_run):
     assert "tracks" not in json.loads(Path("deep/er/x.json").read_text())
 
 
+@pytest.mark.filterwarnings("default")
+def test_lost_words_are_said(dry_run):
+    code, _, wrong = dry_run("--no_trajectory", "--prompt=红色的星星", "--prompt=a boat " + "by the sea " * 9)
+    assert code == 0
+    report = json.loads(Path("outputs/tora.json").read_text())
+    assert wrong.splitlines() == [f"sample.py: warning: {each}" for each in report["lost"]]
+    empty, cut = report["lost"]
+    assert empty.startswith("prompt 1 is empty after cleaning: '红色的星星' is lost")
+    assert cut.startswith("prompt 2 is too long for the text encoder: 'by the sea")
+    Path("all.jsonl").write_text('{"trajectories": null, "negative_prompt": "模糊"}', "utf-8")
+    code, _, wrong = dry_run("--batch=all.jsonl", "--out=made")
+    assert (code, wrong.count("\n")) == (0, 1)
+    assert "line 1: the negative prompt is empty after cleaning" in wrong
+    (told,) = json.loads(Path("made/00001.json").read_text())["lost"]
+    assert wrong.strip().endswith(told)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -299,4 +299,5 @@ def _picture(address: str) -> str:
 def _status(made: Made) -> str:
     error = "no path" if made.error is None else f"TrajError {made.error:.1f} px (tracked by Lucas-Kanade)"
     prompt = made.settings["prompt"]
-    return f"{error}; seed {made.settings['seed']}, {made.settings['num_frames']} frames: {prompt}"
+    lost = "".join(f"; {each}" for each in made.lost)
+    return f"{error}; seed {made.settings['seed']}, {made.settings['num_frames']} frames: {prompt}{lost}"

@@ -41,11 +41,13 @@ class CancelledError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A result: its files, and how far its objects are from the paths, in pixels (None without a path)."""
+    """A result: its files, how far its objects are from the paths, in pixels (None without a path), and what was lost
+    of the words."""
 
     folder: Path
     error: float | None
     settings: Mapping[str, Any]
+    lost: tuple[str, ...] = ()
 
     @property
     def video(self) -> Path:
@@ -213,7 +215,7 @@ class Studio:
         """
         visit, cancelled = self.visit(name), threading.Event()
         with _named(*filter(None, files.values())):
-            wanted = self._request(drawn, form, files)
+            wanted = request.place(self.models, self._request(drawn, form, files))
             given = wanted.read()
         total = request.steps(self.models, wanted)
 
@@ -264,7 +266,7 @@ class Studio:
     def _make(self, folder: Path, wanted: request.Request, given: Mapping, step: Progress) -> Made:
         tracks = wanted.tracks
         settings = {k: v for k, v in wanted.settings.report().items() if k != "trajectory"}
-        report: dict[str, Any] = {"settings": settings, "weights": Path(self.models.origin).name}
+        report: dict[str, Any] = {"settings": settings, "lost": wanted.lost, "weights": Path(self.models.origin).name}
         pieces = []
         with writer.open_files(folder / "tora.mp4", tracks, report) as write:
             for (piece,) in request.generate(self.models, [wanted], [given], progress=step):
@@ -277,7 +279,7 @@ class Studio:
                 report["traj_error"] = round(error, 2)
                 text = json.dumps({"canvas": [1, 1], "trajectories": [p.tolist() for p in wanted.trajectories]})
                 (folder / "trajectories.json").write_text(text)
-        return Made(folder, error, settings)
+        return Made(folder, error, settings, wanted.lost)
 
     def _error(self, video: UInt8[np.ndarray, "t h w 3"], tracks: trajectory.Tracks) -> float:
         height, width = video.shape[1:3]

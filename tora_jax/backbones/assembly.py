@@ -252,15 +252,23 @@ def load(
             with contextlib.suppress(OSError):  # a full or read-only disk costs the next start a second, no more
                 fits.parent.mkdir(parents=True, exist_ok=True)
                 fits.touch()
-    length = parts["tora"].caption_length
-    tokenizer = text.Tokenizer(tokenizer_path(weights).read_bytes(), length, **kind.TOKENS)
-    kind.check_fit(parts, tokenizer)
+    tokens = tokenizer(kind, parts, weights)
+    kind.check_fit(parts, tokens)
     if released is None:
         params = keep(init_params(kind, parts, jax.random.key(seed)))
         origin = f"random weights (seed {seed})"
     else:
         params, origin = released.params, str(weights)
-    return Models(kind, parts, params, tokenizer, origin, config.get("sampling", {}))
+    return Models(kind, parts, params, tokens, origin, config.get("sampling", {}))
+
+
+def tokenizer(kind: ModuleType, parts: Mapping[str, nn.Module], weights: str | Path | None) -> text.Tokenizer:
+    """The tokenizer of `tokenizer_path` for the captions of a backbone.
+
+    Raises:
+      UserError: it is missing, or none of T5's.
+    """
+    return text.Tokenizer(tokenizer_path(weights), parts["tora"].caption_length, **kind.TOKENS)
 
 
 def tokenizer_path(weights: str | Path | None) -> Path:

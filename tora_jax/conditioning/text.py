@@ -15,6 +15,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ftfy
 import numpy as np
@@ -58,6 +59,15 @@ def append_scores(
     if camera_motion is not None and "camera motion:" not in prompt:
         prompt += f" camera motion: {camera_motion}."
     return prompt
+
+
+_SCORES = re.compile(r"(?:\s*(?:(?:aesthetic|motion) score: ?-?\d+(?:\. ?\d+)?\.?|camera motion: [^.:]*\.?))+\s*$")
+
+
+def split_scores(prompt: str) -> tuple[str, str]:
+    """What `append_scores` was given, and the scores at the end; cleaned or not."""
+    found = _SCORES.search(prompt)
+    return (prompt[: found.start()], found[0].strip()) if found else (prompt, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -105,6 +115,7 @@ def _mend_encoding(text: str) -> str:
 
 _SITE = r"[a-z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _EXTENSION = r"(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+_CJK = r"[\u31c0-\u9fff]+"
 _DASHES = (
     r"\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
     r"\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d-"
@@ -120,7 +131,7 @@ _STEPS: tuple[Callable[[str], str], ...] = (
     _strip_html,
     _Rule("@nicknames", r"@\w+"),
     # -- characters
-    _Rule("CJK, from strokes to the unified ideographs", r"[\u31c0-\u9fff]+"),
+    _Rule("CJK, from strokes to the unified ideographs", _CJK),
     _Rule("all kinds of dash -> one", rf"[{_DASHES}]+", "-"),
     _Rule("all kinds of double quote -> one", r"[`´«»“”¨]", '"'),
     _Rule("all kinds of single quote -> one", r"[‘’]", "'"),
@@ -186,6 +197,25 @@ def clean(caption: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 
 
+EMPTY, UNREAD, CUT = "empty after cleaning", "with letters that are not read", "cut"
+SHOWN = 80  # letters of a lost text in messages
+
+
+class Loss(NamedTuple):
+    """What the text encoder does not get of a caption: the kind (EMPTY, UNREAD or CUT) and the lost text."""
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        lost = repr(self.text if len(self.text) <= SHOWN else f"{self.text[: SHOWN - 20]} ... {self.text[-15:]}")
+        return {
+            EMPTY: f"is empty after cleaning: {lost} is lost; the weights learned English captions, so write one",
+            UNREAD: f"loses {lost}, which the text encoder does not read; write it in English",
+            CUT: f"is too long for the text encoder: {lost} is lost; shorten it",
+        }[self.kind]
+
+
 class Tokenizer:
     """T5's sentencepiece tokenizer, padded to one length.
 
@@ -220,16 +250,55 @@ class Tokenizer:
     def __call__(self, captions: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
         """Cleaned captions -> token ids and a mask: True for tokens, the end mark included, and for seen padding.
 
-        Each row holds the caption's pieces, cut so that the end mark fits, the end mark, and padding.
+        Each row holds the caption's pieces, cut so that the end mark fits, the end mark, and padding. Scores at the end
+        of a caption stay: the text before them is cut. (The reference cuts the scores.)
         """
         ids = np.full((len(captions), self.max_length), PAD, np.int32)
         mask = np.zeros(ids.shape, bool)
         for i, caption in enumerate(captions):
-            # sentencepiece takes valid UTF-8 only, and a broken JSON escape leaves half a character.
-            caption = caption.encode("utf-8", "replace").decode("utf-8")
-            row = [*self._pieces.encode(caption)[: self.max_length - 1], EOS]
+            row = [*self._fit(caption)[0], EOS]
             ids[i, : len(row)], mask[i, : len(row)] = row, True
         return ids, mask | self._see_padding
+
+    def losses(self, caption: str) -> list[Loss]:
+        """What is lost of a caption on its way through `clean` and `__call__`.
+
+        Args:
+          caption: not cleaned yet, its scores appended.
+        """
+        (given, _), cleaned = split_scores(caption), self.clean(caption)
+        kept, _ = split_scores(cleaned)
+        if given.strip() and not kept.strip():
+            return [Loss(EMPTY, given.strip())]
+        gone = [run for run in re.findall(_CJK, urllib.parse.unquote_plus(given)) if run not in kept]
+        gone += [word for word in re.findall(r"[^\W\d_]+", kept) if not word.isascii() and not self._reads(word)]
+        found = [Loss(UNREAD, " ".join(dict.fromkeys(gone)))] if gone else []
+        _, cut = self._fit(cleaned)
+        return [*found, Loss(CUT, cut)] if cut else found
+
+    def _fit(self, caption: str) -> tuple[list[int], str]:
+        """The pieces of a cleaned caption that there is room for, and the text of the others."""
+        room, caption = self.max_length - 1, _valid(caption)
+        pieces, end = self._pieces.encode(caption), []
+        if len(pieces) > room:
+            body, scores = split_scores(caption)
+            end = self._pieces.encode(scores)
+            if len(end) < room:
+                pieces = self._pieces.encode(body)
+            else:  # no room for anything else
+                end = []
+        kept = room - len(end)
+        return [*pieces[:kept], *end], self._pieces.decode(pieces[kept:]).strip()
+
+    def _reads(self, word: str) -> bool:
+        """Whether a word has pieces of its own: other letters are unknown, or spelt in bytes."""
+        pieces = self._pieces.encode(_valid(word))
+        return not any(self._pieces.is_unknown(piece) or self._pieces.is_byte(piece) for piece in pieces)
+
+
+def _valid(text: str) -> str:
+    """sentencepiece takes valid UTF-8 only, and a broken JSON escape leaves half a character."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _read(model: str | Path | bytes) -> bytes:

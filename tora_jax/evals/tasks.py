@@ -106,7 +106,9 @@ class Listed:
             given["conditions"] = [Condition(0, self.folder / item["image"])]
         size = {"height": height, "width": width, "num_frames": frames}
         try:
-            tracks = request.make(size, given).placed((height, width)).tracks
+            wanted = request.make(size, given).placed((height, width))
+            wanted.warn()
+            tracks = wanted.tracks
         except UserError as error:
             raise UserError(str(error) if files else f"{name}: {str(error).removeprefix('trajectory: ')}") from None
         if tracks is None:

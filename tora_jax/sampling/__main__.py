@@ -63,6 +63,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         prompts = prompt_rewriting.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model, instructions)
         wanted = request.make(section, given | {"prompt": prompts})
     mesh = None if args.dry_run else _mesh(args)  # a dry run leaves the devices alone
+    models = request.outline(config, args.weights)
     if args.batch:
         folder = Path(args.out if args["out"].present else "outputs/batch")
         weights = release.checksum(args.weights) if args.weights else ""
@@ -71,10 +72,10 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     else:
         out = writer.check(args.out, wanted.files, args.weights, args.dry_run)
         pictures = wanted.read()
-        wanted = request.place(request.outline(config), wanted)
+        wanted = request.place(models, wanted)
+        wanted.warn()
         lines = wanted.lines
     if args.dry_run:
-        models = request.outline(config)
         lines = dry_run.run_batch(models, jobs, folder) if args.batch else dry_run.run(models, wanted, pictures, out)
     if not args.quiet:
         for line in dict.fromkeys(lines):
@@ -102,7 +103,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         bar.update(step - bar.n)
         check_interrupt()
 
-    report = {"settings": wanted.settings.report(), "weights": models.origin, "seconds": seconds}
+    report = {"settings": wanted.settings.report(), "lost": wanted.lost, "weights": models.origin, "seconds": seconds}
     with (
         on_mesh,
         tqdm(total=request.steps(models, wanted), desc="sampling", unit="step", disable=args.quiet) as bar,

@@ -208,6 +208,7 @@ def _make(
         try:
             images.append(job.wanted.read())
             able.append(dataclasses.replace(job, wanted=request.place(models, job.wanted)))
+            able[-1].wanted.warn(f"line {job.line}: ")
         except UserError as error:
             _fail(folder, job, error)
     if not able:
@@ -237,6 +238,7 @@ def _write(models: Models, jobs: list[Job], folder: Path, pieces: Iterator[list[
                 "line": job.line,
                 "key": job.key,
                 "settings": job.wanted.settings.report(),
+                "lost": job.wanted.lost,
                 "weights": models.origin,
             }
             writers.append(stack.enter_context(writer.open_files(video(folder, job), job.wanted.tracks, report)))

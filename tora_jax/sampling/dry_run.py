@@ -53,6 +53,7 @@ def run_batch(models: Models, jobs: list[batch_file.Job], folder: Path) -> list[
             if isinstance(job.wanted, UserError):
                 raise job.wanted
             wanted = request.place(models, job.wanted)
+            wanted.warn(f"{name}: ")
             lines += [f"{name}: {line}" for line in _write(models, wanted, wanted.read(), out, report)]
         except UserError as error:
             message = " ".join(str(error).split())
@@ -73,7 +74,7 @@ def _write(
     frame = next((each.pixels for each in frames.values()), np.full((*size, 3), GREY, np.uint8))
     frame = frame if frame.ndim == 3 else frame[0]
     tracks = wanted.tracks
-    report = {**report, "dry_run": True, "settings": wanted.settings.report(), "read": lines}
+    report = {**report, "dry_run": True, "settings": wanted.settings.report(), "lost": wanted.lost, "read": lines}
     if tracks is not None:
         frame = overlay.draw_tracks(frame[None], tracks, wanted.settings.num_frames - 1)[0]
         report["tracks"] = writer.listed(tracks)

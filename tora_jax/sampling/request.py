@@ -38,6 +38,7 @@ class Request:
       conditions: not read yet.
       lines: how trajectories were read, the presets aside.
       drawn: the given picture that each trajectory was drawn on; None = the video's frame. Empty = that for all.
+      lost: what is lost of paths and prompts, in words; None before `place`.
     """
 
     settings: Settings
@@ -45,6 +46,7 @@ class Request:
     conditions: Sequence[images.Condition] = ()
     lines: tuple[str, ...] = ()
     drawn: Sequence[trajectory_pictures.Drawn | None] = ()
+    lost: tuple[str, ...] | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -74,18 +76,24 @@ class Request:
     def placed(self, size: tuple[int, int]) -> Request:
         """The request with its trajectories in the video's frame, of `size` (height, width).
 
-        Warns:
-          of points that the crop of a picture takes away.
+        What the crop of a picture takes away is in `lost`.
 
         Raises:
           UserError: it takes away a whole path.
         """
-        if not any(self.drawn):
-            return self
-        placed, words = trajectory_pictures.place(self.trajectories, self.drawn, size)
-        for each in words:
-            warnings.warn(each, stacklevel=2)
-        return dataclasses.replace(self, trajectories=placed, drawn=())
+        placed, words = self.trajectories, []
+        if any(self.drawn):
+            placed, words = trajectory_pictures.place(self.trajectories, self.drawn, size)
+        return dataclasses.replace(self, trajectories=placed, drawn=(), lost=(*(self.lost or ()), *words))
+
+    def warn(self, name: str = "") -> None:
+        """Warns of what is `lost`.
+
+        Args:
+          name: before each warning, such as "line 3: ".
+        """
+        for each in self.lost or ():
+            warnings.warn(f"{name}{each}", stacklevel=3)
 
     def read(self) -> dict[int, images.Given]:
         """Reads the conditions, by frame, not yet of the video's size.
@@ -133,19 +141,32 @@ def make(section: Any, given: Mapping[str, Any]) -> Request:
     )
 
 
-def outline(config: Mapping[str, Any]) -> Models:
+def outline(config: Mapping[str, Any], weights: str | Path | None = None) -> Models:
     """Models without parameters, for `place` before anything is loaded.
+
+    Args:
+      weights: the release folder with the tokenizer, where there is one.
 
     Raises:
       UserError: the config makes no model.
     """
-    parts = assembly.modules(config)
-    return Models(assembly.backbone(config), parts, {}, None, "not loaded", config.get("sampling", {}))
+    parts, kind = assembly.modules(config), assembly.backbone(config)
+    file = assembly.tokenizer_path(weights)
+    tokenizer = assembly.tokenizer(kind, parts, weights) if file.is_file() else None
+    return Models(kind, parts, {}, tokenizer, "not loaded", config.get("sampling", {}))
 
 
 def place(models: Models, wanted: Request) -> Request:
-    """`Request.placed` for the size of the video that models make of it."""
-    return wanted.placed(video_size(models, wanted.settings.height, wanted.settings.width))
+    """`Request.placed` for the size of the video that models make of it; what prompts lose is in `lost`, too."""
+    if wanted.lost is not None:
+        return wanted
+    lost, negative = [], wanted.settings.negative_prompt
+    if models.tokenizer is not None:
+        names = [f"prompt {i}" for i in range(1, len(wanted.prompts) + 1)] if len(wanted.prompts) > 1 else ["the prompt"]
+        texts = dict(zip(names, wanted.prompts, strict=True)) | {"the negative prompt": negative}
+        lost = [f"{name} {loss}" for name, text in texts.items() for loss in models.tokenizer.losses(text)]
+    placed = dataclasses.replace(wanted, lost=tuple(lost))
+    return placed.placed(video_size(models, wanted.settings.height, wanted.settings.width))
 
 
 def generate(
@@ -160,13 +181,20 @@ def generate(
 
     Args:
       given: of `Request.read`; None reads them.
+
+    Warns:
+      of what is lost, for requests that are not `place`d yet.
     """
     settings = requests[0].settings
     size = video_size(models, settings.height, settings.width)
     given = [each.read() for each in requests] if given is None else given
+    placed = [place(models, each) for each in requests]
+    for before, after in zip(requests, placed, strict=True):
+        if before is not after:
+            after.warn()
     inputs = [
-        Inputs(each.prompts, each.placed(size).tracks, images.fit(pictures, size))
-        for each, pictures in zip(requests, given, strict=True)
+        Inputs(each.prompts, each.tracks, images.fit(pictures, size))
+        for each, pictures in zip(placed, given, strict=True)
     ]
     seeds = [each.settings.seed for each in requests]
     return segments.generate_pieces(models, inputs, settings, seeds=seeds, mesh=mesh, progress=progress)
