@@ -88,6 +88,8 @@ def main(argv: list[str], check_interrupt) -> None:
     )
     data = config["data"]
     opened = open_split(data, data["split"])
+    if first and not args.quiet:
+        print(opened.table(), flush=True)
     batches = placement.Placed(opened, mesh)
 
     # ----- On the mesh ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", type=Path, help="sentencepiece model for T5, where none lies beside its weights")
     add("--dry_run", action="store_true", help="print the mapping and every problem; reads headers only")
     add("--report", type=Path, help="write what was done as JSON")
+    both = "of a training that keeps both: its moving average (the default), or the model as it was trained"
+    add("--take", choices=("ema", "model"), help=both)
     add("--allow_nonfinite", action="store_true", help="convert NaN and Inf too")
     add("--allow_pickle", action="store_true", help="read pickles, with torch.load(weights_only=True)")
 
@@ -116,7 +118,12 @@ def _ask_for_devices(count: int) -> None:
 
 
 def _open(args: argparse.Namespace, src: str) -> Source:
-    return sources.open_source(src, args.allow_pickle, args.command)
+    return sources.open_source(src, args.allow_pickle, args.command, args.take or "ema")
+
+
+def _check_take(args: argparse.Namespace, opened: Iterable[Source]) -> None:
+    if args.take is not None and not any(source.chosen for source in opened):
+        raise UserError(f"--take {args.take}: {args.dst} comes of one model alone, without a second one; leave it out")
 
 
 def _plan_part(kind: str, source: Source, variant: str | None, cast: stream.Cast) -> Part:
@@ -128,7 +135,9 @@ def _plan_part(kind: str, source: Source, variant: str | None, cast: stream.Cast
 
 
 def _convert_part(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
-    part = _plan_part(args.kind, _open(args, args.src), args.variant, cast)
+    source = _open(args, args.src)
+    _check_take(args, [source])
+    part = _plan_part(args.kind, source, args.variant, cast)
     if args.dry_run:
         return _dry_run([part])
     for licence in plan.licences([part]):
@@ -145,6 +154,7 @@ def _convert_whole(
     opened = {part: _open(args, src) for part, src in found.items() if part in kind.checkpoints}
     if getattr(args, "motion", None) is not None:
         opened[kind.denoiser] = _with_motion(args, opened[kind.denoiser])
+    _check_take(args, opened.values())
     planned = {
         part: _plan_part(kind.checkpoints[part], source, variants.get(part), cast) for part, source in opened.items()
     }
@@ -192,7 +202,7 @@ def _variants(variant: str | None, kind: ReleaseType) -> dict[str, str]:
 
 
 def _export(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
-    flags = ("variant", "mesh", "tokenizer", "motion", "vae", "t5")
+    flags = ("variant", "mesh", "tokenizer", "take", "motion", "vae", "t5")
     unused = [f"--{flag}" for flag in flags if getattr(args, flag, None) is not None]
     if unused:
         raise UserError(f"{unused[0]} means nothing with --reverse")

@@ -14,6 +14,7 @@ from tora_jax.errors import UserError
 
 MSGPACK = (".flax", ".msgpack")  # trees that flax.serialization wrote
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ENDINGS = (".safetensors", *PICKLES, *MSGPACK)
 # Hub folders may hold the same weights several times (fp16, EMA ...); these names are the plain ones.
 PLAIN_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 TOKENIZERS = ("tokenizer.model", "spiece.model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from tora_jax.errors import UserError
 MAGIC = (b"PK\x03\x04", b"\x80")  # torch's zip archive, and the form before it
 # Names under which training tools keep the state dict: PyTorch Lightning, DeepSpeed, other scripts.
 WRAPPERS = ("state_dict", "module", "model", "model_state_dict")
+# And under which they keep its moving average, beside it.
+AVERAGES = ("ema", "model_ema", "ema_state_dict", "ema_model", "state_dict_ema", "params_ema")
 
 
 def is_pickle(path: Path) -> bool:
@@ -36,8 +39,25 @@ def refuse(path: str | Path, allowing_command: str) -> None:
     )
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors of a state dict, mapped from the file where it is a zip archive, and the wrapper they stood in or "".
+class Held(NamedTuple):
+    """Tensors of a pickle.
+
+    Attributes:
+      tensors: of the state dict, mapped from the file where it is a zip archive.
+      wrapper: the name that it stood under, or "".
+      other: the name of the model beside a moving average, or of the average beside a model; "" where there is one alone.
+    """
+
+    tensors: dict[str, np.ndarray]
+    wrapper: str
+    other: str
+
+
+def read(path: Path, take: str = "ema") -> Held:
+    """Reads the state dict of a pickle.
+
+    Args:
+      take: where it holds a model and its moving average: "ema" or "model".
 
     Raises:
       UserError: there is no PyTorch, or its loader refuses the file, or it holds something else.
@@ -56,9 +76,12 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], str]:
         why = f"it holds more than tensors{more}, which may be code" if unsafe else str(error).split(". ")[0]
         why = why.splitlines()[0] if why else type(error).__name__
         raise UserError(f"{path}: torch.load(weights_only=True) refuses it: {why}; get it as safetensors") from None
-    wrapper = ""
+    wrapper = other = ""
     if isinstance(state, dict):
-        wrapper = next((name for name in WRAPPERS if isinstance(state.get(name), Mapping)), "")
+        model, average = (
+            next((name for name in names if isinstance(state.get(name), Mapping)), "") for names in (WRAPPERS, AVERAGES)
+        )
+        wrapper, other = (average, model) if average and (take == "ema" or not model) else (model, average)
         state = state[wrapper] if wrapper else state
     if not isinstance(state, Mapping) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         named = f"; it has the keys {', '.join(map(str, list(state)[:5]))} ..." if isinstance(state, Mapping) else ""
@@ -76,7 +99,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], str]:
         same, name = bits[tensor.dtype]
         return tensor.view(same).numpy().view(safetensors_io.DTYPES[name])
 
-    return {key: array(tensor) for key, tensor in state.items()}, wrapper
+    return Held({key: array(tensor) for key, tensor in state.items()}, wrapper, other)
 
 
 def _is_zip(path: Path) -> bool:

@@ -17,7 +17,7 @@ from tora_jax.errors import UserError
 MAX_DEPTH = 4  # of the folders that `listing` looks into
 
 
-def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "") -> Source:
+def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "", take: str = "ema") -> Source:
     """Finds a checkpoint and reads its headers.
 
     Args:
@@ -25,6 +25,7 @@ def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "
         "stabilityai/sdxl-vae/vae").
       allow_pickle: read pickles too, with `torch.load(weights_only=True)`.
       allowing_command: the command that allows pickles, for the message that refuses them.
+      take: "ema" or "model", where a training keeps both; a note says which is taken.
 
     Raises:
       UserError: it is missing, broken, or not safe to read.
@@ -35,41 +36,61 @@ def open_source(name: str, allow_pickle: bool = False, allowing_command: str = "
             pickles.refuse(file, allowing_command)
 
     path = locate(name, lambda file: check(f"{name}: {file}", file.endswith(folders.PICKLES)))
+    path, chosen = _of_training(name, path, take)
     files, index = folders.weights(path) if path.is_dir() else ((path,), None)
     config, tokenizer = {}, None
     if path.is_dir():
-        _tell_of_others(name, path, files)
         config = folders.read_json(path / "config.json") if (path / "config.json").is_file() else {}
         places = (path / folder / name for folder in (".", "tokenizer") for name in folders.TOKENIZERS)
         tokenizer = next((place for place in places if place.is_file()), None)
     for file in files:
         check(file, pickles.is_pickle(file))
-    held, read, metadata = _read(name, files)
+    held, read, metadata, more = _read(name, files, take)
     _check_index(index, dict(zip((file.name for file in files), held, strict=True)))
     tensors = views.merge(path, held)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
-    source = Source(name, tuple(files), shapes, dtypes, lambda key: read(tensors[key]), config, tokenizer)
+    source = Source(
+        name, tuple(files), shapes, dtypes, lambda key: read(tensors[key]), config, tokenizer, chosen or more
+    )
     return quantised.as_bfloat16(views.without_prefixes(source), metadata)
 
 
-def _read(name: str, files: Sequence[Path]) -> tuple[Sequence[Mapping], Callable, dict[str, str]]:
-    """What each file holds, by names; what makes an array of it; strings beside."""
+def _read(name: str, files: Sequence[Path], take: str) -> tuple[Sequence[Mapping], Callable, dict[str, str], bool]:
+    """What each file holds, by names; what makes an array of it; strings beside; whether there was another model."""
     if files[0].suffix in folders.MSGPACK:
-        return [_unpack(file) for file in files], np.asarray, {}
+        return [_unpack(file) for file in files], np.asarray, {}, False
     if any(pickles.is_pickle(file) for file in files):
-        held, wrappers = zip(*(pickles.read(file) for file in files), strict=True)
-        if wrappers[0]:
-            note(f"{name}: the tensors under {wrappers[0]!r} are taken")
-        return held, np.asarray, {}
+        held = [pickles.read(file, take) for file in files]
+        _, wrapper, other = held[0]
+        if other:
+            _tell(name, f"the state dict under {wrapper!r}", wrapper in pickles.AVERAGES)
+        elif wrapper:
+            note(f"{name}: the tensors under {wrapper!r} are taken")
+        return [each.tensors for each in held], np.asarray, {}, bool(other)
     held, metadata = zip(*(safetensors_io.read_header_and_metadata(file) for file in files), strict=True)
-    return held, safetensors_io.read, dict(item for strings in metadata for item in strings.items())
+    return held, safetensors_io.read, dict(item for strings in metadata for item in strings.items()), False
 
 
-def _tell_of_others(name: str, folder: Path, files: Sequence[Path]) -> None:
-    """A training of ColossalAI keeps the moving average in `ema.pt` and the model in a folder beside it."""
-    if files[0].stem == "ema" and (folder / "model").is_dir():
-        note(f"{name}: {files[0].name} is taken, the moving average; for the model as it was trained: {name}/model")
+def _of_training(name: str, path: Path, take: str) -> tuple[Path, bool]:
+    """A training of ColossalAI keeps the moving average in `ema.pt` and the model in a folder `model` beside it.
+
+    Returns:
+      where the wanted one is, and whether there was a choice.
+    """
+    average = next((file for file in path.glob("ema.*") if file.suffix in folders.ENDINGS), None)
+    if average is None or not (path / "model").is_dir():
+        return path, False
+    taken = average if take == "ema" else path / "model"
+    _tell(name, taken.name, take == "ema")
+    return (path if take == "ema" else taken), True
+
+
+def _tell(name: str, what: str, average: bool) -> None:
+    if average:
+        note(f"{name}: {what} is taken, the moving average; for the model as it was trained: --take model")
+    else:
+        note(f"{name}: {what} is taken, the model as it was trained; for its moving average: --take ema")
 
 
 def locate(name: str, check: Callable[[str], None] = lambda file: None) -> Path:

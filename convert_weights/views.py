@@ -22,6 +22,7 @@ class Source(NamedTuple):
       read: tensor name -> array.
       config: config.json of the folder; empty where there is none.
       tokenizer: the sentencepiece model of the folder, or None.
+      chosen: whether it is one of a model and its moving average.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Source(NamedTuple):
     read: Callable[[str], np.ndarray]
     config: Mapping[str, Any]
     tokenizer: Path | None
+    chosen: bool = False
 
 
 def merge(path: Path, parts: list[Mapping]) -> dict:

@@ -84,7 +84,7 @@ class ZippedVideos:
     made = None
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.passed_over = path, {}
         with zipfile.ZipFile(path) as archive:
             self.videos = sorted(name for name in archive.namelist() if name.endswith(".mp4"))
 
@@ -98,6 +98,9 @@ class ZippedVideos:
 
     def info(self, index):
         return probe(self[index]["video"])
+
+    def caption(self, index):
+        return self[index]["caption"]
 
     def name(self, index):
         return f"{self.path}: {self.videos[index]}"

@@ -116,6 +116,13 @@ def test_wrapped_pickles(plain, tmp_path, capsys):
     assert "under 'state_dict' are taken" in capsys.readouterr().err
     got = load_file(tmp_path / "ours" / "t5.safetensors")
     assert all(value.tobytes() == want[key].tobytes() for key, value in got.items())
+    torch.save({"model": state, "ema": {key: 2 * value for key, value in state.items()}}, tmp_path / "both.pt")
+    for take, times in (("ema", 2), ("model", 1)):
+        argv = ["t5", str(tmp_path / "both.pt"), str(tmp_path / take), "--allow_pickle", f"--take={take}"]
+        assert main(argv) == 0
+        assert f"the state dict under {take!r} is taken" in capsys.readouterr().err
+        got = load_file(tmp_path / take / "t5.safetensors")
+        np.testing.assert_array_equal(got["norm/scale"], want["norm/scale"] * times)
     torch.save({"weights": state, "step": 100}, tmp_path / "odd.pt")
     argv = ["t5", str(tmp_path / "odd.pt"), str(tmp_path / "odd"), "--allow_pickle"]
     refused(capsys, argv, "not a state dict", "weights, step")
@@ -128,10 +135,12 @@ def test_training_with_a_moving_average(plain, tmp_path, capsys):
     save_file({key: value * 2 for key, value in plain.items()}, folder / "ema.safetensors")
     save_file(plain, folder / "model" / "model.safetensors")
     assert main(["t5", str(folder), str(tmp_path / "ema")]) == 0
-    assert f"ema.safetensors is taken, the moving average; for the model as it was trained: {folder}/model" in (
+    assert f"{folder}: ema.safetensors is taken, the moving average; for the model as it was trained: --take model" in (
         capsys.readouterr().err
     )
-    assert main(["t5", f"{folder}/model", str(tmp_path / "model")]) == 0
+    assert main(["t5", str(folder), str(tmp_path / "model"), "--take=model"]) == 0
+    assert "model is taken, the model as it was trained; for its moving average: --take ema" in capsys.readouterr().err
+    refused(capsys, ["t5", f"{folder}/model", str(tmp_path / "none"), "--take=ema"], "--take ema", "one model alone")
     ema, model = (load_file(tmp_path / name / "t5.safetensors") for name in ("ema", "model"))
     np.testing.assert_array_equal(ema["norm/scale"], model["norm/scale"] * 2)
     shutil.rmtree(folder)

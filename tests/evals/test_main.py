@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -362,6 +363,25 @@ def test_segmentation_mistakes(tmp_path, break_it, message):
     break_it(tmp_path)
     with pytest.raises(UserError, match=message):
         tasks.VideoSegmentationBenchmark(tmp_path)
+
+
+def test_masks_of_one_frame_say_nothing_of_a_path(davis, tmp_path):
+    """As in the validation sets of MOSE and YouTube-VOS, where an object that comes later has its own mask."""
+    for name in ("JPEGImages", "Annotations"):
+        shutil.copytree(davis / name / "480p/two-balls", tmp_path / name / "single")
+    masks = sorted((tmp_path / "Annotations/single").glob("0*.png"))
+    for mask in masks[1:]:
+        mask.unlink()
+    with pytest.raises(UserError, match=r"1 of 1 sequences have a mask of one frame alone.*MOSE and YouTube-VOS"):
+        tasks.VideoSegmentationBenchmark(tmp_path)
+    Image.fromarray(np.full((64, 96), 7, np.uint8)).save(masks[4])
+    with pytest.raises(UserError, match="no sequence there has an object with masks in its first and a later frame"):
+        tasks.VideoSegmentationBenchmark(tmp_path)
+    masks[4].unlink()
+    for name in ("JPEGImages", "Annotations"):
+        shutil.copytree(davis / name / "480p/sparse", tmp_path / name / "sparse")
+    with pytest.warns(UserWarning, match="1 of 2 sequences have a mask of one frame alone.*left out"):
+        assert tasks.VideoSegmentationBenchmark(tmp_path).names == ("sparse",)
 
 
 def test_listed(tmp_path):

@@ -41,7 +41,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from tora_jax.conditioning import motion_maps, prompt_rewriting, text
-from tora_jax.conditioning.images import Given
+from tora_jax.conditioning.images import STILL_FPS, Given
 from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.diffusion.rectified_flow import RectifiedFlow
 from tora_jax.errors import UserError
@@ -70,8 +70,6 @@ BUFFERS = r"(.*/)?null_caption|(vae|motion_vae)/(shift|scale)"
 
 REWRITING = prompt_rewriting.INSTRUCTIONS
 TOKENS: dict[str, Any] = {}
-
-IMAGE_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
 
 
 def dummies(parts: Mapping[str, nn.Module]) -> dict[str, tuple[tuple, dict[str, Any]]]:
@@ -203,7 +201,7 @@ def conditions(models: Any, inputs: Sequence[Any], settings: Any) -> dict[str, A
         "drop_text": per_pass(False, not negative, False),
         "has_motion": per_pass(True, True, False) if with_motion else None,
     }
-    fps = IMAGE_FPS if settings.num_frames == 1 else settings.fps
+    fps = STILL_FPS if settings.num_frames == 1 else settings.fps
     sizes = {"fps": fps, "height": settings.height, "width": settings.width}
     return told | {name: jnp.full(len(rows), value, jnp.float32) for name, value in sizes.items()}
 

@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from tora_jax.errors import UserError
-from tora_jax.io.video import IMAGE_FORMATS, probe, read_image, read_video, resize_crop
+from tora_jax.io.video import STILLS, image_size, probe, read_image, read_video, resize_crop
 
-ORIENTATION = 274  # of EXIF's tags; from 5 on, width and height change places
-STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+STILL_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
 MAX_CLIP_PIXELS = 10**9  # decoded for one clip, 3 GB; a small file can hold any number of frames
 
 Pixels = UInt8[np.ndarray, "... h w 3"]
@@ -118,12 +116,7 @@ def _size(path: Path) -> tuple[int, int]:
     if path.suffix.lower() not in STILLS and path.is_file():
         _, height, width, _ = probe(path)
         return height, width
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size if turned else image.size[::-1]
-    except Exception:  # as of Pillow's decoders; what is wrong, the reader says
-        return read_image(path).shape[:2]
+    return image_size(path)
 
 
 def read(conditions: Sequence[Condition], num_frames: int, fps: float) -> dict[int, Given]:

@@ -31,6 +31,7 @@ from tora_jax.conditioning.trajectory_hints import (
 )
 from tora_jax.conditioning.trajectory_pictures import Drawn, Pictures
 from tora_jax.errors import UserError
+from tora_jax.io.files import decode_text
 
 MAX_BYTES = 32 * 2**20
 MAX_BINARY_BYTES = 1024 * 2**20  # an .npz or a pickle may hold the video, too
@@ -113,11 +114,11 @@ def beside(path: Path) -> Path | None:
 
 def _from_text(content: bytes, hints: Hints, name: str) -> Drawing:
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise UserError(f"{name}: is not a trajectory; give text lines x,y, a table, JSON or NumPy's .npy or .npz")
+        text = decode_text(content, name)
+    except UserError:
+        raise UserError(
+            f"{name}: is not a trajectory; give text lines x,y, a table or JSON, in UTF-8, or NumPy's .npy or .npz"
+        ) from None
     if not text.strip():
         raise UserError(f"{name}: is empty; write one point x,y a line, at least 2")
     if text.lstrip()[0] in "[{" or text.lstrip()[:2] in ('"[', '"{', "'[", "'{"):

@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tora_jax.conditioning import resolutions
-from tora_jax.errors import UserError
+from tora_jax.errors import UserError, closest
 
 MIN_AREA = 0.8  # of a resolution's area, for a clip that fits it
+
+
+SIZES = ("frames", "height", "width", "batch")  # what a bucket of a config has: whole numbers,
+NUMBERS = ("fps", "weight")  # other numbers,
+OF_TABLE = ("resolution", "share")  # and these of Open-Sora's table, where height, width and weight are not needed
+
+
+def check(buckets: Sequence[Any]) -> None:
+    """Checks the buckets of a config (data.buckets).
+
+    Raises:
+      UserError: for the first entry that is missing, unknown, or of a type or value that cannot be.
+    """
+    if not isinstance(buckets, Sequence) or isinstance(buckets, str):
+        raise UserError(f"data.buckets is {buckets!r}; give a tuple of buckets, each with its comma: (bucket,)")
+    for place, bucket in enumerate(buckets):
+        name = f"data.buckets[{place}]"
+        if not isinstance(bucket, Mapping):
+            raise UserError(f"{name} is {bucket!r}; give a dict of {', '.join(SIZES + NUMBERS)}")
+        known = {*SIZES, *NUMBERS, *OF_TABLE}
+        for key in bucket.keys() - known:
+            raise UserError(f"{name} has an unknown {key!r}; did you mean {closest(key, known) or ', '.join(known)}?")
+        by_table = OF_TABLE[0] in bucket or OF_TABLE[1] in bucket
+        needed = ("frames", "batch", "fps", *OF_TABLE) if by_table else SIZES + NUMBERS
+        if missing := [key for key in needed if key not in bucket]:
+            raise UserError(f"{name} has no {missing[0]}; a bucket has {', '.join(needed)}")
+        _check_values(name, bucket, by_table)
+    if len({(OF_TABLE[0] in bucket) for bucket in buckets}) > 1:
+        raise UserError("data.buckets: some have a resolution and some have none; give buckets of one kind")
+
+
+def _check_values(name: str, bucket: Mapping[str, Any], by_table: bool) -> None:
+    for key in filter(bucket.__contains__, SIZES + NUMBERS):
+        value, least = bucket[key], 0 if key == "fps" or (by_table and key in ("height", "width", "weight")) else 1
+        kind, what = (int, "a whole number") if key in SIZES else (int | float, "a number")
+        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+            raise UserError(f"{name}: {key} is {value!r}; give {what}")
+        if value < least and not (key == "weight" and value > 0):
+            raise UserError(f"{name}: {key} is {value!r}; give {'more than 0' if least else 'at least 0'}")
+    if by_table and not isinstance(bucket["resolution"], str):
+        raise UserError(f"{name}: resolution is {bucket['resolution']!r}; give a name, such as '240p'")
+    if by_table:
+        share = bucket["share"]
+        both = share if isinstance(share, tuple | list) and len(share) == 2 else (share,)
+        if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in both):
+            raise UserError(f"{name}: share is {share!r}; give a probability from 0 to 1, or two")
 
 
 class Bucket(NamedTuple):

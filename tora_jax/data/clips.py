@@ -14,7 +14,7 @@ from jaxtyping import Float
 from tora_jax.conditioning import text
 from tora_jax.data import buckets, frame_masks, motion, object_masks, sources
 from tora_jax.errors import UserError
-from tora_jax.io.video import VideoInfo, cover, read_video, resize_crop
+from tora_jax.io.video import VideoInfo, cover, read_image, read_video, resize_crop
 
 TRIES = 16  # records in place of a damaged one
 DAMAGED = "damaged"  # the entry of a clip that the iterator over batches takes out
@@ -29,6 +29,7 @@ class Clips:
       source: all records.
       infos: `VideoInfo` of each, zeros where the record is damaged.
       damaged: name of each damaged record -> what is wrong with it.
+      reasons: number of each -> the same in few words.
 
     Raises:
       UserError: a source is missing, empty or unreadable, or an option is none of those of `pipeline.batches`.
@@ -47,7 +48,9 @@ class Clips:
         self.config = config
         self.source = sources.Joined(config["sources"], split)
         if not len(self.source):
-            raise UserError(f"{', '.join(map(str, config['sources']))}: split {split!r} has no clips")
+            what = ", ".join(f"{count} {name}" for name, count in self.source.passed_over.items())
+            others = f" (passed over: {what})" if what else ""
+            raise UserError(f"{', '.join(map(str, config['sources']))}: split {split!r} has no clips{others}")
         made = self.source.made
         if made and config["object_masks"]:
             raise UserError(
@@ -59,7 +62,8 @@ class Clips:
                 f"{made['motion']!r} and data.crop to 0, or precompute again"
             )
         self.infos, damaged = sources.scan(self.source)
-        self.damaged = {self.source.name(index): reason for index, reason in damaged.items()}
+        self.damaged = {self.source.name(index): str(error) for index, error in damaged.items()}
+        self.reasons = {index: getattr(error, "reason", "") or "damaged" for index, error in damaged.items()}
         if len(damaged) == len(self.source):
             name, reason = next(iter(self.damaged.items()))
             raise UserError(f"{name}: damaged ({reason}), and so are all others of the split")
@@ -83,7 +87,7 @@ class Clips:
         draw, found = buckets.Buckets(table), {}
         rate = self.config["buckets"][0]["fps"]
         for index, (frames, height, width, fps) in enumerate(self.infos):
-            if choice := draw(int(frames), int(height), int(width), seed + index * len(levels), _stride(fps, rate)):
+            if choice := draw(int(frames), int(height), int(width), seed + index * len(levels), stride(fps, rate)):
                 found.setdefault(choice, []).append(index)
         if not found:
             raise UserError("no clip fits any of the buckets; give longer or larger clips, or other buckets")
@@ -233,16 +237,19 @@ class ClipLoader:
         config, info = self.config, VideoInfo(*self.infos[index])
         frames, height, width = (self.bucket[name] for name in ("frames", "height", "width"))
         rate, length = float(record.get("fps", info.fps)), int(info.frames)
-        stride = min(_stride(rate, self.bucket["fps"]), (length - 1) // (frames - 1)) if frames > 1 else 1
-        reach = (frames - 1) * stride + 1
+        step = min(stride(rate, self.bucket["fps"]), (length - 1) // (frames - 1)) if frames > 1 else 1
+        reach = (frames - 1) * step + 1
         start = int(rng.integers(length - reach + 1)) if self.training else 0
-        wanted = range(start, start + reach, stride)
-        original, _ = read_video(record["video"], only=wanted, strict=True, threads=int(_in_worker()))
+        wanted = range(start, start + reach, step)
+        if "picture" in record:
+            original = read_image(record["picture"])[None]
+        else:
+            original, _ = read_video(record["video"], only=wanted, strict=True, threads=int(_in_worker()))
         if len(original) < frames:
             raise UserError(f"{len(original)} of {frames} frames decoded")
         video = resize_crop(original, height, width)
         scaled_height, scaled_width, top, left = cover(*original.shape[1:3], height, width)
-        clip = {"video": video, "fps": np.float32(rate / stride)}
+        clip = {"video": video, "fps": np.float32(rate / step)}
         clip |= {"height": np.float32(height), "width": np.float32(width)}
         window = (top, left, height, width, scaled_height, scaled_width)
         needed = config["motion"] != "none" or config["object_masks"]
@@ -281,7 +288,7 @@ def size_name(bucket: Mapping[str, Any]) -> str:
     return f"{bucket['frames']}x{bucket['height']}x{bucket['width']}"
 
 
-def _stride(rate: float, fps: float) -> int:
+def stride(rate: float, fps: float) -> int:
     """The step between the frames that are kept of a clip, so that its rate becomes about `fps`; 0 = as it is."""
     return max(round(rate / fps), 1) if fps else 1
 

@@ -19,6 +19,7 @@ captions in place of tokens:
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 from absl import flags
 
 from tora_jax.conditioning import text
-from tora_jax.data import sources
+from tora_jax.data import buckets, inventory, sources
 from tora_jax.data.clips import DAMAGED, Clip, Clips, size_name, uses_table
 from tora_jax.errors import UserError
 
@@ -50,7 +51,7 @@ def batches(
 
     Args:
       config: plain mapping with all of
-        sources: folders, see `sources.open_source`; records are drawn from all of them alike.
+        sources: folders, tables or tars, see `sources.open_source`; records are drawn from all of them alike.
         buckets: dicts of `frames`, `height`, `width`, `fps` (clips are thinned out to about this rate; 0 = as they
           are), `batch` (over all processes) and `weight` (the share of batches). A bucket takes all clips that
           are long and large enough for it; of precomputed sets, those of its size. Or Open-Sora's table: all buckets
@@ -79,13 +80,14 @@ def batches(
         divide a batch, or an option is none of those above.
     """
     index, count = (jax.process_index(), jax.process_count()) if shard is None else shard
+    buckets.check(config["buckets"])
     for bucket in config["buckets"]:
-        if bucket["batch"] < 1 or bucket["batch"] % count:
+        if bucket["batch"] % count:
             raise UserError(f"bucket {size_name(bucket)}: {count} processes do not divide a batch of {bucket['batch']}")
-    clips, parts = Clips(config, split), []
-    filled = clips.fill_buckets(seed)
-    for bucket, fitting in filled:
+    clips, parts, filled = Clips(config, split), [], []
+    for bucket, fitting in clips.fill_buckets(seed):
         load = clips.loader(bucket, tokenizer, training, latent_frames(bucket["frames"]), fitting=fitting)
+        filled.append((bucket, load.fitting))
         numbers = grain.MapDataset.source(load.fitting)
         if training:
             numbers = numbers.shuffle(seed=seed).repeat()
@@ -100,7 +102,8 @@ def batches(
         raise UserError(f"split {split!r} has too few clips for a batch of each bucket; make the batches smaller")
     weights = [bucket["weight"] for bucket, _ in filled]
     joined = grain.MapDataset.mix(parts, weights) if training else grain.MapDataset.concatenate(parts)
-    return Batches(joined, config["workers"], config["prefetch"], clips, config["damaged_share"])
+    table = functools.partial(inventory.table, clips, filled, tokenizer)
+    return Batches(joined, config["workers"], config["prefetch"], clips, config["damaged_share"], table)
 
 
 def _stack(clips: Sequence[Clip]) -> Batch:
@@ -115,13 +118,22 @@ class Batches(grain.DatasetIterator):
       made: what the sources were precomputed with; None of clips.
       damaged: name of each damaged record met so far -> what is wrong with it. Another record, drawn at random, stands
         in for a damaged one, with one warning for each.
+      table: the function that gives the `inventory.table`.
     """
 
-    def __init__(self, dataset: grain.MapDataset, workers: int, prefetch: int, clips: Clips, damaged_share: float):
+    def __init__(
+        self,
+        dataset: grain.MapDataset,
+        workers: int,
+        prefetch: int,
+        clips: Clips,
+        damaged_share: float,
+        table: Callable[[], str],
+    ):
         super().__init__()
         self._dataset, self._workers, self._prefetch = dataset, workers, prefetch
         self._source, self._records, self._share = clips.source, len(clips.source), damaged_share
-        self.made = clips.source.made
+        self.made, self.table = clips.source.made, table
         self._next, self._batches = 0, None
         self.damaged: dict[str, str] = {}
         self._note(clips.damaged.items())
@@ -151,8 +163,9 @@ class Batches(grain.DatasetIterator):
                 self.damaged[name] = reason
                 warnings.warn(f"{name}: damaged and passed over ({reason})", stacklevel=3)
         if len(self.damaged) > self._share * self._records:
+            name, reason = next(iter(self.damaged.items()))
             raise UserError(
-                f"{len(self.damaged)} of {self._records} records are damaged, such as {next(iter(self.damaged))}; "
+                f"{len(self.damaged)} of {self._records} records are damaged, such as {name} ({reason}); "
                 f"mend or remove them, or raise damaged_share above {self._share:g}"
             )
 

@@ -1,4 +1,4 @@
-"""Where clips come from: TFDS folders in ArrayRecord (no TensorFlow), precomputed sets, plain folders of videos.
+"""Where clips come from: TFDS folders in ArrayRecord (no TensorFlow), precomputed sets, files (`folders`).
 
 SOURCES is the table of the kinds of sources. A new data format is a class with the methods of `Source`, and a line that
 adds it to the table.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from tora_jax.data import folders
 from tora_jax.errors import UserError
-from tora_jax.io.clip_files import ENDINGS
-from tora_jax.io.files import is_hidden
 from tora_jax.io.video import VideoInfo, probe
 
 SCAN_THREADS = 8
@@ -30,15 +30,17 @@ MADE = "precompute.json"  # lies in a precomputed set: what it was made with
 class Source(Protocol):
     """Records by number, for threads and, pickled, for other processes.
 
-    A record is a dict. A clip's record has `video` (the bytes of a file, or its path), `caption`, and where they are
-    known `fps`, `tracks`, `visible` and `labels`, see `sprites`; labels promise that the objects only translate. A
-    precomputed set has the records that `precompute` writes.
+    A record is a dict. A clip's has `video` or `picture` (the bytes of a file, or its path), `caption`, and where
+    they are known `fps`, `tracks`, `visible` and `labels`, see `sprites`; labels promise that objects only translate.
+    A precomputed set has the records that `precompute` writes.
 
     Attributes:
       made: what a precomputed set was made with; None of clips.
+      passed_over: files that are no clips, in words -> how many.
     """
 
     made: Mapping[str, Any] | None
+    passed_over: Mapping[str, int]
 
     def __len__(self) -> int:
         """Number of records."""
@@ -52,6 +54,13 @@ class Source(Protocol):
 
     def info(self, index: int) -> VideoInfo:
         """Length, size and rate of a clip.
+
+        Raises:
+          UserError: the record is damaged.
+        """
+
+    def caption(self, index: int) -> str:
+        """The caption of a record.
 
         Raises:
           UserError: the record is damaged.
@@ -71,7 +80,7 @@ class TFDSFolder:
     def __init__(self, folder: Path, split: str):
         import tensorflow_datasets as tfds  # takes a second to import, and folders of videos do without
 
-        self.folder, self.split = folder, split
+        self.folder, self.split, self.passed_over = folder, split, {}
         try:
             builder = tfds.builder_from_directory(folder)
             self.made = json.loads((folder / MADE).read_text()) if (folder / MADE).is_file() else None
@@ -103,6 +112,9 @@ class TFDSFolder:
             return VideoInfo(*map(int, sizes), float(fps))
         return probe(self[index]["video"])
 
+    def caption(self, index: int) -> str:
+        return self[index]["caption"]
+
     def name(self, index: int) -> str:
         return f"{self.folder} {self.split} record {index}"
 
@@ -127,51 +139,6 @@ def _infos(folder: Path, splits: Mapping[str, Any], split: str) -> Float[np.ndar
     return np.concatenate(parts)
 
 
-class VideoFolder:
-    """Videos, each with its caption in a .txt of the same name beside it, or in `labels/` beside `videos/`.
-
-    The second form is that of the released Tora's training data. Hidden files are passed over. A split is a folder of
-    that name inside; where there is none, all of the folder is the split "train".
-
-    Raises:
-      UserError: a video has no caption (the message names the file), or the folder or the split is not there.
-    """
-
-    made = None
-
-    def __init__(self, folder: str | Path, split: str):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give one with a data set or with videos")
-        if (folder / split).is_dir():
-            folder = folder / split
-        elif split != "train":
-            raise UserError(f"{folder}: has no split {split!r}; put its clips into {folder / split}")
-        videos, captions = folder, folder
-        if (folder / "videos").is_dir():
-            videos, captions = folder / "videos", folder / "labels"
-        self.folder = folder
-        found = (path for path in videos.iterdir() if path.suffix.lower() in ENDINGS and not is_hidden(path))
-        self.files = sorted(found)
-        self.captions = [captions / f"{path.stem}.txt" for path in self.files]
-        for video, caption in zip(self.files, self.captions, strict=True):
-            if not caption.is_file():
-                raise UserError(f"{video}: has no caption; write one into {caption}")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        caption = self.captions[index].read_text(encoding="utf-8", errors="replace").strip()
-        return {"video": self.files[index], "caption": caption}
-
-    def info(self, index: int) -> VideoInfo:
-        return probe(self.files[index])
-
-    def name(self, index: int) -> str:
-        return str(self.files[index])
-
-
 def _open_tfds(folder: str, split: str) -> TFDSFolder | None:
     """None for a folder without TFDS's dataset_info.json, which may also lie one or two folders below."""
     found = [path.parent for inside in ("", "*/", "*/*/") for path in Path(folder).glob(f"{inside}dataset_info.json")]
@@ -181,22 +148,22 @@ def _open_tfds(folder: str, split: str) -> TFDSFolder | None:
 
 
 # Kind -> the function (an entry of a config's `sources`, split) that opens it, or returns None where the entry is of
-# another kind. The kind that was added last is asked first; a folder that nothing else takes is one of videos.
-SOURCES: dict[str, Callable[[str, str], Source | None]] = {"videos": VideoFolder, "tfds": _open_tfds}
+# another kind. The kind that was added last is asked first; what nothing else takes is one of files.
+SOURCES: dict[str, Callable[[str, str], Source | None]] = {"files": folders.open_files, "tfds": _open_tfds}
 
 
-def open_source(folder: str | Path, split: str) -> Source:
+def open_source(entry: str | Path, split: str) -> Source:
     """Opens a source as the kind that its content tells.
 
     Args:
-      folder: a `TFDSFolder` (with dataset_info.json, or with one folder of a version that has it), a `VideoFolder`, or
-        what another kind in SOURCES takes.
-      split: "train", "validation" ...; of TFDS folders also parts, such as "train[:10%]".
+      entry: a `TFDSFolder` (with dataset_info.json, or with one folder of a version that has it), what
+        `folders.open_files` takes, or what another kind in SOURCES does.
+      split: "train", "validation" ..., or a part, such as "train[:10%]".
 
     Raises:
-      UserError: no kind takes the folder, or it has no such split.
+      UserError: no kind takes the entry, or it has no such split.
     """
-    opened = (kind(str(folder), split) for kind in reversed(SOURCES.values()))
+    opened = (kind(str(entry), split) for kind in reversed(SOURCES.values()))
     return next(source for source in opened if source is not None)
 
 
@@ -207,12 +174,13 @@ class Joined:
       UserError: one of them cannot be opened, or some are precomputed and some are not.
     """
 
-    def __init__(self, folders: Sequence[str | Path], split: str):
-        self.sources = tuple(open_source(folder, split) for folder in folders)
+    def __init__(self, entries: Sequence[str | Path], split: str):
+        self.sources = tuple(open_source(entry, split) for entry in entries)
         self.made = self.sources[0].made
-        for folder, source in zip(folders, self.sources, strict=True):
+        for entry, source in zip(entries, self.sources, strict=True):
             if (source.made is None) != (self.made is None):
-                raise UserError(f"{folder}: precomputed sets and clips do not mix; give sources of one kind")
+                raise UserError(f"{entry}: precomputed sets and clips do not mix; give sources of one kind")
+        self.passed_over = dict(sum((Counter(source.passed_over) for source in self.sources), Counter()))
         self._ends = np.cumsum([len(source) for source in self.sources])
 
     def __len__(self) -> int:
@@ -230,6 +198,10 @@ class Joined:
         source, number = self._find(index)
         return source.info(number)
 
+    def caption(self, index: int) -> str:
+        source, number = self._find(index)
+        return source.caption(number)
+
     def name(self, index: int) -> str:
         source, number = self._find(index)
         return source.name(number)
@@ -244,7 +216,7 @@ def digest(source: Source) -> str:
     found = hashlib.sha256(str(len(source)).encode())
 
     def add(name: str, value: Any) -> None:
-        if isinstance(value, Path):
+        if isinstance(value, Path) and value.is_file():  # a table may name one that is not there
             size = value.stat().st_size
             with value.open("rb") as file:
                 start = file.read(ENDS)
@@ -264,7 +236,7 @@ def digest(source: Source) -> str:
     return found.hexdigest()
 
 
-def scan(source: Source) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
+def scan(source: Source) -> tuple[Float[np.ndarray, "n 4"], dict[int, UserError]]:
     """`VideoInfo` of each clip, zeros where it cannot be read; and number of each of the latter -> the reason."""
 
     def one(index: int) -> VideoInfo | UserError:
@@ -275,5 +247,5 @@ def scan(source: Source) -> tuple[Float[np.ndarray, "n 4"], dict[int, str]]:
 
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         found = list(pool.map(one, range(len(source))))
-    damaged = {index: str(info) for index, info in enumerate(found) if isinstance(info, UserError)}
+    damaged = {index: info for index, info in enumerate(found) if isinstance(info, UserError)}
     return np.array([(0,) * 4 if index in damaged else info for index, info in enumerate(found)], float), damaged

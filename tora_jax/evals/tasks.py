@@ -8,6 +8,7 @@ A benchmark has
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from tora_jax.conditioning.images import Condition
 from tora_jax.configs import sampling
 from tora_jax.data.sprites.clips import SIZES_OF_SPLITS, SPLITS, make_clip
 from tora_jax.errors import UserError
-from tora_jax.io.files import is_hidden
+from tora_jax.io.files import decode_text, is_hidden
 from tora_jax.io.video import cover, read_image, resize_crop
 from tora_jax.sampling import request
 
@@ -77,7 +78,7 @@ class Listed:
     def __init__(self, path: Path):
         self.folder = path.parent
         try:
-            self.items = json.loads(path.read_text(encoding="utf-8"))
+            self.items = json.loads(decode_text(path.read_bytes(), str(path)))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as JSON ({error})") from None
         if not isinstance(self.items, list) or not all(isinstance(item, dict) for item in self.items):
@@ -125,11 +126,14 @@ class VideoSegmentationBenchmark:
 
     The trajectory of an object is the centroid of its mask. A clip is brought to the length that is asked for by
     choosing (or repeating) frames evenly, and its centroids are read at the same times, linearly between the masks that
-    there are; where an object is hidden, it goes straight. Objects that are not in the first frame, or tiny there, are
-    left out, and so are sequences without any other.
+    there are; where an object is hidden, it goes straight. Objects that are not in the first frame, tiny there or in no
+    other mask are left out, and so are sequences without any other.
+
+    Warns:
+      of sequences with masks of one frame alone, which say nothing of a path.
 
     Raises:
-      UserError: the folder has another layout, or no sequence with masks.
+      UserError: the folder has another layout, or no sequence with masks of several frames.
     """
 
     def __init__(self, folder: Path, count: int = 0):
@@ -148,13 +152,20 @@ class VideoSegmentationBenchmark:
                 known = [(j, labels[stem]) for j, stem in enumerate(stems) if stem in labels]
                 found[sequence.relative_to(frames).as_posix()] = ([pictures[stem] for stem in stems], known)
         self.prompts = _prompts(folder / "prompts.json")
-        self.sequences = {}
+        self.sequences, single = {}, [name for name, (_, known) in found.items() if len(known) == 1]
         for name, (pictures, known) in found.items():
-            centres = _centres(known, len(pictures))
-            if len(centres) and (not count or len(self.sequences) < count):
+            if count and len(self.sequences) == count:
+                break
+            if len(centres := _centres(known, len(pictures))):
                 self.sequences[name] = (pictures, centres)
+        alone = f"{len(single)} of {len(found)} sequences have a mask of one frame alone, which says nothing of a path"
+        if single and not self.sequences:
+            way_out = "as in the validation sets of MOSE and YouTube-VOS; take their training sets, or DAVIS"
+            raise UserError(f"{folder}: {alone}, {way_out}")
         if not self.sequences:
-            raise UserError(f"{folder}: no sequence there has masks of an object in its first frame")
+            raise UserError(f"{folder}: no sequence there has an object with masks in its first and a later frame")
+        if single:
+            warnings.warn(f"{folder}: {alone}; they are left out", stacklevel=2)
         self.names = tuple(map(_file_name, self.sequences))
 
     def task(self, index: int, frames: int, height: int, width: int, fps: float) -> Task:
@@ -193,7 +204,7 @@ def _prompts(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        prompts = json.loads(decode_text(path.read_bytes(), str(path)))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
@@ -202,7 +213,7 @@ def _prompts(path: Path) -> dict[str, str]:
 
 
 def _centres(known: Sequence[tuple[int, Path]], frames: int) -> Float[np.ndarray, "n t 2"]:
-    """Centroids of the objects of the first mask, (x, y) in 0..1, at every frame."""
+    """Centroids of the objects of the first mask that are in a later one, too: (x, y) in 0..1, at every frame."""
     first = _labels(known[0][1])
     numbers, areas = np.unique(first, return_counts=True)
     numbers = [n for n, area in zip(numbers, areas, strict=True) if n and area >= MIN_MASK * first.size]
@@ -219,6 +230,7 @@ def _centres(known: Sequence[tuple[int, Path]], frames: int) -> Float[np.ndarray
     tracks = [
         np.stack([np.interp(at, list(seen), [p[i] for p in seen.values()]) for i in range(2)], 1)
         for seen in seen_at.values()
+        if len(seen) > 1
     ]
     return np.stack(tracks) if tracks else np.zeros((0, frames, 2))
 

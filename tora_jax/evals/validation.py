@@ -190,8 +190,10 @@ def held_out_clips(config: Mapping[str, Any]) -> list[Clip]:
     source = evaluation["source"] or data["sources"][0]
     if not evaluation["source"] and (made := sources.open_source(source, data["split"]).made):
         source = made["source"]
-    if not Path(source).is_dir():
-        raise UserError(f"{source}: no such folder; evaluation.source names the clips whose tracks are followed")
+    if not Path(source).exists():
+        raise UserError(
+            f"{source}: no such folder or file; evaluation.source names the clips whose tracks are followed"
+        )
     data = {**data, "sources": (source,), "motion": "sparse", "crop": 0}
     held_out = clips.Clips(data, evaluation["split"])
     load = held_out.loader(data["buckets"][0], None, training=False, latent_frames=1)

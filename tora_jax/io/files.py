@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -44,6 +45,35 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
 def is_hidden(path: str | os.PathLike) -> bool:
     """Whether a file's name begins with a dot: what systems and editors leave beside files, such as macOS's ._NAME."""
     return os.path.basename(path).startswith(".")
+
+
+# By their marks; UTF-32's begins as UTF-16's does.
+ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """Text of a file: UTF-8, or what its byte-order mark says; the mark is no part of it.
+
+    Args:
+      name: of the file, for messages.
+
+    Raises:
+      UserError: it is in another encoding. Which one, nothing in such a file tells.
+    """
+    encoding = next((encoding for mark, encoding in ENCODINGS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # UTF-16 without its mark
+        raise UserError(f"{name}: is no UTF-8 text; convert it (iconv -f latin1 -t utf-8, from Latin-1)")
+    return text
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -33,6 +33,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ENCODER_THREADS = 4
 REPEATABLE = "weightp=0:mbtree=0"
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
+STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  # endings
+ORIENTATION = 274  # of EXIF's tags; from 5 on, width and height change places
 
 
 def to_float(pixels: UInt8[np.ndarray | jax.Array, "*shape"]) -> Float32[np.ndarray | jax.Array, "*shape"]:
@@ -223,20 +225,23 @@ def _opened(source: Source, frames: list, threads: int) -> Iterator[tuple]:
             raise ClipError(problem, "damaged") from e
 
 
-def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(source: Source) -> UInt8[np.ndarray, "h w 3"]:
     """Reads a still as uint8 RGB: upright (EXIF), in sRGB, over white where transparent, the first of several frames.
+
+    Args:
+      source: path, or the file's bytes.
 
     Raises:
       UserError: the file is missing, broken, not an image (whatever its name says), or over MAX_PIXELS; or its colour
         profile is broken.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = "picture" if isinstance(source, bytes) else Path(source)
+    if not isinstance(source, bytes) and not path.is_file():
         raise UserError(f"{path}: no such image file; check the path")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; sizes are checked here
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
+            with Image.open(_file(source), formats=IMAGE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 return np.array(_to_rgb(ImageOps.exif_transpose(image)))
@@ -248,6 +253,27 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     except Exception as e:  # a broken file raises nearly anything from Pillow's decoders
         kinds = "PNG, JPEG, WebP, BMP, GIF or TIFF"
         raise UserError(f"{path}: is broken or not an image; give a {kinds} file") from e
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """(height, width) of a still, upright, by its header where that is whole.
+
+    Args:
+      source: path, or the file's bytes.
+
+    Raises:
+      UserError: as `read_image`.
+    """
+    try:
+        with Image.open(_file(source), formats=IMAGE_FORMATS) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size if turned else image.size[::-1]
+    except Exception:  # as of Pillow's decoders; what is wrong, the reader says
+        return read_image(source).shape[:2]
+
+
+def _file(source: Source) -> io.BytesIO | Path:
+    return io.BytesIO(source) if isinstance(source, bytes) else Path(source)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from tora_jax.backbones.assembly import Models
 from tora_jax.errors import UserError
-from tora_jax.io.files import write_atomic
+from tora_jax.io.files import decode_text, write_atomic
 from tora_jax.sampling import request, writer
 from tora_jax.sampling.generate import Result
 
@@ -76,9 +76,9 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path}: is over {MAX_BYTES >> 20} MB; cut it into several")
     try:
-        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also cut at U+2028 inside a text
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is no text; --batch takes JSON lines, a video each") from None
+        lines = decode_text(path.read_bytes(), str(path)).split("\n")  # splitlines also cuts at U+2028 inside a text
+    except UserError as error:
+        raise UserError(f"{error}; --batch takes JSON lines, a video each") from None
     writer.check_folder(folder, str(folder))
     base = _hash(json.dumps([section, given, weights], sort_keys=True, default=str))
     jobs = [_job(i, line, base, section, given) for i, line in enumerate(lines, 1) if line.strip()]

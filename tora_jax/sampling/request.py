@@ -162,7 +162,9 @@ def place(models: Models, wanted: Request) -> Request:
         return wanted
     lost, negative = [], wanted.settings.negative_prompt
     if models.tokenizer is not None:
-        names = [f"prompt {i}" for i in range(1, len(wanted.prompts) + 1)] if len(wanted.prompts) > 1 else ["the prompt"]
+        names = (
+            [f"prompt {i}" for i in range(1, len(wanted.prompts) + 1)] if len(wanted.prompts) > 1 else ["the prompt"]
+        )
         texts = dict(zip(names, wanted.prompts, strict=True)) | {"the negative prompt": negative}
         lost = [f"{name} {loss}" for name, text in texts.items() for loss in models.tokenizer.losses(text)]
     placed = dataclasses.replace(wanted, lost=tuple(lost))

@@ -22,13 +22,18 @@ from tora_jax.data.curate.filters import ClipFacts
 from tora_jax.data.curate.work import WorkFiles
 from tora_jax.errors import UserError
 from tora_jax.io import chat_server
+from tora_jax.io.files import decode_text
 
 QUALITY = 85  # of the JPEGs
 Pictures = UInt8[np.ndarray, "t h w 3"]
 
 
 def of_file(path: str) -> str:
-    """The caption beside a video: in a .txt of its name there, or in `labels/` beside `videos/`; else its name."""
+    """The caption beside a video: in a .txt of its name there, or in `labels/` beside `videos/`; else its name.
+
+    Raises:
+      UserError: it is in another encoding than UTF-8.
+    """
     video = PurePosixPath(path.replace("\\", "/"))
     places = [path[: len(path) - len(video.suffix)] + ".txt"]
     if video.parent.name == "videos":
@@ -36,7 +41,7 @@ def of_file(path: str) -> str:
     for place in places:
         if work.exists(place):
             with FileSystems.open(place) as file:
-                return file.read().decode("utf-8", "replace").strip()
+                return decode_text(file.read(), place).strip()
     return " ".join(re.sub(r"[_\-.]+", " ", video.stem).split())
 
 
@@ -100,15 +105,19 @@ class AddCaptions(beam.DoFn):
         with ThreadPoolExecutor(max(len(clips), 1)) as pool:
             for clip, caption in zip(clips, pool.map(self._caption, clips), strict=True):
                 if not caption:
-                    yield {**clip, "reason": "no caption"}
+                    yield {**clip, "reason": "no caption" if caption is not None else "caption in another encoding"}
                     continue
                 if self._options["scores"]:
                     caption = text.append_scores(caption, clip["aesthetic"], clip["flow"], clip["camera"])
                 yield {**clip, "caption": caption}
 
-    def _caption(self, clip: ClipFacts) -> str:
+    def _caption(self, clip: ClipFacts) -> str | None:
+        """None where the caption's file is in another encoding."""
         if not self._options["server"]:
-            return of_file(clip["path"])
+            try:
+                return of_file(clip["path"])
+            except UserError:
+                return None
         video = work.read_clip(self._files, clip["key"], clip["index"])
         path = self._files.path("captions", work.digest(video))
         if work.exists(path):

@@ -23,6 +23,7 @@ REASONS = (
     "not aesthetic",
     "copy",
     "no caption",
+    "caption in another encoding",
 )
 
 # All that is known of a clip: name, source, size, scores, and `reason`, for which it is dropped ("" = it is kept).

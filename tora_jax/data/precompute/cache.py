@@ -21,7 +21,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from tora_jax.backbones import assembly
-from tora_jax.data import array_record, sources
+from tora_jax.data import array_record, inventory, sources
 from tora_jax.data.clips import ClipLoader, Clips
 from tora_jax.data.pipeline import prefetched
 from tora_jax.data.precompute.encoding import make_encoder
@@ -114,6 +114,9 @@ def precompute(
         return out
     clips, load = _open(models, source, split, options)
     made["clips"] = len(load.fitting)
+    if progress:
+        bucket = {name: getattr(options, name) for name in ("frames", "height", "width", "fps")}
+        print(inventory.table(clips, [(bucket, load.fitting)], models.tokenizer))
     aside = out.with_name(f".{out.name}.partial")
     _holds(aside, made)
     for name, reason in clips.damaged.items():
