@@ -45,7 +45,7 @@ class Held(NamedTuple):
     Attributes:
       tensors: of the state dict, mapped from the file where it is a zip archive.
       wrapper: the name that it stood under, or "".
-      other: the name of the model beside a moving average, or of the average beside a model; "" where there is one alone.
+      other: the name of the model beside a moving average, or the other way round; "" where there is one alone.
     """
 
     tensors: dict[str, np.ndarray]

@@ -44,6 +44,15 @@ def test_every_form_is_read_back(tmp_path, name, n, t, size, seed):
         np.testing.assert_allclose(when, times[shown], atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["MOT challenge", "supervision", "DeepLabCut"])
+def test_pixels_of_a_video_need_its_size(tmp_path, name):
+    """Small numbers, which fit into 256x256 too."""
+    kind = forms.KINDS[name]
+    pixels, seen = drawn(kind, 2, 5, (200, 100), 0)
+    with pytest.raises(UserError, match=r"in pixels of a video of unknown size; name theirs with --trajectory_canvas"):
+        trajectory.load(kind.write(tmp_path, pixels, (200, 100), seen))
+
+
 ASKED = [name for name, kind in forms.KINDS.items() if "axes" in kind.said((9, 9))]
 
 

@@ -46,6 +46,7 @@ class Drawing(NamedTuple):
       canvas: width, height; None where the file does not say.
       notes: further words on how it was read.
       span: the first and the last frame of the clip; None = those that have a point.
+      of_video: in pixels of a video, so that a canvas must be named where the file does not.
     """
 
     paths: list[Marks]
@@ -53,6 +54,7 @@ class Drawing(NamedTuple):
     canvas: Canvas | None = None
     notes: tuple[str, ...] = ()
     span: tuple[float, float] | None = None
+    of_video: bool = False
 
     @property
     def bare(self) -> bool:

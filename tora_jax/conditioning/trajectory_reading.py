@@ -143,6 +143,9 @@ def finish(
     chosen = trajectory_pictures.choose(drawing.canvas, hints, pictures, name)
     drawn = Drawn(name, chosen, pictures[chosen]) if chosen else None
     said = drawing.canvas or hints.canvas or (drawn and drawn.size[::-1])
+    image = f", or image for the pixels of {next(iter(pictures))}" if pictures else ""
+    if drawing.of_video and not said:
+        raise UserError(f"{name}: {drawing.form}, in pixels of a video of unknown size; {SAY_CANVAS}{image}")
     canvas = said or canvas
     late = [path.times[0] for path in drawing.paths if path.times is not None and drawing.canvas is None]
     if drawing.bare and late and min(late) > 0:
@@ -154,7 +157,7 @@ def finish(
     found, hidden = _visible(paths, drawing.span, hints, name)
     size = np.asarray(canvas, np.float64)
     xy = np.concatenate([each[:, :2] for each in found])
-    _check_places(xy, size, bool(said), hints.clip, drawing.form, name, next(iter(pictures), ""))
+    _check_places(xy, size, bool(said), hints.clip, drawing.form, name, image)
     if drawing.canvas is None:
         _check_corners(found, size, hints, name)
     for each in found:
@@ -238,14 +241,13 @@ def _timed(path: Marks, seen: np.ndarray, span: tuple | None, hints: Hints, name
     return points[: max(len(inside), 2)]
 
 
-def _check_places(xy: np.ndarray, size: np.ndarray, said: bool, clip: bool, form: str, name: str, picture: str) -> None:
+def _check_places(xy: np.ndarray, size: np.ndarray, said: bool, clip: bool, form: str, name: str, image: str) -> None:
     on = f"{size[0]:g}x{size[1]:g} canvas"
     normalized = ", or give KJNodes' coord_str in place of its normalized_str" if form == "JSON" else ""
     off = int(((xy < 0) | (xy > size)).any(-1).sum())
     if off and not clip:
         small = normalized if np.abs(xy).max() <= 3 else ""
         clipped = f", or move points to the edge with {size[0]:g}x{size[1]:g}:clip there"
-        image = f", or image for the pixels of {picture}" if picture else ""
         raise UserError(f"{name}: {off} of {len(xy)} points lie off the {on}; {SAY_CANVAS}{image}{clipped}{small}")
     if off:
         warnings.warn(f"{name}: {off} of {len(xy)} points lie off the {on}; they were moved to its edge", stacklevel=4)

@@ -97,7 +97,7 @@ def _headless(rows: Rows, filled: Sequence[tuple[int, str]], hints: Hints, name:
         if (points[:, 1] < 0).any():
             raise UserError(f"{name}: holds boxes without tracks (id -1); give a tracker's result")
         columns = dict(zip(("frame", "id", "left", "top", "width", "height"), points.T, strict=False))
-        return Drawing(_tracks(columns, name), "boxes of MOT, their centres")
+        return Drawing(_tracks(columns, name), "boxes of MOT, their centres", of_video=True)
     if count > 3:
         raise UserError(f"{name}: has {count} numbers a line and no header; {HEADER}")
     counts = len(points) > 2 and (points[:, 0] % 1 == 0).all() and (np.diff(points[:, 0]) == 1).all()
@@ -149,7 +149,8 @@ def _table(rows: Rows, comma: str | None, hints: Hints, name: str) -> Drawing:
     if len(rows) == 1:
         raise UserError(f"{name}: holds no points; write at least 2")
     paths = _tracks({each: np.array(column) for each, column in values.items()}, name)
-    return Drawing(paths, f"a table of {', '.join(head)[:60]}" + (", centres of the boxes" if boxes else ""))
+    form = f"a table of {', '.join(head)[:60]}" + (", centres of the boxes" if boxes else "")
+    return Drawing(paths, form, of_video=boxes)
 
 
 def _tracks(columns: dict[str, np.ndarray], name: str) -> list[Marks]:
@@ -213,7 +214,8 @@ def _deep_lab_cut(rows: Rows, name: str) -> Drawing:
     if not np.isfinite(table[:, 0]).all() or (np.diff(table[:, 0]) <= 0).any():
         raise UserError(f"{name}: frames do not rise; sort them")
     notes = (f"likelihood under {LIKELY} = hidden",) if unsure.any() else ()
-    return Drawing([Marks(xy[:, i], table[:, 0]) for i in range(xy.shape[1])], "DeepLabCut's table", notes=notes)
+    paths = [Marks(xy[:, i], table[:, 0]) for i in range(xy.shape[1])]
+    return Drawing(paths, "DeepLabCut's table", notes=notes, of_video=True)
 
 
 def _after_effects(filled: Sequence[tuple[int, str]], name: str) -> Drawing:

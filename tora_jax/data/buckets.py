@@ -19,7 +19,7 @@ NUMBERS = ("fps", "weight")  # other numbers,
 OF_TABLE = ("resolution", "share")  # and these of Open-Sora's table, where height, width and weight are not needed
 
 
-def check(buckets: Sequence[Any]) -> None:
+def check(buckets: Any) -> None:
     """Checks the buckets of a config (data.buckets).
 
     Raises:
