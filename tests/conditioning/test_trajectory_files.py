@@ -220,7 +220,7 @@ def test_tables_of_deep_lab_cut(tmp_path, several):
     rows = [["scorer", *["net"] * 6], *heads, ["bodyparts", *["nose"] * 3, *["tail"] * 3]]
     rows += [["coords", *["x", "y", "likelihood"] * 2]]
     rows += [[i, *FIVE[0, i], 0.99, *FIVE[1, i], 0.99 if seen else 0.2] for i, seen in enumerate(LATE)]
-    nose, tail = load(tmp_path, lines(rows))
+    nose, tail = load(tmp_path, lines(rows), canvas="256x256")
     np.testing.assert_allclose(nose, FIVE[0] / 256)
     np.testing.assert_allclose(tail[:, :2], FIVE[1, LATE] / 256)
 

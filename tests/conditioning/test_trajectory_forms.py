@@ -49,7 +49,7 @@ def test_pixels_of_a_video_need_its_size(tmp_path, name):
     """Small numbers, which fit into 256x256 too."""
     kind = forms.KINDS[name]
     pixels, seen = drawn(kind, 2, 5, (200, 100), 0)
-    with pytest.raises(UserError, match=r"in pixels of a video of unknown size; name theirs with --trajectory_canvas"):
+    with pytest.raises(UserError, match=r"in pixels of a video of unknown size; name it: --trajectory_canvas=WxH"):
         trajectory.load(kind.write(tmp_path, pixels, (200, 100), seen))
 
 
