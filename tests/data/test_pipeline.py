@@ -323,7 +323,7 @@ def test_open_soras_buckets():
     [
         ({"buckets": (bucket(frames=10),)}, r"bucket 10x48x48 .*: no clip fits; .* make 9x48x48"),
         ({"buckets": (bucket(), bucket(width=49))}, r"bucket 9x48x49 .*: no clip fits"),
-        ({"buckets": (bucket(batch=0),)}, "do not divide a batch of 0"),
+        ({"buckets": (bucket(batch=0),)}, r"data.buckets\[0\]: batch is 0; give more than 0"),
         ({"buckets": ()}, "data.buckets is empty"),
         ({"crop": 49}, "data.crop is 49, more than a side of the bucket 9x48x48"),
         ({"motion": "some"}, "data.motion is 'some'; choose one of none, dense, sparse, mixed"),
