@@ -28,6 +28,7 @@ TABLES = (".csv", ".tsv")
 PATHS = ("path", "video", "video_path", "file_name", "filename", "file")  # columns of tables, the likeliest first
 TEXTS = ("text", "caption", "prompt")  # columns of tables, and names in .json
 NO_CAPTION = "no caption"
+HOLD_OUT = "hold out train[90%:] (data.validation) from train[:90%] (data.split)"
 
 
 class Member(NamedTuple):
@@ -147,7 +148,7 @@ def open_files(entry: str, split: str) -> ClipFiles:
     elif not path.is_file():
         raise UserError(f"{path}: no such folder; give one with a data set or with videos, a .csv, or a .tar")
     elif name != "train":
-        raise UserError(f"{path}: has no split {name!r}; hold out train[90%:], or name a folder that has both")
+        raise UserError(f"{path}: has no split {name!r}; {HOLD_OUT}, or name a folder that has both")
     else:
         whole = False
     if path.is_dir():
@@ -183,8 +184,7 @@ def _of_split(folder: Path, name: str) -> tuple[Path, bool]:
     if there:
         return there[0], False
     if name != "train":
-        here = folder / name
-        raise UserError(f"{folder}: has no split {name!r}; put its clips into {here}, or hold out train[90%:]")
+        raise UserError(f"{folder}: has no split {name!r}; put its clips into {folder / name}, or {HOLD_OUT}")
     return folder, True
 
 
