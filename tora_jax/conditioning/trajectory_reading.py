@@ -145,7 +145,8 @@ def finish(
     said = drawing.canvas or hints.canvas or (drawn and drawn.size[::-1])
     image = f", or image for the pixels of {next(iter(pictures))}" if pictures else ""
     if drawing.of_video and not said:
-        raise UserError(f"{name}: {drawing.form}, in pixels of a video of unknown size; name it: --trajectory_canvas=WxH{image}")
+        way_out = f"name it: --trajectory_canvas=WxH{image}"
+        raise UserError(f"{name}: {drawing.form}, in pixels of a video of unknown size; {way_out}")
     canvas = said or canvas
     late = [path.times[0] for path in drawing.paths if path.times is not None and drawing.canvas is None]
     if drawing.bare and late and min(late) > 0:
