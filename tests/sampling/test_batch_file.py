@@ -45,7 +45,7 @@ def test_lines_become_videos(tiny_models, folder):
     lines = [
         {"prompt": "a star.", "trajectories": "circle", "seed": 1},
         {"prompt": "a star.", "trajectories": [[10, 10], [200, 200]], "seed": 2, "name": "two"},
-        {"trajectories": None, "num_frames": 1, "motion_score": 5},
+        {"prompt": "a star.", "trajectories": None, "num_frames": 1, "motion_score": 5},
     ]
     write(lines[0], "", *lines[1:])
     assert run(tiny_models, folder) == (3, 0, 0)
