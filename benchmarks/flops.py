@@ -6,6 +6,7 @@ XLA's own count knows a loop's body once, and nothing of what a Pallas kernel do
 from collections.abc import Mapping
 from typing import Any
 
+from tora_jax.models.cogvideox import size_of
 from tora_jax.models.stdit import parse_variant
 
 
@@ -17,6 +18,29 @@ def forward(tora: Mapping[str, Any], frames: int, height: int, width: int, text:
       frames, height, width: of the latents.
       text: tokens.
     """
+    count = _cogvideox if "cogvideox" in tora else _stdit
+    return {part: float(value) for part, value in count(tora, frames, height, width, text).items()}
+
+
+def _cogvideox(tora: Mapping[str, Any], frames: int, height: int, width: int, text: int) -> dict[str, int]:
+    """The parts have the names of their parameters' paths."""
+    fields, m = tora["cogvideox"], tora["motion_features"]
+    size = size_of(fields["variant"])
+    c, depth, patch = size.width, size.depth, size.patch**2
+    video = frames * -(-height // size.patch) * -(-width // size.patch)
+    channels, tokens = fields.get("in_channels", 16), video + text
+    once = tora.get("keep_fusion", False)
+    return {
+        "attn": depth * 2 * 4 * c * c * tokens,
+        "mlp": depth * 2 * 8 * c * c * tokens,
+        "attention": depth * 2 * 2 * c * tokens**2,
+        "fuser": 0 if once else depth * 2 * 2 * (9 * m * c // 4 + 3 * c // 4 * c) * video,
+        "extractor": 2 * 9 * m * video * (16 * patch + 4 * depth * m),
+        "ends": 2 * c * video * 2 * channels * patch + 2 * fields.get("caption_channels", 4096) * c * text,
+    }
+
+
+def _stdit(tora: Mapping[str, Any], frames: int, height: int, width: int, text: int) -> dict[str, int]:
     size = parse_variant(tora["stdit"]["variant"])
     c, m, depth = size.width, tora["motion_features"], size.depth
     cells = -(-height // size.patch) * -(-width // size.patch)
@@ -32,12 +56,12 @@ def forward(tora: Mapping[str, Any], frames: int, height: int, width: int, text:
         )
     fusers = 2 if tora.get("placement", "temporal") == "both" else 1
     return {
-        "spatial": float(depth * block),
-        "temporal": float(depth * block),
-        "attention": float(depth * attention),
-        "fuser": float(depth * fuser * fusers),
-        "extractor": float(2 * 9 * m * tokens * (channels + 2 * depth * m)),
-        "ends": float(2 * c * tokens * 3 * channels + 2 * (tora["stdit"]["caption_channels"] + c) * c * text),
+        "spatial": depth * block,
+        "temporal": depth * block,
+        "attention": depth * attention,
+        "fuser": depth * fuser * fusers,
+        "extractor": 2 * 9 * m * tokens * (channels + 2 * depth * m),
+        "ends": 2 * c * tokens * 3 * channels + 2 * (tora["stdit"]["caption_channels"] + c) * c * text,
     }
 
 

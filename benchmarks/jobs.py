@@ -1,18 +1,24 @@
 """What is compiled and timed: the compiled functions of train.py and sample.py, and shapes of their arguments."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
+from tora_jax.configs.sampling import Settings
 
 from tora_jax import sharding
-from tora_jax.backbones import assembly, opensora
+from tora_jax.backbones import assembly
+from tora_jax.conditioning.images import Given
 from tora_jax.diffusion import sampler
+from tora_jax.models import eight_bit
+from tora_jax.sampling.inputs import Inputs
 from tora_jax.training import optim
 from tora_jax.training.job import Job
 from tora_jax.training.step import init_state, jit_train_step
@@ -56,12 +62,15 @@ def latent_shape(parts, num_frames: int, height: int, width: int) -> tuple[int, 
     return vae.latent_frames(num_frames), *cells, parts["tora"].in_channels
 
 
-def params_of(parts, mesh: Mesh, rules: sharding.Rules, part: str, dtype=None):
+def params_of(config, parts, mesh: Mesh, rules: sharding.Rules, part: str, dtype=None):
     """Shapes of a part's parameters where they lie on a mesh; `dtype` replaces float32."""
-    shapes = jax.eval_shape(functools.partial(assembly.init_params, opensora, parts), jax.random.key(0))
+    kind = assembly.backbone(config)
+    shapes = jax.eval_shape(functools.partial(assembly.init_params, kind, parts), jax.random.key(0))
     shapes = {part: shapes[part]}
     if dtype is not None:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    if part == "tora" and config["tora"].get("cogvideox", {}).get("eight_bit"):
+        shapes["tora"] = kind.quantize(shapes["tora"], eight_bit.shapes)
     return placed(shapes, sharding.param_shardings(shapes, mesh, rules))
 
 
@@ -74,8 +83,9 @@ def placed(shapes, shardings):
 
 def train(config, parts, mesh, rules, size, batch):
     """train.py's step, and shapes of its arguments."""
-    params = params_of(parts, mesh, rules, "tora")
-    job = Job(config, opensora, parts)
+    kind = assembly.backbone(config)
+    params = params_of(config, parts, mesh, rules, "tora")
+    job = Job(config, kind, parts)
     trained, rest = jax.eval_shape(job.split, params)
     frozen = {path: leaf for path, leaf in optim.flatten(params).items() if path in rest}  # with their shardings
     optimizer = job.optimizer(trained)
@@ -91,61 +101,90 @@ def train(config, parts, mesh, rules, size, batch):
     clips |= {"frame_mask": jax.ShapeDtypeStruct((batch, frames), bool)}
     clips |= {name: jax.ShapeDtypeStruct((batch,), jnp.float32) for name in ("fps", "height", "width")}
     clips = placed(clips, sharding.batch_sharding(mesh, rules, batch))
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), whole(mesh))
     return jit_train_step(job, optimizer, state), (state, frozen, clips, key)
 
 
 def text(config, parts, mesh, rules, size, batch):
     """The encoding of captions, and shapes of its arguments."""
-    params = params_of(parts, mesh, rules, "t5", parts["t5"].dtype)["t5"]
+    params = params_of(config, parts, mesh, rules, "t5", parts["t5"].dtype)["t5"]
     shape = batch, parts["tora"].caption_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)
-    return _models(parts).encode_text, (params, *placed(tokens, NamedSharding(mesh, PartitionSpec())))
+    return models_of(config, parts).encode_text, (params, *placed(tokens, whole(mesh)))
 
 
 def motion(config, parts, mesh, rules, size, batch):
-    """From coloured maps to the extractor's features, and shapes of its arguments."""
-    params = params_of(parts, mesh, rules, "tora", jnp.bfloat16) | params_of(parts, mesh, rules, "motion_vae")
+    """From coloured maps to what the denoiser is told of them, and shapes of the arguments."""
+    models = models_of(config, parts)
+    params = params_of(config, parts, mesh, rules, "tora", jnp.bfloat16)
+    params |= params_of(config, parts, mesh, rules, models.backbone.MOTION, _dtype(models.motion_vae))
     maps = jax.ShapeDtypeStruct((batch, size["num_frames"], size["height"], size["width"], 3), jnp.float32)
-    return _models(parts).extract, (params, placed(maps, NamedSharding(mesh, PartitionSpec())), None)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    return models.extract, (params, *placed((maps, keys), whole(mesh)))
 
 
 def sample(config, parts, mesh, rules, size, batch):
     """One step of sample.py with guidance, and shapes of its arguments."""
-    params = params_of(parts, mesh, rules, "tora", jnp.bfloat16)["tora"]
-    frames, height, width, channels = latent_shape(parts, **size)
-    tora, dtype = parts["tora"], parts["tora"].stdit["dtype"]
-    whole = NamedSharding(mesh, PartitionSpec())
-    x = jax.ShapeDtypeStruct((batch, frames, height, width, channels), jnp.float32)
-    motion = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    rows = 2 * batch
-    conditions = {
-        "text": jax.ShapeDtypeStruct((rows, tora.caption_length, tora.caption_channels), dtype),
-        "text_mask": jax.ShapeDtypeStruct((rows, tora.caption_length), bool),
-        "drop_text": jax.ShapeDtypeStruct((rows,), bool),
-        "has_motion": jax.ShapeDtypeStruct((rows,), bool),
-        **{name: jax.ShapeDtypeStruct((rows,), jnp.float32) for name in ("fps", "height", "width")},
-    }
-    extract = functools.partial(parts["tora"].apply, method="extract")
-    features = jax.eval_shape(lambda params, motion: extract({"params": params}, motion), params, motion)
-    by_time = nn.logical_to_mesh_axes((None, None, "time", None, None, None), rules)
-    features = placed(features, NamedSharding(mesh, by_time))
-    times, *weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3,), (), ()))
-    x, conditions, times, weights = placed((x, conditions, times, tuple(weights)), whole)
-    told = sampler.Told(conditions, features)
-    return sampler.step, (_models(parts).method("euler"), params, x, Step(times), weights, told, ())
+    params = params_of(config, parts, mesh, rules, "tora", jnp.bfloat16)["tora"]
+    models = models_of(config, parts)
+    settings = Settings(**{name: config["sampling"][name] for name in ("solver", "steps", "guidance")}, **size)
+    method = models.method(settings.solver)
+    x = jax.ShapeDtypeStruct((batch, *latent_shape(parts, **size)), jnp.float32)
+    with sharding.use(mesh, rules):
+        features, conditions = jax.eval_shape(functools.partial(_told, models, settings, size, batch), params)
+    features = jax.tree.map(lambda leaf: placed(leaf, _features(leaf, mesh, rules)), features)
+    times = method.process.times(settings.steps, size["height"], size["width"], x.shape[1])
+    solver = method.solver
+    coefficients = jax.tree.map(jnp.asarray, solver.coefficients(method.process, times, 1))
+    at = Step(jnp.asarray(times[1:4]), coefficients, x if solver.noisy else None)
+    rest = (x, conditions, at, (jnp.float32(0), jnp.float32(0)), jax.eval_shape(solver.init, x))
+    x, conditions, at, weights, memory = placed(rest, whole(mesh))
+    return sampler.step, (method, params, x, at, weights, sampler.Told(conditions, features), memory)
+
+
+def _told(models: assembly.Models, settings: Settings, size: dict, batch: int, tora: Any) -> tuple[Any, dict]:
+    """What the denoiser is told by requests with a trajectory, from the functions that sampling calls."""
+    kind, parts = models.backbone, models.parts
+    fresh = assembly.init_params(kind, parts, jax.random.key(0))
+    models = dataclasses.replace(models, params={**fresh, "tora": tora})
+    shape = size["num_frames"], size["height"], size["width"], 3
+    images = {0: Given(np.zeros(shape[1:], np.uint8), 0.0)} if models.tora.given_channels else {}
+    inputs = [Inputs("a star.", np.full((1, shape[0], 2), 0.5, np.float32), images)] * batch
+    keys = jax.random.split(jax.random.key(0), batch)
+    features = models.extract(models.params, jnp.zeros((batch, *shape)), keys)
+    return features, kind.conditions(models, inputs, settings) | kind.given(models, inputs, settings, keys)[1]
+
+
+def _features(leaf: jax.ShapeDtypeStruct, mesh: Mesh, rules: sharding.Rules) -> NamedSharding:
+    """Where features [depth, b, t, h, w, m] lie: over the frames, or else over the rows, that the mesh divides."""
+    with sharding.use(mesh, rules):
+        over = (None, None, "time", None, None, None)
+        if leaf.shape[2] % sharding.shards("time"):
+            over = (None, None, None, "space", None, None)
+        return NamedSharding(mesh, sharding.spec(leaf.shape, over))
 
 
 def decode(config, parts, mesh, rules, size, batch):
     """The decoding of latents to a video, and shapes of its arguments."""
-    params = params_of(parts, mesh, rules, "vae")["vae"]
+    params = params_of(config, parts, mesh, rules, "vae", _dtype(parts["vae"]))["vae"]
     latents = jax.ShapeDtypeStruct((batch, *latent_shape(parts, **size)), jnp.float32)
-    latents = placed(latents, NamedSharding(mesh, PartitionSpec()))
-    return _models(parts).decode, (size["num_frames"], params, latents)
+    return models_of(config, parts).decode, (size["num_frames"], params, placed(latents, whole(mesh)))
 
 
-def _models(parts) -> assembly.Models:
-    return assembly.Models(opensora, parts, params={}, tokenizer=None, origin="")
+def whole(mesh: Mesh) -> NamedSharding:
+    """Of arrays that all devices hold."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def models_of(config, parts) -> assembly.Models:
+    """The compiled functions of a config's parts, without parameters."""
+    kind = assembly.backbone(config)
+    return assembly.Models(kind, parts, {}, assembly.tokenizer(kind, parts, None), "", config["sampling"])
+
+
+def _dtype(vae: nn.Module):
+    """Of a VAE's weights in a release folder."""
+    return getattr(vae, "dtype", jnp.float32)
 
 
 JOBS = {"train": train, "text": text, "motion": motion, "sample": sample, "decode": decode}

@@ -48,7 +48,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 def passes(config, parts, mesh, rules, size, batch, *, gradients: bool, motion: bool):
     """The denoiser alone, and shapes of its arguments."""
-    params = jobs.params_of(parts, mesh, rules, "tora")["tora"]
+    params = jobs.params_of(config, parts, mesh, rules, "tora")["tora"]
     tora, latents = parts["tora"], jobs.latent_shape(parts, **size)
     shapes = {"x": (batch, *latents), "text": (batch, tora.caption_length, tora.caption_channels)}
     shapes |= {"motion": shapes["x"]} if motion else {}

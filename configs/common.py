@@ -34,8 +34,9 @@ def training() -> dict:
             "time": "seq",
             "space": "seq",
             "frames": ("data", "fsdp", "seq", "tensor"),
-            "embed": "fsdp",
+            "embed": ("fsdp", "seq"),
             "hidden": "tensor",
+            "heads": ("tensor", "seq"),
         },
         "resume": False,  # goes on from the newest checkpoint, as the run began
         "resume_anyway": False,  # takes settings, weights or clips that are not those that the run began with

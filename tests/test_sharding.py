@@ -16,6 +16,7 @@ from configs import common, tora
 from tora_jax import sharding
 from tora_jax.backbones import assembly, opensora
 from tora_jax.errors import UserError
+from tora_jax.models.cogvideox import CogVideoX
 from tora_jax.models.tora import Tora
 from tora_jax.models.video_vae import VideoVAE
 from tora_jax.training import optim
@@ -48,13 +49,16 @@ class TestParameters:
     @pytest.mark.parametrize(
         ("path", "spec"),
         [
-            ("tora/stdit/blocks/temporal/attn/qkv/kernel", P(None, "fsdp", "tensor")),
-            ("tora/stdit/blocks/spatial/mlp/fc2/kernel", P(None, "tensor", "fsdp")),
-            ("tora/stdit/blocks/temporal_fuser/gamma_temporal/kernel", P(None, None, None, None, "fsdp", "tensor")),
-            ("tora/stdit/t_block/kernel", P("fsdp", "tensor")),
+            ("tora/stdit/blocks/temporal/attn/qkv/kernel", P(None, ("fsdp", "seq"), "tensor")),
+            ("tora/stdit/blocks/spatial/mlp/fc2/kernel", P(None, "tensor", ("fsdp", "seq"))),
+            (
+                "tora/stdit/blocks/temporal_fuser/gamma_temporal/kernel",
+                P(None, None, None, None, ("fsdp", "seq"), "tensor"),
+            ),
+            ("tora/stdit/t_block/kernel", P(("fsdp", "seq"), "tensor")),
             ("tora/stdit/blocks/spatial/mlp/fc1/bias", P()),
             ("tora/stdit/blocks/spatial/scale_shift_table", P()),
-            ("t5/blocks/mlp/wo/kernel", P(None, "fsdp", "tensor")),
+            ("t5/blocks/mlp/wo/kernel", P(None, ("fsdp", "seq"), "tensor")),
         ],
     )
     def test_table(self, path, spec):
@@ -67,7 +71,7 @@ class TestParameters:
         leaf = jax.ShapeDtypeStruct((12, 40), jnp.float32)
         got = sharding.param_shardings({"tora/x/qkv/kernel": leaf, "tora/x/proj/kernel": leaf}, mesh, RULES)
         assert got["tora/x/qkv/kernel"].spec == P(None, "tensor")
-        assert got["tora/x/proj/kernel"].spec == P("tensor", "fsdp")
+        assert got["tora/x/proj/kernel"].spec == P("tensor", ("fsdp", "seq"))
 
     def test_state_lies_like_its_parameters(self):
         mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
@@ -188,6 +192,43 @@ def test_what_sequence_parallelism_sends(size):
     halo = [count for kind, count in found if kind == "collective-permute"]
     assert halo  # of the fusers' convolutions over time
     assert max(halo) < part
+
+
+def test_cogvideox_on_a_mesh():
+    """What one device computes, with rows and text that two devices do not divide; tokens move by all-to-all alone."""
+    fields = {"caption_channels": 8, "caption_length": 5, "time_channels": 8, "base_grid": (3, 2)}
+    module, rng = CogVideoX("1x96x2/2", **fields), np.random.default_rng(0)
+    batch = {
+        "x": rng.standard_normal((2, 3, 10, 6, 16), np.float32),  # 3 frames of 5x3 patches
+        "timestep": np.float32([100, 900]),
+        "text": rng.standard_normal((2, 5, 8), np.float32),
+        "features": rng.standard_normal((1, 2, 3, 5, 3, 8), np.float32),
+        "strength": np.float32([1, 0.5]),
+    }
+    shapes = jax.eval_shape(lambda key: module.init(key, **jax.tree.map(jnp.asarray, batch)), jax.random.key(1))
+    params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes["params"])
+
+    def run(params, batch):
+        # Features have a leading axis of blocks, so that they cannot be split like the rest of a batch.
+        told = batch | {"features": batch["features"][None]}
+        return module.apply({"params": params["tora"]["cogvideox"]}, **told)
+
+    batch["features"], params = batch["features"][0], {"tora": {"cogvideox": params}}
+    quick = {"xla_backend_optimization_level": 0}  # run once: fast to compile beats fast to run
+    forward = jax.jit(run, compiler_options=quick)
+    (out, text), want = on_mesh("fsdp=2,seq=2", params, batch, forward), forward(params, batch)
+    assert np.abs(np.asarray(out) - want).max() <= 1e-5 * np.abs(want).max()
+    whole = 3 * 6 * 3 * 96  # one sample's tokens, with a row of padding; half of them on each device
+    parts = sent(text)
+    moved = [count for kind, count, _ in parts if kind == "all-to-all"]
+    assert moved
+    assert max(moved) <= 3 * whole // 2  # queries, keys and values at most
+    leaves = jax.tree.leaves(params)
+    kernels = {leaf.size for leaf in leaves} | {leaf[0].size for leaf in leaves}
+    gathered = [count for kind, count, _ in parts if kind == "all-gather" and count not in kernels]
+    assert max(gathered, default=0) < whole  # such as the predicted patches, which are narrower
+    halo = [count for kind, count, _ in parts if kind == "collective-permute"]
+    assert max(halo) < whole // 4  # rows of the motion features
 
 
 @pytest.mark.slow

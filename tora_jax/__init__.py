@@ -27,6 +27,7 @@ def load(
     config: Mapping[str, Any] | None = None,
     seed: int = 0,
     low_memory: bool = False,
+    eight_bit: bool = False,
 ) -> Models:
     """Loads a model.
 
@@ -35,6 +36,8 @@ def load(
       config: plain nested dict, in place of the weights' own; with `weights=None`, random weights of this config.
       seed: of random weights.
       low_memory: the weights stay in the host's memory, and each part is on the device only while it is used.
+      eight_bit: the denoiser's kernels in 8 bits: half of its memory, and a video that differs a little. CogVideoX's
+        weights have this form.
 
     Raises:
       tora_jax.errors.UserError: the folder is missing, broken, or does not fit the config.
@@ -42,7 +45,9 @@ def load(
     from tora_jax.backbones import assembly
     from tora_jax.checkpoints import release
 
-    return assembly.load(config, release.DEMO if weights is None and config is None else weights, seed, low_memory)
+    return assembly.load(
+        config, release.DEMO if weights is None and config is None else weights, seed, low_memory, eight_bit
+    )
 
 
 def generate(

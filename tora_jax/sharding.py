@@ -69,10 +69,10 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def sharding_by_size(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """fsdp on the longest axis that it divides, tensor on the longest of the others; the rest is replicated."""
-    axes: list[str | None] = [None] * len(shape)
-    for name in ("fsdp", "tensor"):
-        size = mesh.shape[name]
+    """fsdp and seq on the longest axis that they divide, tensor on the longest of the others; the rest is replicated."""
+    axes: list[str | tuple[str, str] | None] = [None] * len(shape)
+    for name in (("fsdp", "seq"), "tensor"):
+        size = _size(mesh, name)
         free = [i for i, length in enumerate(shape) if axes[i] is None and length % size == 0]
         if size > 1 and free:
             axes[max(free, key=lambda i: shape[i])] = name
@@ -131,8 +131,8 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     To be held around calls of compiled functions: JAX keeps apart what it has traced for different meshes.
 
     Args:
-      rules: of the names "batch", "time" (of spatial blocks, which hold whole frames), "space" (of temporal blocks,
-        which hold whole tracks) and "frames" (of VAEs, in which each is alone).
+      rules: of the names "batch", "time" (where devices hold whole frames), "space" (where they hold whole tracks, or
+        rows of all frames), "heads" (where they hold whole sequences) and "frames" (of VAEs, in which each is alone).
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
@@ -160,6 +160,20 @@ def spec(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
     """For `jax.shard_map` on the mesh in use: where the axes of these logical names lie, if it divides them."""
     divided = [None if length % shards(name) else name for length, name in zip(shape, names, strict=True)]
     return nn.logical_to_mesh_axes(divided, nn.get_logical_axis_rules())
+
+
+def constrain(x: jax.Array, names: Sequence[str | None], uneven: bool = False) -> jax.Array:
+    """`flax.linen.with_logical_constraint`, but that axes which the mesh does not divide are not sharded.
+
+    Args:
+      uneven: axes that are longer than their part of the mesh are sharded all the same, and filled up by XLA.
+    """
+    if not in_use():
+        return x
+    if uneven:
+        names = [None if length < shards(name) else name for length, name in zip(x.shape, names, strict=True)]
+        return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_axes(names, nn.get_logical_axis_rules()))
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, names))
 
 
 def to_host(tree: Any) -> Any:

@@ -9,7 +9,8 @@ import pytest
 
 from tora_jax import typing
 from tora_jax.errors import UserError
-from tora_jax.models.cogvideox import rotary_tables, size_of
+from tora_jax.models.cogvideox import size_of
+from tora_jax.models.cogvideox_positions import rotary_tables
 from tora_jax.models.cogvideox_tora import CogVideoXTora
 from tora_jax.models.cogvideox_vae import CogVideoXVAE, decoded_frames
 

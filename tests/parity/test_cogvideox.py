@@ -11,8 +11,8 @@ from convert_weights import mapping
 from convert_weights.tables import t5, tora_cogvideox
 from tests.parity import cogvideox, golden
 from tests.parity.cogvideox import channels_last
-from tora_jax.models.cogvideox import fit_grid, rotary_tables
 from tora_jax.models.cogvideox_motion import MotionExtractor, MotionFuser
+from tora_jax.models.cogvideox_positions import fit_grid, rotary_tables
 from tora_jax.models.t5 import T5Encoder
 
 FILES = ["cogvideox_transformer", "cogvideox_transformer_motion", "cogvideox_transformer_i2v"]

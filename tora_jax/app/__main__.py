@@ -21,6 +21,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     parser = command_line.Parser("python -m tora_jax.app", "A page to draw on.")
     parser.add_argument("--weights", help="release folder; left out: the small model's")
     parser.add_argument("--low_memory", action="store_true", help="parts are on the device only while they are used")
+    parser.add_argument("--eight_bit", action="store_true", help="kernels of the released Tora's denoiser in 8 bits")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 = on all interfaces")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--user", default="tora", help="with --password")
@@ -41,7 +42,10 @@ def serve(folder: Path, options: argparse.Namespace, block: bool = True):
 
     command_line.use_compilation_cache()
     blocks = page.build(
-        studio.Studio(tora_jax.load(options.weights, low_memory=options.low_memory), folder / "results")
+        studio.Studio(
+            tora_jax.load(options.weights, low_memory=options.low_memory, eight_bit=options.eight_bit),
+            folder / "results",
+        )
     )
     password = options.password or os.environ.get("TORA_PASSWORD")
     _, address, _ = blocks.launch(

@@ -223,6 +223,7 @@ def load(
     weights: str | Path | None = None,
     seed: int = 0,
     low_memory: bool = False,
+    eight_bit: bool = False,
 ) -> Models:
     """Builds the parts of a config and fills them.
 
@@ -233,19 +234,27 @@ def load(
       weights: a release folder; None = random weights, which make noise.
       seed: of the random weights.
       low_memory: the parameters stay in the host's memory, and each part is on the device only while it is used.
+      eight_bit: the denoiser's kernels take half of bfloat16's room; the video differs a little.
 
     Raises:
-      UserError: when the config makes no model, or the weights are missing, broken or of another size.
+      UserError: when the config makes no model, or the weights are missing, broken or of another size; or the denoiser
+        has no form in 8 bits.
     """
     if config is None:
         if weights is None:
             raise ValueError("load needs a config, weights or both")
         config = release.read_config(weights)
-    parts, kind = modules(config), backbone(config)
+    kind = backbone(config)
+    if eight_bit:
+        if not hasattr(kind, "in_eight_bit"):
+            raise UserError("eight_bit: these weights have no form in 8 bits; try low_memory alone")
+        config = kind.in_eight_bit(config)
+    parts = modules(config)
     fits = None if weights is None else _note_of_fit(kind, config, weights)
     shapes = None if fits and fits.exists() else _shapes(kind, parts)
-    keep = jax.device_get if low_memory else (lambda params: params)
-    released = None if weights is None else release.load(weights, keep, kind.PARTS)
+    keep = jax.device_get if low_memory or eight_bit else (lambda params: params)
+    with _host() if low_memory or eight_bit else contextlib.nullcontext():
+        released = None if weights is None else release.load(weights, keep, kind.PARTS)
     if released is not None and shapes is not None:
         _check_sizes(shapes, released.params, str(weights))
         if fits is not None:
@@ -259,6 +268,9 @@ def load(
         origin = f"random weights (seed {seed})"
     else:
         params, origin = released.params, str(weights)
+    if eight_bit:
+        params = {**params, "tora": kind.quantize(params["tora"])}
+        params = params if low_memory else jax.device_put(params)
     return Models(kind, parts, params, tokens, origin, config.get("sampling", {}))
 
 
@@ -269,6 +281,14 @@ def tokenizer(kind: ModuleType, parts: Mapping[str, nn.Module], weights: str | P
       UserError: it is missing, or none of T5's.
     """
     return text.Tokenizer(tokenizer_path(weights), parts["tora"].caption_length, **kind.TOKENS)
+
+
+def _host() -> contextlib.AbstractContextManager:
+    """Inside, new arrays are in the host's memory: a part may be too large for the device."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS names another platform alone
+        return contextlib.nullcontext()
 
 
 def tokenizer_path(weights: str | Path | None) -> Path:

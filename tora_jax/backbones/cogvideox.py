@@ -28,6 +28,7 @@ from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.diffusion.v_prediction import GUIDANCE, VPrediction
 from tora_jax.errors import UserError
 from tora_jax.io.video import to_float
+from tora_jax.models import eight_bit
 from tora_jax.models.cogvideox import CogVideoX
 from tora_jax.models.cogvideox_tora import CogVideoXTora
 from tora_jax.models.cogvideox_vae import CHUNK, CogVideoXVAE
@@ -96,6 +97,22 @@ def check_fit(parts: Mapping[str, nn.Module], tokenizer: Tokenizer) -> None:
 def process(parts: Mapping[str, nn.Module]) -> VPrediction:
     """The process that the weights were trained on."""
     return VPrediction(SPACINGS[parts["tora"].front_end])
+
+
+def in_eight_bit(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same weights with the denoiser's kernels in 8 bits."""
+    tora = config["tora"]
+    return {**config, "tora": {**tora, "cogvideox": {**tora["cogvideox"], "eight_bit": True}}}
+
+
+def quantize(params: Mapping[str, Any], of_blocks: Callable[[Any], Any] = eight_bit.quantize) -> dict[str, Any]:
+    """The denoiser's parameters as a module of `in_eight_bit` takes them.
+
+    Args:
+      of_blocks: `eight_bit.quantize`, or `eight_bit.shapes`.
+    """
+    inner = params["cogvideox"]
+    return {**params, "cogvideox": {**inner, "blocks": of_blocks(inner["blocks"])}}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ The parts of a config:
   dummies: the smallest inputs of each part.
   check_fit: whether the parts speak of the same latents, captions and tokens.
   process: the `typing.Process` of the weights.
+  in_eight_bit, quantize: where the denoiser has a form in 8 bits; see backbones/cogvideox.py.
 
 What the compiled functions of `assembly.Models` are made of:
   encode_text, extract, denoise.

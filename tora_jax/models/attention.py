@@ -39,6 +39,7 @@ def attention(
     causal: bool = False,
     backend: str = "auto",
     axes: Sequence[str | None] = (),
+    heads: str = "hidden",
 ) -> Float[Array, "b *l k d"]:
     """Softmax attention, the softmax in float32.
 
@@ -52,6 +53,7 @@ def attention(
       causal: a query sees no key after it; for "xla" alone.
       backend: one of BACKENDS.
       axes: logical names of q's leading axes (see `sharding`), for kernels that XLA cannot cut by itself.
+      heads: the logical name of the heads' axis, for the same.
 
     Raises:
       ValueError: for another backend, or one that cannot do what is asked.
@@ -65,7 +67,7 @@ def attention(
         raise ValueError(f"attention {backend!r} has neither biases nor a causal form; use 'xla'")
     if backend != "xla":
         kernel = _cudnn if backend == "cudnn" else _splash
-        return _on_devices(functools.partial(kernel, scale=scale), q, k, v, key_mask, axes)
+        return _on_devices(functools.partial(kernel, scale=scale), q, k, v, key_mask, axes, heads)
     return _plain(q, k, v, key_mask, bias, scale=scale, causal=causal)
 
 
@@ -114,13 +116,15 @@ def _best(q: Array, k: Array, plain: bool) -> str:
     return "cudnn" if platform in ("gpu", "cuda") and fits else "xla"
 
 
-def _on_devices(attend, q: Array, k: Array, v: Array, key_mask: Array | None, axes: Sequence[str | None]) -> Array:
+def _on_devices(
+    attend, q: Array, k: Array, v: Array, key_mask: Array | None, axes: Sequence[str | None], heads: str
+) -> Array:
     """`attend` on each device's own part of the arrays; axes that the mesh does not divide are whole on all."""
     if not sharding.in_use():
         return attend(q, k, v, key_mask)
-    names = (*axes, *(None,) * (q.ndim - 2 - len(axes)), "hidden", None)
+    names = (*axes, *(None,) * (q.ndim - 2 - len(axes)), heads, None)
     of_q = sharding.spec(q.shape, names)
-    of_k = sharding.spec(k.shape, (*names[: k.ndim - 3], None, "hidden", None))
+    of_k = sharding.spec(k.shape, (*names[: k.ndim - 3], None, heads, None))
     of_mask = None if key_mask is None else sharding.spec(key_mask.shape, (*names[:1], None))
     cut = jax.shard_map(attend, in_specs=(of_q, of_k, of_k, of_mask), out_specs=of_q, check_vma=False)
     return cut(q, k, v, key_mask)

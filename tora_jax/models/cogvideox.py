@@ -11,14 +11,16 @@ import math
 
 import einops
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
+from tora_jax import sharding
 from tora_jax.errors import UserError
-from tora_jax.models import layers
+from tora_jax.models import eight_bit, layers
 from tora_jax.models.attention import attention
-from tora_jax.models.cogvideox_motion import CONV, Fusion, MotionFuser
+from tora_jax.models.cogvideox_motion import CONV, FEATURES, Fusion, MotionFuser
+from tora_jax.models.cogvideox_positions import Places, rotary_tables, rotate, sinusoids
 from tora_jax.models.layers import Dtype, dense, modulate
 from tora_jax.models.stdit import Size, parse_variant
 
@@ -27,93 +29,16 @@ SIZES = {"5B": Size(42, 3072, 48, 2)}
 EPS = 1e-5  # of the norms of tokens
 HEAD_EPS = 1e-6  # of the norms of queries and keys
 
-# Logical axes of the video's tokens [b, t, h, w, c] and of the text's [b, n, c].
-VIDEO = ("batch", None, None, None, None)
-TEXT = ("batch", None, None)
-
-Table = Float[Array, "t h w d"]
+# Logical axes of the video's tokens [b, t, h, w, c] and of the text's [b, n, c]: each device holds some rows of all
+# frames, and a part of the text. In attention it holds all tokens of some heads, [b, (t, h, w or) n, k, d].
+VIDEO = ("batch", None, "space", None, None)
+TEXT = ("batch", "space", None)
+HEADS = "heads"
 
 
 def size_of(variant: str) -> Size:
     """ "5B" is the released size; any other is written depth x width x heads / patch, see `stdit.parse_variant`."""
     return SIZES.get(variant) or parse_variant(variant)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Positions
-# ----------------------------------------------------------------------------------------------------------
-
-
-def fit_grid(grid: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The place of a grid (rows, columns) inside a base grid: enlarged or shrunk to fit, its ratio kept, centred.
-
-    Returns:
-      (top, left), (bottom, right); halves are rounded to even numbers.
-    """
-    (h, w), (base_h, base_w) = grid, base
-    tall = h / w > base_h / base_w
-    fitted = (base_h, round(base_h / h * w)) if tall else (round(base_w / w * h), base_w)
-    top, left = (round((whole - part) / 2) for whole, part in zip(base, fitted, strict=True))
-    return (top, left), (top + fitted[0], left + fitted[1])
-
-
-def rotary_tables(frames: int, grid: tuple[int, int], head_dim: int, base: tuple[int, int]) -> tuple[Table, Table]:
-    """Cosines and sines of the rotary embedding of each token.
-
-    The first quarter of a head's channels is for time, the next three eighths for height, the last for width. In
-    height and width, positions go from the near edge of the grid's place in the base grid (see `fit_grid`) to a
-    share (n - 1) / n of the far one: the near edge is not scaled, as in the reference.
-
-    Args:
-      frames: t.
-      grid: (rows, columns) of patches.
-      head_dim: d; a multiple of 16.
-      base: the grid at which positions are whole numbers.
-
-    Raises:
-      ValueError: for another `head_dim`.
-    """
-    if head_dim % 16:
-        raise ValueError(
-            f"heads of {head_dim} channels: rotary positions in time, height and width want multiples of 16"
-        )
-    near, far = fit_grid(grid, base)
-    positions = [np.arange(frames)]
-    positions += [np.linspace(a, b * (n - 1) / n, n) for a, b, n in zip(near, far, grid, strict=True)]
-    channels = head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8
-    angles = [
-        np.repeat(np.outer(position, 10000.0 ** (-np.arange(0, d, 2) / d)), 2, axis=-1)
-        for position, d in zip(positions, channels, strict=True)
-    ]
-
-    def table(function) -> Table:
-        parts = []
-        for axis, angle in enumerate(angles):
-            shape = [1, 1, 1, angle.shape[-1]]
-            shape[axis] = len(angle)
-            part = jnp.asarray(function(angle), jnp.float32).reshape(shape)
-            parts.append(jnp.broadcast_to(part, (frames, *grid, angle.shape[-1])))
-        return jnp.concatenate(parts, axis=-1)
-
-    return table(np.cos), table(np.sin)
-
-
-def rotate(x: Float[Array, "b t h w k d"], tables: tuple[Table, Table]) -> Float[Array, "b t h w k d"]:
-    """Rotary embedding with interleaved pairs: channels 2i and 2i + 1 turn together; float32 inside."""
-    cos, sin = (table[..., None, :] for table in tables)
-    # A product exchanges neighbours, as in `layers.rotate`.
-    swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]).astype(x.dtype)
-    other = jnp.matmul(x, swap, precision="highest").astype(jnp.float32)
-    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
-
-
-def sinusoids(timestep: Float[Array, "b"], features: int) -> Float[Array, "b c"]:
-    """A timestep as cosines and sines of falling frequencies, cosines first."""
-    half = features // 2
-    # Rounded to float32 where the reference rounds: times a timestep of 999, the last bit is seen.
-    exponent = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    angle = timestep.astype(jnp.float32)[:, None] * np.exp(exponent.astype(np.float64)).astype(np.float32)
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,7 +74,12 @@ class ExpertNorm(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Self-attention of text and video together, without a mask; rotary embedding of the video alone."""
+    """Self-attention of text and video together, without a mask; rotary embedding of the video alone.
+
+    On a mesh, queries, keys and values go by all-to-all from some tokens of all heads to all tokens of some heads, and
+    the result goes back. Between, padding is cut off, so that the softmax never meets it. Heads that the mesh does not
+    divide are whole on all devices.
+    """
 
     num_heads: int
     backend: str = "auto"
@@ -157,26 +87,37 @@ class JointAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, video: Float[Array, "b t h w c"], text: Float[Array, "b n c"], tables: tuple[Table, Table]
+        self, video: Float[Array, "b t h w c"], text: Float[Array, "b n c"], places: Places
     ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b n c"]]:
-        width, grid = video.shape[-1], video.shape[1:4]
+        (*_, rows, columns, width), padded = video.shape, text.shape[1]
 
         def project(name: str, normalise: nn.LayerNorm | None = None) -> Float[Array, "b l k d"]:
             layer = dense(width, dtype=self.dtype, name=name)
             parts = []
-            for x in (text, video):
+            for x, names in ((text, TEXT), (video, VIDEO)):
                 x = einops.rearrange(layer(x), "... (k d) -> ... k d", k=self.num_heads)
                 if normalise is not None:
                     x = normalise(x).astype(self.dtype)
-                    x = rotate(x, tables) if x.ndim == 6 else x
+                x = sharding.constrain(x, (*names[:-1], "hidden", None))  # or else tokens are gathered for the product
+                x = sharding.constrain(x, ("batch", *(None,) * (x.ndim - 3), HEADS, None))
+                x = x[:, : places.text_length] if x.ndim == 4 else x[:, :, : places.rows]
+                x = rotate(x, places) if normalise is not None and x.ndim == 6 else x
                 parts.append(x.reshape(len(x), -1, *x.shape[-2:]))
             return jnp.concatenate(parts, axis=1)
 
         q, k = project("q", norm(HEAD_EPS, "q_norm")), project("k", norm(HEAD_EPS, "k_norm"))
-        x = attention(q, k, project("v"), backend=self.backend, axes=("batch",))
-        x = dense(width, dtype=self.dtype, name="proj")(einops.rearrange(x, "b l k d -> b l (k d)"))
-        text, video = jnp.split(x, [text.shape[1]], axis=1)
-        return video.reshape(len(video), *grid, width), text
+        x = attention(q, k, project("v"), backend=self.backend, axes=("batch",), heads=HEADS)
+        out = dense(width, dtype=self.dtype, name="proj")
+
+        def back(x: Float[Array, "b *l k d"], axis: int, length: int) -> Float[Array, "b *l2 c"]:
+            x = sharding.constrain(layers.pad_end(x, axis, length), ("batch", *(None,) * (x.ndim - 3), HEADS, None))
+            names = TEXT if x.ndim == 4 else VIDEO
+            x = sharding.constrain(x, (*names[:-1], "hidden", None))
+            return out(einops.rearrange(x, "... k d -> ... (k d)"))
+
+        y, x = jnp.split(x, [places.text_length], axis=1)
+        x = einops.rearrange(x, "b (t h w) k d -> b t h w k d", h=places.rows, w=columns)
+        return back(x, 2, rows), back(y, 1, padded)
 
 
 class Block(nn.Module):
@@ -204,20 +145,20 @@ class Block(nn.Module):
         hidden: tuple[Float[Array, "b t h w c"], Float[Array, "b n c"]],
         features: Float[Array, "b2 t h w m"] | Fusion | None,
         time: Float[Array, "b _"],
-        tables: tuple[Table, Table],
+        places: Places,
         strength: Float[Array, "b"] | None,
     ) -> tuple[tuple[Float[Array, "b t h w c"], Float[Array, "b n c"]], None]:
         video, text = hidden
-        video, text = nn.with_logical_constraint(video, VIDEO), nn.with_logical_constraint(text, TEXT)
+        video, text = sharding.constrain(video, VIDEO), sharding.constrain(text, TEXT)
         x, y, video_gate, text_gate = self.norm1(video, text, time)
         if features is not None:
-            x = self.motion_fuser(x, features, strength)
-        x, y = self.attn(x.astype(self.dtype), y.astype(self.dtype), tables)
+            x = self.motion_fuser(x, features, strength, places.rows)
+        x, y = self.attn(x.astype(self.dtype), y.astype(self.dtype), places)
         video, text = video + (video_gate * x).astype(video.dtype), text + (text_gate * y).astype(text.dtype)
         x, y, video_gate, text_gate = self.norm2(video, text, time)
         x, y = self.mlp(x.astype(self.dtype)), self.mlp(y.astype(self.dtype))
         video, text = video + (video_gate * x).astype(video.dtype), text + (text_gate * y).astype(text.dtype)
-        return (nn.with_logical_constraint(video, VIDEO), nn.with_logical_constraint(text, TEXT)), None
+        return (sharding.constrain(video, VIDEO), sharding.constrain(text, TEXT)), None
 
     def fusion(self, carry: None, features: Float[Array, "b t h w m"]) -> tuple[None, Fusion]:
         """Gamma and beta of this block's fuser, for a scan over the blocks."""
@@ -259,6 +200,7 @@ class CogVideoX(nn.Module):
         without adding it (sat/dit_video_concat.py); the diffusers form adds it.
       final_eps: of the last norm: 1e-5 in diffusers, 1e-6 in the authors' own code.
       remat: rematerialisation policy for a block, see `layers.remat`.
+      eight_bit: the blocks' parameters are those of `eight_bit.quantize`.
       attention: a backend of `attention`.
       dtype: of matrix products; parameters are float32.
     """
@@ -274,6 +216,7 @@ class CogVideoX(nn.Module):
     add_positions: bool = False
     final_eps: float = 1e-5
     remat: str = "none"
+    eight_bit: bool = False
     attention: str = "auto"
     dtype: Dtype = jnp.float32
 
@@ -293,13 +236,17 @@ class CogVideoX(nn.Module):
             "unroll": layers.unroll(size.depth),
         }
         methods = {"__call__": scanned | {"in_axes": (0, *(nn.broadcast,) * 3)}, "fusion": scanned | {"in_axes": 0}}
-        blocks = nn.scan(layers.remat(Block, self.remat), methods=methods)
+        block = eight_bit.restored(Block, self.dtype) if self.eight_bit and not self.is_initializing() else Block
+        blocks = nn.scan(layers.remat(block, self.remat), methods=methods)
         self.blocks = blocks(size.width, size.num_heads, self.attention, self.dtype)
         self.final_layer = FinalLayer(size.patch**2 * self.out_channels, self.final_eps, self.dtype)
 
     def fusion(self, features: Float[Array, "depth b t h2 w2 m"]) -> Fusion:
-        """Gamma and beta of all blocks, stacked: for each video once, where memory allows."""
-        return self.blocks.fusion(None, features.astype(self.dtype))[1]
+        """Gamma and beta of all blocks, stacked: for each video once, where memory allows.
+
+        On a mesh, rows that it does not divide are filled up, as the tokens' are.
+        """
+        return self.blocks.fusion(None, self._spread(features))[1]
 
     def __call__(
         self,
@@ -339,14 +286,19 @@ class CogVideoX(nn.Module):
 
         video, text = self.patch_embedder(x.astype(self.dtype)), self.text_embedder(text.astype(self.dtype))
         video, text = self._with_positions(video, text)
-        grid = video.shape[2:4]
+        tables = rotary_tables(frames, video.shape[2:4], size.width // size.num_heads, self.base_grid)
+        places = Places(*tables, text.shape[1])
+        # On a mesh, rows and text that it does not divide are filled up with zeros, which no other token sees: they
+        # are cut off before the softmax, left out of the fusers' norms, and zeros are what stands around a frame there.
+        video, text = layers.pad_axis(video, 2, VIDEO[2], "constant"), layers.pad_axis(text, 1, TEXT[1], "constant")
         if residual is None:
-            before, tables = video, rotary_tables(frames, grid, size.width // size.num_heads, self.base_grid)
-            (video, _), _ = self.blocks((video, text), features, time, tables, strength)
+            before = sharding.constrain(video, VIDEO)
+            features = self._spread(features) if isinstance(features, jax.Array) else features
+            (video, _), _ = self.blocks((before, text), features, time, places, strength)
             self.sow("intermediates", "residual", video - before)
         else:
             video = video + residual.astype(video.dtype)
-        video = self.final_layer(video, time)
+        video = self.final_layer(video, time)[:, :, : places.rows]
         p = size.patch
         return einops.rearrange(video, "b t h w (c p q) -> b t (h p) (w q) c", p=p, q=p).astype(jnp.float32)
 
@@ -368,6 +320,11 @@ class CogVideoX(nn.Module):
                 f"{grid[0]} latent frames of {grid[1]}x{grid[2]} patches need {tokens}: use the size and the number "
                 "of frames that they were made for"
             )
+
+    def _spread(self, features: Float[Array, "depth b t h w m"]) -> Float[Array, "depth b t h2 w m"]:
+        """Features on the devices whose rows of tokens they are for."""
+        features = layers.pad_axis(features.astype(self.dtype), 3, FEATURES[2], "constant")
+        return sharding.constrain(features, (None, *FEATURES))
 
     def _with_positions(self, video: Array, text: Array) -> tuple[Array, Array]:
         """Adds the learned positions, where they are to be added."""

@@ -15,10 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tora_jax import sharding
 from tora_jax.models.layers import Dtype, conv3d, gathered, group_norm
 
 EPS = 1e-6
 TIME_FACTOR = 4
+# Logical axes of maps [b, t, h, w, c]: each device holds some rows of all frames. Convolutions send the rows at the
+# edges, norms their sums, and what XLA fills rows up with reaches neither: it masks what it adds by itself.
+ROWS = ("batch", None, "space", None, None)
 CONV2D = gathered(jax.lax.conv_general_dilated, None, None, None, None)
 CONV3D = gathered(conv3d, None, None, None, None, None)
 
@@ -100,7 +104,7 @@ class ResBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b t h w _"], caches: Caches, z: Float[Array, "b t2 h2 w2 _"] | None = None
     ) -> Float[Array, "b t h w c"]:
-        skip = x
+        skip = x = sharding.constrain(x, ROWS, uneven=True)
         for i in (1, 2):
             if z is None:
                 x = group_norm(self.norm_groups, EPS, name=f"norm{i}")(x)

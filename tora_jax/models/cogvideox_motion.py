@@ -22,6 +22,7 @@ from tora_jax.models.layers import Dtype
 NORM_GROUPS = 32
 EPS = 1e-5
 MOMENTUM = 0.1  # of the statistics, towards a batch's: that of PyTorch's module
+FEATURES = ("batch", None, "space", None, None)  # logical axes; as those of the tokens
 CONV = layers.gathered(jax.lax.conv_general_dilated, None, None, None, "hidden")
 
 
@@ -172,6 +173,7 @@ class MotionFuser(nn.Module):
         hidden: Float[Array, "b t h w c"],
         features: Float[Array, "b2 t h w m"] | Fusion,
         strength: Float[Array, "b"] | None = None,
+        rows: int | None = None,
     ) -> Float[Array, "b t h w c"]:
         """Fuses.
 
@@ -180,6 +182,7 @@ class MotionFuser(nn.Module):
           features: this block's, or what `fusion` made of them. Their batch may be smaller and divide b: then
             it is repeated, as for passes of guidance that share a trajectory.
           strength: of what the fuser adds to each video; 0 = `hidden`, None = 1.
+          rows: of the grid; those behind are padding, which the norm leaves out. None = all.
 
         Returns:
           float32.
@@ -188,5 +191,9 @@ class MotionFuser(nn.Module):
         repeats = len(hidden) // len(gamma)
         gamma, beta = (einops.repeat(x, "b t h w c -> (r b) t h w c", r=repeats) for x in (gamma, beta))
         hidden = hidden.astype(jnp.float32)
-        added = self.norm(hidden) * gamma.astype(jnp.float32) + beta.astype(jnp.float32)
+        mask = None
+        if rows is not None and rows < hidden.shape[2]:
+            there = jnp.arange(hidden.shape[2]) < rows
+            mask = jnp.broadcast_to(there[:, None, None], (len(there), 1, self.width))
+        added = self.norm(hidden, mask=mask) * gamma.astype(jnp.float32) + beta.astype(jnp.float32)
         return hidden + (added if strength is None else strength[:, None, None, None, None] * added)

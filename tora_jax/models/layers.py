@@ -299,11 +299,16 @@ def patchify(x: Float[Array, "b t h w c"], patch: int) -> Float[Array, "b t h2 w
     return einops.rearrange(x, "b t (h p) (w q) c -> b t h w (p q c)", p=patch, q=patch)
 
 
-def pad_axis(x: Array, axis: int, name: str) -> Array:
-    """Repeats the end of an axis, up to a length that the mesh divides an axis of this logical name into."""
+def pad_axis(x: Array, axis: int, name: str, mode: str = "edge") -> Array:
+    """Fills an axis up to a length that the mesh divides an axis of this logical name into; see `pad_end`."""
+    return pad_end(x, axis, x.shape[axis] + -x.shape[axis] % sharding.shards(name), mode)
+
+
+def pad_end(x: Array, axis: int, length: int, mode: str = "constant") -> Array:
+    """Fills an axis up to a length, with its end ("edge") or with zeros ("constant")."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % sharding.shards(name))
-    return jnp.pad(x, widths, mode="edge") if any(widths[axis]) else x
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, mode=mode) if any(widths[axis]) else x
 
 
 def unpatchify(x: Float[Array, "b t h2 w2 _"], patch: int, size: tuple[int, int]) -> Float[Array, "b t h w c"]:

@@ -87,7 +87,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     rules = tuple(common.training()["rules"].items())
     seconds: dict[str, dict[str, float]] = {}
     with timed(seconds, "load"):
-        models = assembly.load(config, args.weights, wanted.settings.seed, args.low_memory)
+        models = assembly.load(config, args.weights, wanted.settings.seed, args.low_memory, args.eight_bit)
         if mesh.size > 1:
             models = place(models, mesh, rules)
     on_mesh = sharding.use(mesh, rules) if mesh.size > 1 else contextlib.nullcontext()
@@ -142,6 +142,7 @@ def _define(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("weights", None, folder, **to)
     flags.DEFINE_string("out", "outputs/tora.mp4", "Where the video goes (.mp4 or .gif).", **to)
     flags.DEFINE_boolean("low_memory", False, "Parts of the model are on the device only while they are used.", **to)
+    flags.DEFINE_boolean("eight_bit", False, "Kernels of the released Tora's denoiser in 8 bits.", **to)
     dry = "Reads every input, says how, writes the report and a picture of the paths, and loads no model."
     flags.DEFINE_boolean("dry_run", False, dry, **to)
     flags.DEFINE_boolean("quiet", False, "No progress bar, and no word on how trajectories were read.", **to)
