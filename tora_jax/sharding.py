@@ -69,7 +69,7 @@ def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def sharding_by_size(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """fsdp and seq on the longest axis that they divide, tensor on the longest of the others; the rest is replicated."""
+    """fsdp and seq on the longest axis that they divide, tensor on the longest other one; the rest is replicated."""
     axes: list[str | tuple[str, str] | None] = [None] * len(shape)
     for name in (("fsdp", "seq"), "tensor"):
         size = _size(mesh, name)

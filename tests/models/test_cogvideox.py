@@ -9,6 +9,7 @@ import pytest
 
 from tora_jax import typing
 from tora_jax.errors import UserError
+from tora_jax.models import eight_bit
 from tora_jax.models.cogvideox import size_of
 from tora_jax.models.cogvideox_positions import rotary_tables
 from tora_jax.models.cogvideox_tora import CogVideoXTora
@@ -64,6 +65,22 @@ def test_bfloat16_stays_close(params):
     )
     assert got.dtype == jnp.float32
     assert 0 < jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)) < 0.05
+
+
+def test_eight_bits(params):
+    """Kernels of the blocks in 8 bits: half of bfloat16's room, about its error, and the same shapes at the start."""
+    params = shaken(params)
+    blocks = eight_bit.quantize(params["cogvideox"]["blocks"])
+    want_shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), eight_bit.shapes(params["cogvideox"]["blocks"]))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), blocks) == want_shapes
+    assert blocks["attn"]["q"]["kernel"].dtype == np.int8
+    assert np.abs(blocks["attn"]["q"]["kernel"]).max() == 127
+    small = {**params, "cogvideox": {**params["cogvideox"], "blocks": blocks}}
+    want = jax.jit(tiny().apply)({"params": params}, *inputs())
+    got = jax.jit(tiny(eight_bit=True).apply)({"params": small}, *inputs())
+    assert 0 < jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)) < 0.02
+    fresh = jax.eval_shape(tiny(eight_bit=True).init, jax.random.key(1), *inputs())["params"]
+    assert jax.tree.structure(fresh) == jax.tree.structure(params)
 
 
 def test_the_full_size():

@@ -7,6 +7,7 @@ from tora_jax.configs.sampling import Settings
 
 import tora_jax
 from tora_jax.backbones import assembly
+from tora_jax.errors import UserError
 from tora_jax.sampling.__main__ import sample
 from tora_jax.sampling.generate import generate_batch
 from tora_jax.sampling.inputs import Inputs
@@ -50,6 +51,11 @@ def test_only_the_denoiser_is_there_while_sampling(both):
 def test_random_weights(tiny_config):
     models = tora_jax.load(config=tiny_config, low_memory=True)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(models.params))
+
+
+def test_weights_without_a_form_in_eight_bits(tiny_config):
+    with pytest.raises(UserError, match="no form in 8 bits; try low_memory"):
+        tora_jax.load(config=tiny_config, eight_bit=True)
 
 
 def test_the_flag(tiny_release, tmp_path, capsys):
