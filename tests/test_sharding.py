@@ -49,13 +49,10 @@ class TestParameters:
     @pytest.mark.parametrize(
         ("path", "spec"),
         [
-            ("tora/stdit/blocks/temporal/attn/qkv/kernel", P(None, ("fsdp", "seq"), "tensor")),
-            ("tora/stdit/blocks/spatial/mlp/fc2/kernel", P(None, "tensor", ("fsdp", "seq"))),
-            (
-                "tora/stdit/blocks/temporal_fuser/gamma_temporal/kernel",
-                P(None, None, None, None, ("fsdp", "seq"), "tensor"),
-            ),
-            ("tora/stdit/t_block/kernel", P(("fsdp", "seq"), "tensor")),
+            ("tora/stdit/blocks/temporal/attn/qkv/kernel", P(None, "fsdp", "tensor")),
+            ("tora/stdit/blocks/spatial/mlp/fc2/kernel", P(None, "tensor", "fsdp")),
+            ("tora/stdit/blocks/temporal_fuser/gamma_temporal/kernel", P(None, None, None, None, "fsdp", "tensor")),
+            ("tora/stdit/t_block/kernel", P("fsdp", "tensor")),
             ("tora/stdit/blocks/spatial/mlp/fc1/bias", P()),
             ("tora/stdit/blocks/spatial/scale_shift_table", P()),
             ("t5/blocks/mlp/wo/kernel", P(None, ("fsdp", "seq"), "tensor")),
@@ -66,12 +63,19 @@ class TestParameters:
         shape = traverse_util.flatten_dict(released_shapes(), sep="/")[path]
         assert sharding.param_shardings({path: shape}, mesh, RULES)[path].spec == spec
 
+    def test_models_that_no_device_holds(self):
+        """Their parameters lie over `seq` as well: for one video, `fsdp` has nothing to cut."""
+        leaf, mesh = jax.ShapeDtypeStruct((2, 64, 64), jnp.float32), sharding.make_mesh("fsdp=2,seq=2,tensor=2")
+        got = sharding.param_shardings({f"tora/cogvideox/{name}/kernel": leaf for name in ("q", "proj")}, mesh, RULES)
+        assert got["tora/cogvideox/q/kernel"].spec == P(None, ("fsdp", "seq"), "tensor")
+        assert got["tora/cogvideox/proj/kernel"].spec == P(None, "tensor", ("fsdp", "seq"))
+
     def test_what_does_not_divide_is_whole(self):
         mesh = sharding.make_mesh("fsdp=8")
         leaf = jax.ShapeDtypeStruct((12, 40), jnp.float32)
         got = sharding.param_shardings({"tora/x/qkv/kernel": leaf, "tora/x/proj/kernel": leaf}, mesh, RULES)
         assert got["tora/x/qkv/kernel"].spec == P(None, "tensor")
-        assert got["tora/x/proj/kernel"].spec == P("tensor", ("fsdp", "seq"))
+        assert got["tora/x/proj/kernel"].spec == P("tensor", "fsdp")
 
     def test_state_lies_like_its_parameters(self):
         mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")

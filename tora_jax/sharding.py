@@ -28,6 +28,8 @@ Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 # Path of a parameter -> logical names of its last axes, the first that fits; None = `sharding_by_size`. What none fits
 # (biases, norms, tables) is small, and whole on every device. The axes before are stacked blocks and taps of kernels.
 PARAMS = (
+    (r"tora/cogvideox/.*/(proj|fc2|linear)/kernel", ("hidden", "wide_embed")),
+    (r"tora/cogvideox/.*/kernel", ("wide_embed", "hidden")),
     (r"tora/.*/(proj|fc2|linear)/kernel", ("hidden", "embed")),
     (r"tora/.*/kernel", ("embed", "hidden")),
     (r".*/(kernel|embedding)", None),
@@ -86,7 +88,8 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
     Args:
       tree: of arrays or shapes; nested dicts and flat ones of paths joined by "/", in any other containers.
-      rules: of the names "embed" (width of the model) and "hidden" (heads, width of MLPs).
+      rules: of the names "embed" (width of the model), "wide_embed" (the same of a model that no single device holds,
+        so that one sample alone must be spread, too) and "hidden" (heads, width of MLPs).
     """
 
     def place(keys: tuple, leaf: Any) -> NamedSharding:
