@@ -66,9 +66,9 @@ class TestParameters:
     def test_models_that_no_device_holds(self):
         """Their parameters lie over `seq` as well: for one video, `fsdp` has nothing to cut."""
         leaf, mesh = jax.ShapeDtypeStruct((2, 64, 64), jnp.float32), sharding.make_mesh("fsdp=2,seq=2,tensor=2")
-        got = sharding.param_shardings({f"tora/cogvideox/{name}/kernel": leaf for name in ("q", "proj")}, mesh, RULES)
-        assert got["tora/cogvideox/q/kernel"].spec == P(None, ("fsdp", "seq"), "tensor")
-        assert got["tora/cogvideox/proj/kernel"].spec == P(None, "tensor", ("fsdp", "seq"))
+        got = sharding.param_shardings({f"tora/cogvideox/x/{name}/kernel": leaf for name in ("q", "proj")}, mesh, RULES)
+        assert got["tora/cogvideox/x/q/kernel"].spec == P(None, ("fsdp", "seq"), "tensor")
+        assert got["tora/cogvideox/x/proj/kernel"].spec == P(None, "tensor", ("fsdp", "seq"))
 
     def test_what_does_not_divide_is_whole(self):
         mesh = sharding.make_mesh("fsdp=8")
