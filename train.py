@@ -24,7 +24,7 @@ from tora_jax.configs import common
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
-from tora_jax.checkpoints.manager import Manager
+from tora_jax.checkpoints.manager import Manager, holds_any
 from tora_jax.data import pipeline, placement
 from tora_jax.errors import UserError
 from tora_jax.evals import validation
@@ -62,7 +62,14 @@ def main(argv: list[str], check_interrupt) -> None:
     workdir = command_line.local_path("--workdir", args.workdir)
     released = workdir / "release"
     if released.exists():
+        if config["resume"] and config["restartable"]:  # no error: whoever restarts what fails would never end
+            print(f"{released}: exists, so this run is finished")
+            return
         raise UserError(f"{released}: exists, so this run is finished; choose another --workdir")
+    if config["resume"] and not config["restartable"] and not holds_any(workdir / "checkpoints"):
+        raise UserError(
+            f"{workdir}: nothing to go on with; start without --config.resume, or set --config.restartable, too"
+        )
     weights = record.weights_of(workdir, args.weights, config)
     command_line.use_compilation_cache()
     mesh, rules = sharding.make_mesh(config["mesh"]), tuple(config["rules"].items())
@@ -142,6 +149,8 @@ def main(argv: list[str], check_interrupt) -> None:
                 break
         if step < config["steps"]:
             print(f"stopped by a signal at step {step}; go on with --config.resume", file=sys.stderr)
+            if config["restartable"]:  # a launcher takes 0 for finished
+                sys.exit(128 + signal.SIGTERM)
             return
         judged = judged or judge(job.combine(state.ema, frozen), step)  # killed between the last step and the release
 

@@ -272,6 +272,7 @@ class Run:
                 f"--workdir={workdir}",
                 f"--config.data.sources=('{self.cache(cell.config()['ablation']['motion'], stage)}',)",
                 "--config.resume",
+                "--config.restartable",
                 *flags,
             )
 

@@ -39,8 +39,8 @@ def stages(out: Path, steps: int | None = None) -> list[tuple[str, Path, list[st
     flags = launch()[1]
 
     def train(name: str, config: str, source: Path, weights: str | None = None, *more: str):
-        command = ["train.py", f"--config=configs/{config}", f"--workdir={out / name}", "--config.resume"]
-        command += [f"--config.data.sources=('{source}',)", *flags, *more]
+        command = ["train.py", f"--config=configs/{config}", f"--workdir={out / name}"]
+        command += ["--config.resume", "--config.restartable", f"--config.data.sources=('{source}',)", *flags, *more]
         if weights:
             command.append(f"--weights={out / weights / 'release'}")
         return name, out / name / "release", command

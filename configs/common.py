@@ -40,6 +40,7 @@ def training() -> dict:
             "heads": ("tensor", "seq"),
         },
         "resume": False,  # goes on from the newest checkpoint, as the run began
+        "restartable": False,  # `resume` starts the run where there is nothing to go on with: what a launcher repeats
         "resume_anyway": False,  # takes settings, weights or clips that are not those that the run began with
         "from_video_vae": False,  # the motion VAE starts as the video VAE of the weights
         "accumulate": 1,  # micro-batches that a batch is cut into

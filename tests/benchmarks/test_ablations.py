@@ -155,7 +155,8 @@ def test_the_command(weights, tmp_path, monkeypatch, capsys):
         argv = dict(flag.split("=", 1) for flag in flags if "=" in flag)
         config = argv.pop("--config").split("/configs/")[1]
         others = [f"{key}={value}" for key, value in argv.items() if key != "--workdir"]
-        outcome = training_runs.run(config, argv["--workdir"], "--config.resume", *others)
+        booleans = [flag for flag in flags if "=" not in flag]
+        outcome = training_runs.run(config, argv["--workdir"], *booleans, *others)
         assert outcome.code == 0, outcome.stderr
 
     monkeypatch.setattr(ablations, "train", train)

@@ -109,7 +109,8 @@ def test_the_same_as_one_process(mesh, clips, weights, tmp_path):
 
 def test_a_killed_process_ends_the_other_and_a_restart_resumes(clips, weights, tmp_path):
     workdir = tmp_path / "run"
-    first, second = pair(workdir, clips, weights, "data=4,fsdp=2", 100_000)
+    restart = ("--config.resume", "--config.restartable")  # the same command each time
+    first, second = pair(workdir, clips, weights, "data=4,fsdp=2", 100_000, *restart)
     while len(training_runs.metrics(workdir)) < 5:
         assert first.poll() is None
         time.sleep(0.5)
@@ -122,7 +123,7 @@ def test_a_killed_process_ends_the_other_and_a_restart_resumes(clips, weights, t
     second.communicate()
     done = int(sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())[-1])
     last = done + 2
-    resumed = pair(workdir, clips, weights, "data=4,fsdp=2", last, "--config.resume")
+    resumed = pair(workdir, clips, weights, "data=4,fsdp=2", last, *restart)
     finish(resumed)
     steps = [line["step"] for line in training_runs.metrics(workdir) if "loss" in line]
     assert steps == list(range(1, last + 1))

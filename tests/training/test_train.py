@@ -218,6 +218,8 @@ def test_a_folder_that_holds_a_run(clips, spatial, tmp_path):
     before = contents(finished)
     for more in ((), ("--config.resume",)):
         mistake(run(SPATIAL, finished, source(clips), FINE, *more), "exists, so this run is finished")
+    again = run(SPATIAL, finished, source(clips), FINE, "--config.resume", "--config.restartable")
+    assert (again.code, again.stderr) == (0, "")  # whoever starts again what fails comes to an end
     assert contents(finished) == before
 
     folder = tmp_path / "unfinished"  # killed between its last checkpoint and its release
@@ -232,6 +234,14 @@ def test_a_folder_that_holds_a_run(clips, spatial, tmp_path):
     assert outcome.metrics == spatial[0].metrics
     for name in (f"{part}.safetensors" for part in release.PARTS):
         assert (folder / "release" / name).read_bytes() == before[f"release/{name}"]
+
+
+def test_nothing_to_go_on_with(clips, tmp_path):
+    """One line, and no folder of a mistyped name. The other tests start with `restartable`."""
+    mistake(
+        run(SPATIAL, tmp_path / "run", source(clips), FINE, "--config.resume"), "nothing to go on with; start without"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -255,10 +265,10 @@ def start(config, folder, *arguments):
     return subprocess.Popen([*argv, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process):
+def finish(process, code=0):
     """What it wrote to stderr, once it is through."""
     _, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr
+    assert process.returncode == code, stderr
     return stderr
 
 
@@ -291,7 +301,7 @@ def same_run(folder, whole):
 def test_the_same_bits_after_every_stop(clips, tmp_path):
     """Killed, its newest checkpoint truncated, told to stop: the run comes out as if nothing was."""
     options = (source(clips), FINE, "--config.steps=24", "--config.save_every=3", "--config.eval_every=8")
-    options += ("--config.resume",)  # in an empty folder there is nothing to go on with
+    options += ("--config.resume", "--config.restartable")  # first start or not
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
     assert run(SPATIAL, whole, *options).code == 0
 
@@ -309,7 +319,7 @@ def test_the_same_bits_after_every_stop(clips, tmp_path):
     when(process, lambda: last_step(folder) < newest)  # it goes back to the checkpoint before, and compiles
     when(process, lambda: last_step(folder) > newest)
     process.send_signal(signal.SIGTERM)
-    said = finish(process)
+    said = finish(process, 128 + signal.SIGTERM)
     assert re.search(rf"train.py: warning: .*/{newest}: broken, passed over \(.* truncated\)\n", said)
     stopped = re.search(r"stopped by a signal at step (\d+); go on with --config.resume", said)
     assert saved(folder)[-1] == last_step(folder) == int(stopped[1]) < 24
@@ -325,7 +335,7 @@ def test_the_same_bits_after_every_stop(clips, tmp_path):
 )
 def test_the_same_bits_after_kills_at_random_moments(clips, tmp_path, config, kills, workers):
     options = [source(clips), FINE, "--config.steps=44", "--config.save_every=2", "--config.eval_every=20"]
-    options += [f"--config.data.workers={workers}", "--config.resume"]
+    options += [f"--config.data.workers={workers}", "--config.resume", "--config.restartable"]
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
     finish(start(config, whole, *options))
     moments = sorted(random.sample(range(1, 43), kills))
@@ -348,7 +358,7 @@ def test_full_disk(clips, tmp_path):
         pytest.skip("this user may not mount a small file system")
     training = f'{sys.executable} train.py --config={ROOT}/configs/{SPATIAL} --workdir={small}/run --quiet "$@"'
     script = f"{mount} && {training}; code=$?; cp -r {small}/run {tmp_path}/run && exit $code"
-    options = [source(clips), FINE, "--config.resume"]
+    options = [source(clips), FINE, "--config.resume", "--config.restartable"]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", *options], cwd=ROOT, capture_output=True, text=True, timeout=600
     )

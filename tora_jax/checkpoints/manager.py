@@ -41,6 +41,11 @@ class Restored(NamedTuple):
     step: int
 
 
+def holds_any(folder: str | Path) -> bool:
+    """Whether a folder holds a checkpoint, readable or not."""
+    return any(path.name.removesuffix(".broken").isdecimal() for path in Path(folder).glob("*"))
+
+
 @dataclasses.dataclass
 class Manager:
     """Keeps the state of a training in a folder, one checkpoint a step; they appear whole or not at all.
