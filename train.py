@@ -144,6 +144,12 @@ def main(argv: list[str], check_interrupt) -> None:
             if final or stop or judged or step % config["save_every"] == 0:
                 log.flush()
                 manager.save(step, state, batches.get_state(), judged)
+            if log.skipped >= max(1, config["skip_at_most"]):
+                manager.save(step, state, batches.get_state(), judged)  # skipped steps have not changed it
+                raise UserError(
+                    f"{log.skipped} steps in a row to step {step} have a loss or a gradient that is not finite; the "
+                    "state before them is saved. Go on with another lr, clip or dtype (--config.resume_anyway)"
+                )
             check_interrupt()
             if stop:
                 break

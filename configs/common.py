@@ -45,6 +45,7 @@ def training() -> dict:
         "from_video_vae": False,  # the motion VAE starts as the video VAE of the weights
         "accumulate": 1,  # micro-batches that a batch is cut into
         "ema": 0.99,
+        "skip_at_most": 10,  # steps in a row whose loss or gradient is not finite; then the run stops
         "log_every": 10,
         "eval_every": 1000,
         "save_every": 500,

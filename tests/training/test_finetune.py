@@ -18,12 +18,14 @@ from tora_jax.checkpoints import release
 from tora_jax.data.precompute import __main__ as precompute
 from tora_jax.io.video import read_video
 from tora_jax.sampling import __main__ as sampling
+from tora_jax.training import status
 
 COMMANDS = [
     shlex.split(line)[1:]
     for block in re.findall(r"```sh\n(.*?)```", (training_runs.ROOT / "docs/finetune.md").read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
+MODULES = {"tora_jax.data.precompute": precompute.main, "tora_jax.training.status": status.main}
 SMALLER = {"51": "5", "480": "32", "854": "32"}
 
 
@@ -35,8 +37,8 @@ def shrunk(argument: str) -> str:
 def run(words: list[str]) -> None:
     """A command, inside this process."""
     words = [shrunk(word) for word in words]
-    if words[:2] == ["-m", "tora_jax.data.precompute"]:
-        command_line.run(precompute.main, ["precompute", *words[2:]])
+    if words[0] == "-m":
+        command_line.run(MODULES[words[1]], [words[1], *words[2:]])
     else:
         script, *rest = words
         command_line.run(

@@ -5,6 +5,7 @@ import re
 
 import flax.traverse_util as traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,7 +16,7 @@ from tora_jax import sharding
 from tora_jax.backbones import opensora
 from tora_jax.data import placement
 from tora_jax.training import lora, optim
-from tora_jax.training.losses import sample_keys, tora_loss
+from tora_jax.training.losses import STATISTICS, sample_keys, tora_loss
 from tora_jax.training.step import init_state, make_train_step
 
 OPTIM = {**common.training()["optim"], "warmup": 0, "clip": 0.0}
@@ -132,3 +133,29 @@ def test_lora_trains_the_adapter_alone(parts, params, on_one_device):
     merged = optim.flatten(combine(on_device(state.ema), params))
     changed = {path for path, leaf in optim.flatten(params).items() if np.any(merged[path] != leaf)}
     assert changed == {path.removesuffix("/a") for path in adapter if path.endswith("/a")}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(("bad", "loss"), [(np.nan, np.nan), (np.inf, np.inf), (0.0, 0.0)])
+def test_a_step_that_is_not_finite_is_skipped(bad, loss, accumulated):
+    """Also where the gradient alone is not: the root's at 0. The state stays to the bit but for its count of steps."""
+    trained = {"w": jnp.ones(3), "mean": jnp.ones(())}
+
+    def root(params, batch, keys):
+        losses = jnp.sqrt(batch["x"] * params["w"][0]) + params["w"].sum() - 1.5
+        return losses, {STATISTICS: {"mean": batch["x"].mean()}}
+
+    optimizer = optim.make({**OPTIM, "lr": 0.1}, trained, 10)
+    step = make_train_step(root, optimizer, combine=lambda trained, frozen: trained, accumulate=accumulated)
+    step = jax.jit(step)
+    state, metrics = step(init_state(trained, optimizer), {}, {"x": jnp.full(4, 0.25)}, jax.random.key(0))
+    assert not metrics["skipped"]
+    assert state.trained["mean"] == 0.25
+    batch = {"x": jnp.array([bad, 0.25, 0.25, 0.25])}
+    after, metrics = step(state, {}, batch, jax.random.key(0))
+    assert metrics["skipped"]
+    assert np.isfinite(metrics["loss"]) == np.isfinite(loss)
+    jax.tree.map(np.testing.assert_array_equal, after, state.replace(step=jnp.int32(2)))
+    again, metrics = step(after, {}, {"x": jnp.full(4, 0.25)}, jax.random.key(0))
+    assert not metrics["skipped"]
+    assert again.trained["w"][0] < after.trained["w"][0]

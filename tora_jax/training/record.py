@@ -22,8 +22,9 @@ NAME = "run.json"
 # on, how often it looks and saves, and what it is judged by.
 FREE = {
     *("config.mesh", "config.rules", "config.steps", "config.log_every", "config.eval_every", "config.save_every"),
-    *("config.keep", "config.resume", "config.restartable", "config.resume_anyway", "config.evaluation"),
-    *("config.data.validation", "config.data.workers", "config.data.prefetch", "config.data.damaged_share"),
+    *("config.keep", "config.resume", "config.restartable", "config.resume_anyway", "config.skip_at_most"),
+    *("config.evaluation", "config.data.validation", "config.data.workers", "config.data.prefetch"),
+    "config.data.damaged_share",
 }
 FOLDERS = {"config.data.sources", "weights.folder"}  # may move; what is in them may not
 PACKAGES = ("tora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")

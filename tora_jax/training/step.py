@@ -48,6 +48,9 @@ def make_train_step(
 ) -> Callable:
     """The step (state, frozen, batch, key) -> (state, metrics), to be jitted with the state donated.
 
+    Where the loss or the norm of the gradient is not finite, the state stays as it is but for the number of steps, and
+    the metric "skipped" is 1.
+
     Args:
       loss: of a job.
       combine: (trained, frozen) -> the parameters that the loss takes.
@@ -73,7 +76,12 @@ def make_train_step(
         trained = {path: moved.get(path, leaf) for path, leaf in trained.items()}
         # In a short run, or early in a long one, the average must not remember the first weights.
         decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-        return TrainState(state.step + 1, trained, opt_state, optim.ema_update(state.ema, trained, decay)), metrics
+        new = TrainState(state.step, trained, opt_state, optim.ema_update(state.ema, trained, decay))
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = ~finite
+        # Of elements, so that it becomes a part of the loops that make the new ones: no pass of its own.
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        return new.replace(step=state.step + 1), metrics
 
     return train_step
 
