@@ -237,11 +237,11 @@ def test_a_folder_that_holds_a_run(clips, spatial, tmp_path):
 
 
 def test_losses_that_are_not_finite(clips, tmp_path, monkeypatch):
-    """After so many in a row the run stops, its state saved; who starts it again does not get as far again."""
+    """After so many in a row the run stops, its state saved."""
 
     def make(*_):
         def step(state, frozen, batch, key):
-            loss = 1.0 if int(state.step) % 8 < 2 else float("nan")
+            loss = 1.0 if state.step < 2 else float("nan")
             return state.replace(step=state.step + 1), {"loss": loss, "grad_norm": loss, "skipped": loss != 1}
 
         return step
@@ -252,8 +252,6 @@ def test_losses_that_are_not_finite(clips, tmp_path, monkeypatch):
     mistake(outcome, "3 steps in a row to step 5 have a loss or a gradient that is not finite")
     assert [line.get("skipped", 0) for line in outcome.metrics] == [0, 0, 1, 1, 1]
     assert saved(tmp_path) == [5]
-    outcome = run(SPATIAL, tmp_path, *options, "--config.eval_every=100", "--config.resume")
-    mistake(outcome, "4 steps in a row to step 6")
 
 
 def test_nothing_to_go_on_with(clips, tmp_path):
