@@ -70,18 +70,22 @@ def make_train_step(
         keys = sample_keys(key, state.step, batch)
         metrics, grads = optim.accumulate(loss_and_grad, {"batch": batch, "keys": keys}, accumulate)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        moved = metrics.pop(STATISTICS, {})
-        trained = {path: moved.get(path, leaf) for path, leaf in trained.items()}
-        # In a short run, or early in a long one, the average must not remember the first weights.
-        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
-        new = TrainState(state.step, trained, opt_state, optim.ema_update(state.ema, trained, decay))
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = ~finite
-        # Of elements, so that it becomes a part of the loops that make the new ones: no pass of its own.
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new.replace(step=state.step + 1), metrics
+
+        def kept(after, before):
+            """Of elements, so that it is a part of the loops that make them, and no pass of its own."""
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        opt_state = kept(opt_state, state.opt_state)
+        trained = optax.apply_updates(state.trained, updates)
+        moved = metrics.pop(STATISTICS, {})
+        trained = kept({path: moved.get(path, leaf) for path, leaf in trained.items()}, state.trained)
+        # In a short run, or early in a long one, the average must not remember the first weights.
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        average = optim.ema_update(state.ema, trained, jnp.where(finite, decay, 1.0))
+        return TrainState(state.step + 1, trained, opt_state, average), metrics
 
     return train_step
 
