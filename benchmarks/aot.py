@@ -22,6 +22,7 @@ from importlib import metadata
 
 import jax
 from absl import flags
+from flax.core import freeze
 from jax.experimental import topologies
 from jax.sharding import Mesh
 from tora_jax.configs import common
@@ -45,6 +46,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     to = {"flag_values": values}
     jobs.define_flags(values, argv)
     flags.DEFINE_string("topology", "v5e:4x4", "Chips, such as v5e:2x4, v5p:2x2x4, v6e:4x4.", **to)
+    flags.DEFINE_boolean("eight_bit", False, "Kernels of the released Tora's denoiser in 8 bits.", **to)
     flags.DEFINE_enum("job", "train", tuple(jobs.JOBS), "What is compiled.", **to)
 
 
@@ -58,7 +60,7 @@ def main(argv: list[str], _) -> None:
     mesh = sharding.make_mesh(config["mesh"] if args.mesh is None else args.mesh, devices)
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
     try:
-        figures = measure(config, mesh, args.job, size, args.batch)
+        figures = measure(config, mesh, args.job, size, args.batch, args.eight_bit)
     except jax.errors.JaxRuntimeError as error:
         first = str(error).partition("\n")[0]
         raise UserError(f"the compiler of libtpu {version('libtpu')} gave up ({first}); {install()}") from None
@@ -102,13 +104,17 @@ def wanted_memory(error: jax.errors.JaxRuntimeError) -> dict[str, float] | None:
     return {}
 
 
-def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int = 0) -> dict:
+def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int = 0, eight_bit: bool = False) -> dict:
     """Compiles a job on a mesh; the JSON line's figures.
 
     "fits" is None where the memory of the device is not known.
     """
     rules = tuple(config["rules"].items())
     parts = assembly.modules(config)
+    if eight_bit:
+        if not hasattr(kind := assembly.backbone(config), "in_eight_bit"):
+            raise UserError("--eight_bit: this backbone has no form in 8 bits")
+        parts = freeze(kind.in_eight_bit(parts))
     batch = batch or (mesh.shape["data"] * mesh.shape["fsdp"] if job == "train" else 1)
     kind = mesh.devices.flat[0].device_kind
     chip = chips.find(kind)

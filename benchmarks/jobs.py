@@ -69,7 +69,7 @@ def params_of(config, parts, mesh: Mesh, rules: sharding.Rules, part: str, dtype
     shapes = {part: shapes[part]}
     if dtype is not None:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    if part == "tora" and config["tora"].get("cogvideox", {}).get("eight_bit"):
+    if part == "tora" and getattr(parts["tora"], "eight_bit", False):
         shapes["tora"] = kind.quantize(shapes["tora"], eight_bit.shapes)
     return placed(shapes, sharding.param_shardings(shapes, mesh, rules))
 

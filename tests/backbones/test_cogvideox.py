@@ -77,6 +77,19 @@ def test_fusion_once_a_video(t2v):
     np.testing.assert_allclose(generate(kept, trajectories="arc").latents, each, atol=1e-4)
 
 
+def test_loading_in_eight_bits(t2v):
+    """The blocks' kernels alone, on the host or on the device; a pass has the shapes that it has with all bits."""
+    for low_memory in (False, True):
+        models = load(t2v.origin, low_memory=low_memory, eight_bit=True)
+        small, plain = models.params["tora"]["cogvideox"], t2v.params["tora"]["cogvideox"]
+        assert small["blocks"]["mlp"]["fc1"]["kernel"].dtype == np.int8
+        assert isinstance(small["blocks"]["mlp"]["fc1"]["kernel"], np.ndarray) == low_memory
+        assert small["final_layer"]["linear"]["kernel"].dtype == plain["final_layer"]["linear"]["kernel"].dtype
+    x, text = np.zeros((1, 3, 4, 4, 16), np.float32), np.zeros((1, t2v.tora.caption_length, 8), np.float32)
+    out, _ = jax.eval_shape(models.denoise, models.params["tora"], x, np.float32([500]), text, features=None)
+    assert out.shape == x.shape
+
+
 @QUIET
 def test_the_front_ends(t2v):
     """Their null captions, and the timesteps of their samplers."""

@@ -244,12 +244,11 @@ def load(
         if weights is None:
             raise ValueError("load needs a config, weights or both")
         config = release.read_config(weights)
-    kind = backbone(config)
+    parts, kind = modules(config), backbone(config)
     if eight_bit:
         if not hasattr(kind, "in_eight_bit"):
             raise UserError("eight_bit: these weights have no form in 8 bits; try low_memory alone")
-        config = kind.in_eight_bit(config)
-    parts = modules(config)
+        parts = freeze(kind.in_eight_bit(parts))
     fits = None if weights is None else _note_of_fit(kind, config, weights)
     shapes = None if fits and fits.exists() else _shapes(kind, parts)
     keep = jax.device_get if low_memory or eight_bit else (lambda params: params)

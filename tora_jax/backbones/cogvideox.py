@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from flax.core import freeze
 from jaxtyping import Array, Float, Key, UInt8
 
 from tora_jax.conditioning import motion_maps, prompt_rewriting
@@ -36,7 +37,7 @@ from tora_jax.models.t5 import T5Encoder
 
 PARTS = {"tora": CogVideoXTora, "vae": CogVideoXVAE, "t5": T5Encoder}
 SECTIONS = {**PARTS, "tora.cogvideox": CogVideoX}
-OWN: dict[str, set[str]] = {}
+OWN = {"tora.cogvideox": {"eight_bit"}}  # of `in_eight_bit`
 OPTIONAL: set[str] = set()
 MOTION = "vae"  # trajectory maps go through the video VAE
 BUFFERS = r"tora/cogvideox/positions"
@@ -99,10 +100,10 @@ def process(parts: Mapping[str, nn.Module]) -> VPrediction:
     return VPrediction(SPACINGS[parts["tora"].front_end])
 
 
-def in_eight_bit(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same weights with the denoiser's kernels in 8 bits."""
-    tora = config["tora"]
-    return {**config, "tora": {**tora, "cogvideox": {**tora["cogvideox"], "eight_bit": True}}}
+def in_eight_bit(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The parts with a denoiser whose kernels are in 8 bits: it takes the parameters of `quantize`."""
+    tora = parts["tora"]
+    return {**parts, "tora": tora.clone(cogvideox=freeze({**tora.cogvideox, "eight_bit": True}))}
 
 
 def quantize(params: Mapping[str, Any], of_blocks: Callable[[Any], Any] = eight_bit.quantize) -> dict[str, Any]:

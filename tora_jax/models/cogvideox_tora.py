@@ -65,6 +65,11 @@ class CogVideoXTora(nn.Module):
         return size_of(self._cogvideox.variant).depth
 
     @property
+    def eight_bit(self) -> bool:
+        """Whether the blocks' kernels are in 8 bits."""
+        return self._cogvideox.eight_bit
+
+    @property
     def _cogvideox(self) -> CogVideoX:
         return CogVideoX(**self.cogvideox, parent=None)
 
