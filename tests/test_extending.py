@@ -94,7 +94,8 @@ class ZippedVideos:
     def __getitem__(self, index):
         video = self.videos[index]
         with zipfile.ZipFile(self.path) as archive:
-            return {"video": archive.read(video), "caption": archive.read(video.replace(".mp4", ".txt")).decode()}
+            caption = archive.read(video.replace(".mp4", ".txt")).decode().strip()
+            return {"video": archive.read(video), "caption": caption}
 
     def info(self, index):
         return probe(self[index]["video"])
