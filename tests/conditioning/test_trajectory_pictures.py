@@ -11,7 +11,7 @@ from PIL import Image
 from tora_jax.conditioning import images
 from tora_jax.conditioning.images import Condition
 from tora_jax.errors import UserError
-from tora_jax.io.video import resize_crop, write_video
+from tora_jax.io.video import ORIENTATION, resize_crop, write_video
 from tora_jax.sampling import request
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -47,7 +47,7 @@ def files(tmp_path):
     Image.fromarray(photo()).save(tmp_path / "photo.png")
     turned = Image.fromarray(np.rot90(photo(), 1).copy())
     exif = turned.getexif()
-    exif[images.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     write_video(tmp_path / "clip.mp4", np.repeat(photo()[None], 3, 0), 8)
     (tmp_path / "path.json").write_text(json.dumps({"canvas": [60, 90], "trajectories": [[SPOT, END]]}))

@@ -146,7 +146,7 @@ def test_a_converted_folder_makes_a_video(pipeline, tmp_path):
     *_, ours = pipeline
     assert release.read_config(ours)["tora"]["front_end"] == "diffusers"
     flags = ["--weights", str(ours), "--out", str(tmp_path / "video.mp4"), "--quiet", "--steps=1", "--num_frames=9"]
-    sample.sample(["sample.py", *flags, "--height=32", "--width=48", "--trajectory=wave"])
+    sample.sample(["sample.py", *flags, "--height=32", "--width=48", "--trajectory=wave", "--prompt=a"])
     report = json.loads((tmp_path / "video.json").read_text())
     assert (report["settings"]["solver"], report["settings"]["guidance"]) == ("dpm2m_sde", 6.0)
     frames, fps = read_video(tmp_path / "video.mp4")

@@ -220,7 +220,7 @@ def test_tora(released, tmp_path):
 
     out = tmp_path / "out" / "tora.mp4"
     size = ["--height", "32", "--width", "32", "--num_frames", "1", "--steps", "1", "--quiet"]
-    sample(["sample.py", "--weights", str(tmp_path / "ours"), "--out", str(out), *size])
+    sample(["sample.py", "--weights", str(tmp_path / "ours"), "--out", str(out), "--prompt=a", *size])
     assert out.stat().st_size > 0
     assert json.loads(out.with_suffix(".json").read_text())["weights"] == str(tmp_path / "ours")
 

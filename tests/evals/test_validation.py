@@ -146,5 +146,5 @@ def test_where_held_out_clips_come_from(config, folder, tiny_models, tmp_path):
     for clip, same in zip(validation.held_out_clips(config), want, strict=True):
         np.testing.assert_array_equal(clip.tracks, same.tracks)
     shutil.rmtree(moved)
-    with pytest.raises(UserError, match=r"no such folder; evaluation.source names the clips"):
+    with pytest.raises(UserError, match=r"no such folder or file; evaluation.source names the clips"):
         validation.held_out_clips(config)

@@ -141,8 +141,8 @@ class TestDigest:
 
     def test_arrays(self):
         class Arrays(list):
-            made = None
-            info = name = list.__getitem__
+            made, passed_over = None, {}
+            info = name = caption = list.__getitem__
 
         one, other = Arrays([{"x": np.zeros(3)}] * 99), Arrays([{"x": np.zeros(3, np.float32)}] * 99)
         assert sources.digest(one) == sources.digest(Arrays(one))

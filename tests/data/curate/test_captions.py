@@ -25,7 +25,10 @@ def test_captions_of_files(tmp_path):
     assert captions.of_file(str(video)) == "From labels."
     video.parent.mkdir()
     video.with_suffix(".txt").write_bytes(b"Beside \xff it.\n")
-    assert captions.of_file(str(video)) == "Beside \ufffd it."
+    with pytest.raises(UserError, match=r"2\.txt: is no UTF-8 text"):
+        captions.of_file(str(video))
+    video.with_suffix(".txt").write_text("Beside it.\n")
+    assert captions.of_file(str(video)) == "Beside it."
 
 
 class Server:
