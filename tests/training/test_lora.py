@@ -85,8 +85,7 @@ def test_gradients(adapter, params, tiny_models):
     one = jnp.ones(1)
     params = dict(params)
     rng = np.random.default_rng(2)
-    shake = lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32)  # noqa: E731
-    params["tora"] = jax.tree.map(shake, params["tora"])
+    params["tora"] = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), params["tora"])
 
     def loss(params):
         out = tiny_models.tora.apply({"params": params["tora"]}, x, one, text, None, fps=one, height=one, width=one)

@@ -116,7 +116,7 @@ def _source(content: Path | Member) -> Path | bytes:
 def _of_json(text: str, name: str) -> str:
     try:
         found = json.loads(text)
-    except ValueError:
+    except ValueError:  # as without a caption, which is refused below
         found = None
     captions = [found[key] for key in TEXTS if isinstance(found.get(key), str)] if isinstance(found, dict) else []
     if not captions:

@@ -229,7 +229,7 @@ def digest(source: Source) -> str:
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)):
         try:
             record = source[int(index)]
-        except UserError:
+        except UserError:  # the loader names it; here it is told apart from a whole one
             record = {"damaged": True}
         for name in sorted(record):
             add(name, record[name])

@@ -69,9 +69,9 @@ def decode_text(content: bytes, name: str) -> str:
     encoding = next((encoding for mark, encoding in ENCODINGS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # refused below, as is UTF-16 without its mark
         text = "\0"
-    if "\0" in text:  # UTF-16 without its mark
+    if "\0" in text:
         raise UserError(f"{name}: is no UTF-8 text; convert it (iconv -f latin1 -t utf-8, from Latin-1)")
     return text
 
