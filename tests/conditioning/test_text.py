@@ -1,6 +1,7 @@
 """Captions: what cleaning and tokenizing do to text that people give."""
 
 import importlib.resources
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -73,6 +74,15 @@ def test_cleaning_takes_any_text(raw):
     cleaned = text.clean(raw)
     assert isinstance(cleaned, str)
     assert cleaned == cleaned.strip()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(codec="ascii"), max_size=40))
+@example("../x\t[]]> it's ``so'' -- .5 % 100;")
+def test_plain_captions_do_without_the_libraries(raw):
+    with mock.patch.object(text, "_is_plain", return_value=False):
+        want = text.clean(raw)
+    assert text.clean(raw) == want
 
 
 @settings(deadline=None, max_examples=100)

@@ -195,12 +195,19 @@ def test_first_frames(config, monkeypatch, tmp_path):
     assert results["cells"][0]["motion"] < 0.5
 
 
+@pytest.mark.filterwarnings("default:0000")
 def test_on_real_weights(tiny_release, tiny_config, tmp_path, capsys):
     """The command itself, with a model as small as it gets."""
     argv = ["evals", "--config=" + eval_config.__file__ + ":suite=demo,runlocal", f"--out={tmp_path}", "--quiet"]
     argv += [f"--weights={tiny_release}", f"--page={tmp_path / 'page'}", "--config.sampling.trajectory_guidance=1.0"]
+    items = [{"prompt": prompt, "trajectories": [[50, 50], [200, 200]]} for prompt in ("红色的星", "a red star.")]
+    (tmp_path / "list.json").write_text(json.dumps(items))
+    argv += ["--config.benchmark.kind=list", f"--config.benchmark.source={tmp_path / 'list.json'}"]
     command_line.run(evals.main, argv)
-    assert "| 5 frames, 32x32, 8 fps | 2 |" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "| 5 frames, 32x32, 8 fps | 2 |" in said.out
+    assert "warning: 0000: the prompt is empty after cleaning: '红色的星' is lost" in said.err
+    assert "0001" not in said.err
     assert (tmp_path / "index.html").is_file()
     assert (tmp_path / "page/error_by_frames.svg").read_text().lstrip().startswith("<?xml")
 

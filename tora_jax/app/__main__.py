@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tora_jax
-from tora_jax import command_line
+from tora_jax import command_line, programs
 from tora_jax.errors import UserError
 
 MAX_UPLOAD = "50mb"
@@ -66,4 +66,5 @@ def serve(folder: Path, options: argparse.Namespace, block: bool = True):
 
 
 if __name__ == "__main__":
+    programs.keep()
     command_line.run(main, ["app", *sys.argv[1:]], "the page is closed")

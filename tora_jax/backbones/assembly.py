@@ -29,6 +29,7 @@ from tora_jax.diffusion import sampler, solvers
 from tora_jax.errors import UserError, closest
 from tora_jax.io.files import tuples
 from tora_jax.io.video import from_float
+from tora_jax.programs import Program, code
 
 DEFAULT = "opensora"
 
@@ -127,8 +128,10 @@ def _bound(function: Callable, module: nn.Module | Mapping[str, nn.Module]) -> C
 
 
 @_shared
-def _compiled(function: Callable, module: nn.Module | Mapping[str, nn.Module], static: int | None = None) -> Callable:
-    return jax.jit(_bound(function, module), static_argnums=static)
+def _compiled(
+    function: Callable, module: nn.Module | Mapping[str, nn.Module], static: int | tuple[int, ...] = ()
+) -> Callable:
+    return Program(_bound(function, module), static)
 
 
 def _encode_video(vae: nn.Module, params: Mapping, video: jax.Array) -> jax.Array:
@@ -315,12 +318,8 @@ def _note_of_fit(kind: ModuleType, config: Mapping[str, Any], weights: str | Pat
     """
     if jax.config.jax_compilation_cache_dir is None or not Path(weights).is_dir():
         return None
-    named = json.dumps([flax.__version__, sections(config), release.checksum(weights)], default=str)
-    decides = hashlib.sha256(named.encode())
-    for folder in ("models", "backbones"):
-        for path in sorted(Path(str(resources.files("tora_jax").joinpath(folder))).glob("*.py")):
-            decides.update(path.read_bytes())
-    return Path(jax.config.jax_compilation_cache_dir) / f"fits-{decides.hexdigest()}"
+    named = json.dumps([flax.__version__, code(), sections(config), release.checksum(weights)], default=str)
+    return Path(jax.config.jax_compilation_cache_dir) / f"fits-{hashlib.sha256(named.encode()).hexdigest()}"
 
 
 def _check_sizes(want: Mapping, got: Mapping, origin: str) -> None:

@@ -17,11 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import ftfy
 import numpy as np
 import sentencepiece
-from bs4 import BeautifulSoup
-from bs4.builder import ParserRejectedMarkup
 from jaxtyping import Bool, Int
 
 from tora_jax.errors import UserError
@@ -97,7 +94,17 @@ def _decode_and_lower(text: str) -> str:
     return urllib.parse.unquote_plus(text).strip().lower()
 
 
+def _is_plain(text: str) -> bool:
+    """Whether there is nothing to strip or to mend; most captions do without the libraries, a third of a second."""
+    return text.isascii() and text.isprintable() and not {"<", "&"} & set(text)
+
+
 def _strip_html(text: str) -> str:
+    if _is_plain(text):
+        return text
+    from bs4 import BeautifulSoup
+    from bs4.builder import ParserRejectedMarkup
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bs4 warns of captions that look like paths
         try:
@@ -107,6 +114,10 @@ def _strip_html(text: str) -> str:
 
 
 def _mend_encoding(text: str) -> str:
+    if _is_plain(text):
+        return text.strip()
+    import ftfy
+
     text = ftfy.fix_text(text)
     with contextlib.suppress(ValueError):  # a numeric entity of more digits than Python reads
         text = html.unescape(html.unescape(text))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from tora_jax.diffusion.guidance import guide
 from tora_jax.diffusion.rectified_flow import NUM_TIMESTEPS
 from tora_jax.errors import UserError
+from tora_jax.programs import Program
 from tora_jax.typing import Process, Solver, Step
 
 
@@ -150,7 +151,7 @@ def run(
     return x
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(Program, static_argnums=0, donate_argnums=2)
 def step(
     method: Method,
     params: Any,
@@ -183,7 +184,7 @@ def step(
     return end, memory, None if kept is None else Kept(extra, residual)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(Program, static_argnums=0)
 def estimate(
     method: Method, x: Array, end: Array, at: Step, edit: Array | None, memory: Any
 ) -> Float[Array, "b t h w c"]:

@@ -15,6 +15,7 @@ import platform
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from tora_jax import command_line
+from tora_jax import command_line, programs
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.configs import eval as eval_config
@@ -188,6 +189,9 @@ def _generate(config, cell, tasks, seeds, models) -> list[np.ndarray]:
     first_frame = config["first_frame"]
     if first_frame and (blind := [task.name for task in tasks if task.video is None]):
         raise UserError(f"{blind[0]}: has no first frame; set config.first_frame to False, or give an image")
+    for task in tasks:
+        for loss in models.tokenizer.losses(task.prompt):
+            warnings.warn(f"{task.name}: the prompt {loss}", stacklevel=2)
     inputs = [
         Inputs(
             task.prompt,
@@ -282,4 +286,5 @@ def write_page(out: Path, folder: Path, results, records, launch: str) -> None:
 
 
 if __name__ == "__main__":
+    programs.keep()
     command_line.run(main, ["tora_jax.evals", *sys.argv[1:]], "what is done stays; run the same command to go on")

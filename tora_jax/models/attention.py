@@ -17,8 +17,6 @@ from collections.abc import Sequence
 import einops
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jaxtyping import Array, Bool, Float
 
 from tora_jax import sharding
@@ -132,6 +130,10 @@ def _on_devices(
 
 def _splash(q: Array, k: Array, v: Array, key_mask: Array | None, *, scale: float) -> Array:
     """Attention of the shapes in `attention` by the TPU's kernel, with widths and lengths padded to its blocks."""
+    # Half a second to import, and used on few machines.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
     own = k.ndim - 3  # leading axes that q and k share
     shape, heads, lengths = q.shape, q.shape[-2], (math.prod(q.shape[own:-2]), k.shape[-3])
     block = tuple(map(_block, lengths))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from tora_jax import command_line, sharding
+from tora_jax import command_line, programs, sharding
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import images, prompt_rewriting
@@ -42,6 +42,8 @@ DEFINE = {  # by the type of a setting; the first that fits wins
 
 def sample(argv: list[str] | None = None) -> None:
     """Runs the command and exits: 0, 2 after a user's mistake (one line on stderr), 130 after Ctrl-C."""
+    if argv is None:  # a process of its own
+        programs.keep()
     command_line.run(_sample, sys.argv if argv is None else argv, "what is finished stays, nothing half-written does")
 
 
@@ -197,4 +199,5 @@ def _given(args: flags.FlagValues) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    programs.keep()
     sample(["tora_jax.sampling", *sys.argv[1:]])

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from tora_jax import sharding
+from tora_jax import programs, sharding
 from tora_jax.backbones.assembly import Models
 from tora_jax.configs.sampling import Settings
 from tora_jax.diffusion import sampler
@@ -176,7 +176,7 @@ def timed(seconds: dict[str, dict[str, float]], part: str) -> Iterator[None]:
 
     def listen(event: str, duration: float, **_) -> None:
         nonlocal compiling
-        if event.startswith("/jax/core/compile/"):
+        if event.startswith("/jax/core/compile/") or event == programs.READING:
             compiling += duration
 
     jax.monitoring.register_event_duration_secs_listener(listen)
