@@ -28,6 +28,7 @@ from tora_jax.checkpoints.manager import Manager, holds_any
 from tora_jax.data import pipeline, placement
 from tora_jax.errors import UserError
 from tora_jax.evals import validation
+from tora_jax.io import files
 from tora_jax.io.files import tuples
 from tora_jax.training import lora, record
 from tora_jax.training.job import Job
@@ -59,18 +60,20 @@ def main(argv: list[str], check_interrupt) -> None:
         command_line.join_processes()
     first = jax.process_index() == 0  # writes what is written once
     config = tuples(args.config.to_dict())
-    workdir = command_line.local_path("--workdir", args.workdir)
+    workdir = files.path(args.workdir)
+    files.check_writable(workdir, f"--workdir {workdir}")
     released = workdir / "release"
     if released.exists():
         if config["resume"] and config["restartable"]:  # no error: whoever restarts what fails would never end
             print(f"{released}: exists, so this run is finished")
             return
         raise UserError(f"{released}: exists, so this run is finished; choose another --workdir")
-    if config["resume"] and not config["restartable"] and not holds_any(workdir / "checkpoints"):
+    goes_on = config["resume"] and holds_any(workdir / "checkpoints")
+    if config["resume"] and not config["restartable"] and not goes_on:
         raise UserError(
             f"{workdir}: nothing to go on with; start without --config.resume, or set --config.restartable, too"
         )
-    weights = record.weights_of(workdir, args.weights, config)
+    weights = record.weights_of(workdir, args.weights, goes_on)
     command_line.use_compilation_cache()
     mesh, rules = sharding.make_mesh(config["mesh"]), tuple(config["rules"].items())
 
@@ -122,7 +125,7 @@ def main(argv: list[str], check_interrupt) -> None:
     if config["resume"] and (found := manager.restore(state)):
         state = found.state
         batches.set_state(found.data)
-    record.hold(workdir, config, weights, opened.identity(), mesh, first)
+    record.hold(workdir, config, weights, opened.identity(), mesh, goes_on=goes_on, first=first)
     start = step = int(state.step)
     log = Log(workdir, start, config["steps"], args.quiet, first)
 
@@ -142,7 +145,7 @@ def main(argv: list[str], check_interrupt) -> None:
                 log.show(step, samples)
             # The checkpoint is written before the next batch is drawn, so that the data goes on exactly there.
             if final or stop or judged or step % config["save_every"] == 0:
-                log.flush()
+                log.flush(send=True)
                 manager.save(step, state, batches.get_state(), judged)
             if log.skipped >= max(1, config["skip_at_most"]):
                 manager.save(step, state, batches.get_state(), judged)  # skipped steps have not changed it

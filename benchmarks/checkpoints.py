@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convert_weights import safetensors_io, stream
-from convert_weights.safetensors_io import Spec
+from convert_weights import stream
 from convert_weights.tables import t5, tora_cogvideox
 from tests.parity import golden
 from tora_jax import command_line
+from tora_jax.io import safetensors_io
+from tora_jax.io.safetensors_io import Spec
 
 FORMS = ("diffusers", "sat", "split")  # of the released Tora on CogVideoX
 VAE_CONSTANTS = {"shift": (-0.10, 0.34, 0.27, 0.98), "scale": (3.85, 2.32, 2.33, 3.06)}

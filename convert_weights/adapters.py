@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights import mapping, safetensors_io, stream, writers
+from convert_weights import mapping, stream, writers
 from convert_weights.mapping import Layout
-from convert_weights.safetensors_io import Spec
 from convert_weights.typing import CheckpointType
 from tora_jax.errors import UserError
+from tora_jax.io import safetensors_io
+from tora_jax.io.safetensors_io import Spec
 
 _ALPHA = "alpha"  # in the header's metadata
 _header = safetensors_io.read_header_and_metadata

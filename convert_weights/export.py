@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from convert_weights import mapping, safetensors_io, stream, variants, writers
+from convert_weights import mapping, stream, variants, writers
 from convert_weights.mapping import Layout, Move, Rule, Shape
-from convert_weights.safetensors_io import Spec, Tensor
 from convert_weights.typing import CheckpointType, Fields
 from tora_jax.checkpoints import release, weights
 from tora_jax.errors import UserError
+from tora_jax.io import safetensors_io
+from tora_jax.io.safetensors_io import Spec, Tensor
 
 RECORD = "source.json"
 TORA = "tora"  # the part of a whole release that holds the denoiser beside the trajectory extractor and the fusers

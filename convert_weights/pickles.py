@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert_weights import safetensors_io
 from tora_jax.errors import UserError
+from tora_jax.io import safetensors_io
 
 MAGIC = (b"PK\x03\x04", b"\x80")  # torch's zip archive, and the form before it
 # Names under which training tools keep the state dict: PyTorch Lightning, DeepSpeed, other scripts.

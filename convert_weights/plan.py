@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from convert_weights import mapping, safetensors_io, stream, variants
+from convert_weights import mapping, stream, variants
 from convert_weights.mapping import ConversionError, Move
 from convert_weights.typing import CheckpointType, Fields, Shapes
 from convert_weights.views import Source
+from tora_jax.io import safetensors_io
 
 MAX_BYTES_CARRIED = 1 << 16  # of a tensor that our model computes itself, kept for an export
 MAX_PROBLEMS_SHOWN = 30  # in one message; --dry_run shows all

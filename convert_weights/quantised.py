@@ -18,10 +18,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from convert_weights import safetensors_io
 from convert_weights.notes import note
 from convert_weights.views import Source
 from tora_jax.errors import UserError
+from tora_jax.io import safetensors_io
 
 FP8 = (safetensors_io.DTYPES["F8_E4M3"], safetensors_io.DTYPES["F8_E5M2"])
 FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of a layer; others pack, rotate or share scales among blocks

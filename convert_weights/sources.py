@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from flax import serialization, traverse_util
 
-from convert_weights import folders, hub, pickles, quantised, safetensors_io, views
+from convert_weights import folders, hub, pickles, quantised, views
 from convert_weights.notes import note
 from convert_weights.views import Source
 from tora_jax.errors import UserError
+from tora_jax.io import safetensors_io
 
 MAX_DEPTH = 4  # of the folders that `listing` looks into
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from absl import logging
 
-from convert_weights import safetensors_io, stream
+from convert_weights import stream
 from convert_weights.stream import Leaf
 from tora_jax import sharding
 from tora_jax.checkpoints import weights
 from tora_jax.errors import UserError
+from tora_jax.io import safetensors_io
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import functools
 import os
-import re
 import signal
 import sys
 import threading
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 
 from tora_jax.backbones import assembly
 from tora_jax.errors import UserError, closest
+from tora_jax.io import files
 
 
 def run(
@@ -171,19 +171,6 @@ def parse(
     return values
 
 
-def local_path(flag: str, path: str) -> Path:
-    """The path that a flag names.
-
-    Raises:
-      UserError: it is an address, such as that of a bucket.
-    """
-    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
-        raise UserError(
-            f"{flag} {path}: is an address, and a folder or file of this machine is wanted; mount the bucket"
-        )
-    return Path(path)
-
-
 def join_processes() -> None:
     """Makes this process one of several that compute together.
 
@@ -214,6 +201,5 @@ def last_line(error: BaseException) -> str:
 def use_compilation_cache() -> None:
     """Keeps compiled programs from run to run; JAX_COMPILATION_CACHE_DIR moves them."""
     if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "tora_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

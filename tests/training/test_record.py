@@ -34,7 +34,8 @@ def weights(tmp_path):
 def hold(workdir, weights, data=DATA, **changes):
     optim, more = changes.pop("optim", {}), changes.pop("more", {})
     config = {**CONFIG, **changes, "optim": CONFIG["optim"] | optim, "data": CONFIG["data"] | more}
-    record.hold(workdir, config, weights and str(weights), data, sharding.make_mesh(""), True)
+    goes_on = config.get("resume", False)
+    record.hold(workdir, config, weights and str(weights), data, sharding.make_mesh(""), goes_on=goes_on, first=True)
 
 
 @pytest.fixture
@@ -95,13 +96,12 @@ def test_what_changes_the_losses(begun, weights, changes, said):
 
 
 def test_weights_are_found_and_checked(begun, weights, tmp_path):
-    resume = {"resume": True}
-    assert record.weights_of(begun, None, {"resume": False}) is None
-    assert record.weights_of(begun, None, resume) == str(weights)
+    assert record.weights_of(begun, None, False) is None
+    assert record.weights_of(begun, None, True) == str(weights)
     moved = weights.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="weights; name their folder by --weights"):
-        record.weights_of(begun, None, resume)
-    assert record.weights_of(begun, str(moved), resume) == str(moved)
+        record.weights_of(begun, None, True)
+    assert record.weights_of(begun, str(moved), True) == str(moved)
     hold(begun, moved, resume=True)  # the same weights elsewhere
     (moved / "tora.safetensors").write_bytes(bytes(99) + b"1")
     for other in (moved, None):

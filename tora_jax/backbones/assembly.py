@@ -27,6 +27,7 @@ from tora_jax.checkpoints import release
 from tora_jax.conditioning import text
 from tora_jax.diffusion import sampler, solvers
 from tora_jax.errors import UserError, closest
+from tora_jax.io import files
 from tora_jax.io.files import tuples
 from tora_jax.io.video import from_float
 from tora_jax.programs import Program, code
@@ -295,7 +296,8 @@ def _host() -> contextlib.AbstractContextManager:
 
 def tokenizer_path(weights: str | Path | None) -> Path:
     """The sentencepiece model of a release folder, or the one of the small model."""
-    return Path(str(resources.files("tora_jax").joinpath("assets") if weights is None else weights)) / "tokenizer.model"
+    folder = str(resources.files("tora_jax").joinpath("assets")) if weights is None else weights
+    return files.path(folder) / "tokenizer.model"
 
 
 def _shapes(kind: ModuleType, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -316,10 +318,10 @@ def _note_of_fit(kind: ModuleType, config: Mapping[str, Any], weights: str | Pat
     Its name is made of all that decides: the config, the weights, and the code of the models. None where compiled
     programs are not kept.
     """
-    if jax.config.jax_compilation_cache_dir is None or not Path(weights).is_dir():
+    if jax.config.jax_compilation_cache_dir is None or not files.path(weights).is_dir():
         return None
     named = json.dumps([flax.__version__, code(), sections(config), release.checksum(weights)], default=str)
-    return Path(jax.config.jax_compilation_cache_dir) / f"fits-{hashlib.sha256(named.encode()).hexdigest()}"
+    return files.path(jax.config.jax_compilation_cache_dir) / f"fits-{hashlib.sha256(named.encode()).hexdigest()}"
 
 
 def _check_sizes(want: Mapping, got: Mapping, origin: str) -> None:

@@ -8,7 +8,6 @@ import errno
 import json
 import logging
 import math
-import shutil
 import signal
 import threading
 import warnings
@@ -21,9 +20,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from tora_jax.checkpoints.weights import orbax_path
 from tora_jax.errors import UserError
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
 
 SIZES = "sizes.json"  # in a checkpoint: file -> bytes
+WHOLE = "commit_success.txt"  # in a checkpoint in a bucket, where Orbax cannot rename it: the last that is written
 
 
 class Restored(NamedTuple):
@@ -41,9 +44,16 @@ class Restored(NamedTuple):
     step: int
 
 
-def holds_any(folder: str | Path) -> bool:
-    """Whether a folder holds a checkpoint, readable or not."""
-    return any(path.name.removesuffix(".broken").isdecimal() for path in Path(folder).glob("*"))
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, upwards, without those that are half-written."""
+    steps = (path for path in folder.glob("*") if path.name.isdecimal())
+    in_bucket = isinstance(folder, BucketPath)
+    return sorted(int(path.name) for path in steps if not in_bucket or (path / WHOLE).exists())
+
+
+def holds_any(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, readable or not; a half-written one counts as none."""
+    return bool(whole_steps(folder)) or any(path.name.endswith(".broken") for path in folder.glob("*"))
 
 
 @dataclasses.dataclass
@@ -64,7 +74,7 @@ class Manager:
     best: str = ""
 
     def __post_init__(self):
-        self.folder = Path(self.folder).absolute()
+        self.folder, folder = files.path(self.folder).absolute(), orbax_path(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_a_traceback_of_orbax)
@@ -82,7 +92,7 @@ class Manager:
         )
         state = ocp.PyTreeCheckpointHandler(use_compression=False)  # as in `weights.save`
         handlers = {"state": state, "data": ocp.JsonCheckpointHandler()}
-        self._orbax = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._orbax = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Manager:
         return self
@@ -189,15 +199,14 @@ class Manager:
 
     def _write_sizes(self) -> None:
         """Lists the files of a checkpoint inside it, before Orbax gives it its name."""
-        for folder in self.folder.glob(f"{self._saved}.*tmp*") if jax.process_index() == 0 else ():
-            sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.glob("*/**/*") if f.is_file()}
+        in_bucket = isinstance(self.folder, BucketPath)
+        written = [self.folder / str(self._saved)] if in_bucket else self.folder.glob(f"{self._saved}.*tmp*")
+        for folder in written if jax.process_index() == 0 else ():
+            sizes = {name: size for name, size in files.sizes(folder).items() if "/" in name}
             (folder / SIZES).write_text(json.dumps(sizes))
 
     def _truncated(self) -> dict[int, str]:
         """Step -> what is wrong, for checkpoints whose files are missing or have another size than listed."""
-
-        def size(file: Path) -> int | None:
-            return file.stat().st_size if file.is_file() else None
 
         wrong = {}
         for listed in sorted(self.folder.glob(f"*/{SIZES}"), reverse=True):
@@ -206,7 +215,8 @@ class Manager:
                 sizes = json.loads(listed.read_text())
             except ValueError:
                 sizes = {SIZES: -1}
-            differ = [file for file, bytes in sizes.items() if size(folder / file) != bytes]
+            there = files.sizes(folder)
+            differ = [file for file, bytes in sizes.items() if there.get(file) != bytes]
             if differ and folder.name.isdecimal():
                 wrong[int(folder.name)] = f"{differ[0]} is missing or truncated"
         return wrong
@@ -217,7 +227,7 @@ class Manager:
             warnings.warn(f"{self.folder}/{step}: broken, passed over ({failure})", stacklevel=4)
             if jax.process_index() == 0:
                 aside = self.folder / f"{step}.broken"
-                shutil.rmtree(aside, ignore_errors=True)
+                files.remove(aside)
                 (self.folder / str(step)).rename(aside)
         multihost_utils.sync_global_devices("broken checkpoints are aside")
 

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from tora_jax.errors import UserError
+from tora_jax.io import files, safetensors_io
+from tora_jax.io.buckets import BucketPath
 from tora_jax.io.files import tuples
 
 PARTS = ("tora", "vae", "motion_vae", "t5")
@@ -55,22 +54,12 @@ def save(folder: str | Path, config: dict, params: dict[str, Any], tokenizer: Pa
     Raises:
       UserError: the folder exists already.
     """
-    folder = Path(folder).absolute()
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        aside.chmod(0o755)
+    with files.write_folder(folder) as aside:
         for part, tree in params.items():
             save_file(traverse_util.flatten_dict(tree, sep="/"), aside / f"{part}.safetensors")
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (aside / "README.md").write_text(readme)
-        shutil.copyfile(tokenizer, aside / "tokenizer.model")
-        os.rename(aside, folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        (aside / "tokenizer.model").write_bytes(tokenizer.read_bytes())
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -79,7 +68,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
       UserError: the folder or its config.json is missing or broken.
     """
-    folder = Path(folder)
+    folder = files.path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --weights takes a release folder")
     path = folder / "config.json"
@@ -118,7 +107,7 @@ def load(
     Raises:
       UserError: something is missing or broken; the message names the file.
     """
-    folder, config = Path(folder), read_config(folder)
+    folder, config = files.path(folder), read_config(folder)
     params = {part: keep(load_part(folder, part)) for part in parts}
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.is_file():
@@ -134,17 +123,23 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
     Raises:
       UserError: it is missing or broken.
     """
-    path = Path(folder) / f"{part}.safetensors"
-    if (Path(folder) / "params").is_dir():
+    folder = files.path(folder)
+    path = folder / f"{part}.safetensors"
+    if (folder / "params").is_dir():
         from tora_jax.checkpoints import weights
 
-        return weights.restore(Path(folder) / "params", only=part)
+        return weights.restore(folder / "params", only=part)
     if not path.is_file():
         raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
     try:
+        if isinstance(path, BucketPath):
+            found = {name: _on_device(array) for name, array in safetensors_io.read_all(path)}
+            return traverse_util.unflatten_dict(found, sep="/")
         with safe_open(path, framework="np") as file:
             names = file.keys()
             return traverse_util.unflatten_dict({name: _on_device(file.get_tensor(name)) for name in names}, sep="/")
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(f"{path}: broken or truncated ({error})") from None
     except (AttributeError, TypeError, KeyError, ValueError) as error:  # names or number formats that JAX has not
@@ -171,15 +166,12 @@ def load_model(folder: str | Path, part: str, build: Callable[..., nn.Module]) -
 
 def checksum(weights: str | Path) -> str:
     """Tells weights apart, also those that were trained further under the same name; quick for large ones."""
-    files = sorted(path for path in Path(weights).rglob("*") if path.is_file() and path.suffix != ".md")
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(weights)} {size}".encode())
-        with path.open("rb") as file:
-            for start in sorted({0, size // 2, max(size - SAMPLED, 0)}):
-                file.seek(start)
-                digest.update(file.read(SAMPLED))
+    folder, digest = files.path(weights), hashlib.sha256()
+    found = {Path(name): size for name, size in files.sizes(folder).items() if not name.endswith(".md")}
+    for name, size in sorted(found.items()):
+        digest.update(f"{name} {size}".encode())
+        for start in sorted({0, size // 2, max(size - SAMPLED, 0)}):
+            digest.update(files.read_range(folder / name, start, SAMPLED))
     return digest.hexdigest()
 
 

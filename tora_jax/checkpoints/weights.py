@@ -16,10 +16,24 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as orbax
 
 from tora_jax.errors import UserError
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
 from tora_jax.sharding import sharding_by_size
 
 BATCH_BYTES = 1 << 29  # leaves that Orbax gets together: a call for each small leaf is slow, all at once is large
 CHUNK_BYTES = 1 << 28  # of a file's chunk, several of which the writer copies at a time
+
+
+def orbax_path(folder: str | Path) -> str:
+    """The path of a folder as Orbax takes it.
+
+    Raises:
+      UserError: it lies in a bucket that Orbax does not write to.
+    """
+    folder = files.path(folder).absolute()
+    if isinstance(folder, BucketPath) and folder.scheme != "gs":
+        raise UserError(f"{folder}: checkpoints are in gs:// or on a disk (Orbax knows no other); mount the bucket")
+    return str(folder)
 
 
 def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mesh | None = None) -> None:
@@ -33,7 +47,7 @@ def save(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], mesh: Mes
     Raises:
       FileExistsError: the folder exists.
     """
-    folder = Path(folder).absolute()
+    folder = orbax_path(folder)
     options = orbax.Context()
     options.array.saving.use_compression = False  # random mantissas do not get smaller, only slower
     options.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
@@ -76,7 +90,7 @@ def shapes(folder: str | Path) -> dict[str, Any]:
     Raises:
       UserError: the folder holds no checkpoint.
     """
-    folder = Path(folder).absolute()
+    folder = orbax_path(folder)
     try:
         tree = orbax.metadata(folder).metadata
     except (OSError, ValueError, KeyError) as error:
@@ -95,7 +109,7 @@ def restore(folder: str | Path, mesh: Mesh | None = None, only: str | None = Non
     Raises:
       UserError: the folder holds no checkpoint, or nothing at that path.
     """
-    folder, tree = Path(folder).absolute(), shapes(folder)
+    folder, tree = orbax_path(folder), shapes(folder)
     flat = traverse_util.flatten_dict(tree, sep="/")
     names = {path for path in flat if only is None or f"{path}/".startswith(f"{only}/")}
     if not names:

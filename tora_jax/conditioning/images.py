@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.video import STILLS, image_size, probe, read_image, read_video, resize_crop
 
 STILL_FPS = 120.0  # what the reference says of a single frame (opensora/datasets/__init__.py, IMG_FPS)
@@ -107,7 +108,7 @@ def sizes(conditions: Sequence[Condition], num_frames: int) -> dict[str, tuple[i
         if isinstance(source, np.ndarray):
             found.setdefault(f"the picture for frame {frame}", source.shape[-3:-1])
         else:
-            found.setdefault(str(source), _size(Path(source)))
+            found.setdefault(str(source), _size(files.path(source)))
     return found
 
 
@@ -130,7 +131,7 @@ def read(conditions: Sequence[Condition], num_frames: int, fps: float) -> dict[i
     for frame, source, edit in conditions:
         at = frame + num_frames if frame < 0 else frame
         room = at + 1 if frame < 0 else num_frames - at
-        pixels = source if isinstance(source, np.ndarray) else _read(Path(source), room, fps)
+        pixels = source if isinstance(source, np.ndarray) else _read(files.path(source), room, fps)
         if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] != 3 or 0 in pixels.shape:
             raise UserError(f"a condition is {pixels.dtype} {pixels.shape}; give uint8 [h, w, 3] or [n, h, w, 3]")
         count = len(pixels) if pixels.ndim == 4 else 1

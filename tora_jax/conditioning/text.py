@@ -22,6 +22,7 @@ import sentencepiece
 from jaxtyping import Bool, Int
 
 from tora_jax.errors import UserError
+from tora_jax.io import files
 
 PAD, EOS = 0, 1  # T5's ids
 
@@ -316,7 +317,7 @@ def _read(model: str | Path | bytes) -> bytes:
     if isinstance(model, bytes):
         return model
     try:
-        return Path(model).read_bytes()
+        return files.path(model).read_bytes()
     except OSError as e:
         raise UserError(
             f"{model}: cannot read the tokenizer ({e.strerror}); a release folder holds it as tokenizer.model"

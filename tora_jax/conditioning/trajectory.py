@@ -28,6 +28,7 @@ from tora_jax.conditioning.trajectory_hints import CANVAS, Canvas, Hints
 from tora_jax.conditioning.trajectory_pictures import Pictures
 from tora_jax.conditioning.trajectory_reading import Reading
 from tora_jax.errors import UserError
+from tora_jax.io import files as io_files
 
 UNKNOWN, NONE = Hints(), MappingProxyType({})
 
@@ -43,7 +44,7 @@ def presets() -> dict[str, Path]:
 
 def find(source: str | os.PathLike) -> Path:
     """Finds the file of a name: a file of that name wins over a preset."""
-    return Path(source) if os.path.lexists(source) else presets().get(str(source), Path(source))
+    return Path(source) if os.path.lexists(source) else presets().get(str(source)) or io_files.path(source)
 
 
 def is_preset(path: Path) -> bool:
@@ -105,7 +106,7 @@ def load(path: str | os.PathLike, hints: Hints = UNKNOWN) -> list[Trajectory]:
         off the canvas; there is no trajectory of two points or more, a value that is no finite number, times that do
         not rise within 0..1, or more than MAX_POINTS points.
     """
-    return trajectory_reading.open_file(Path(path), hints).trajectories
+    return trajectory_reading.open_file(io_files.path(path), hints).trajectories
 
 
 def parse(data: Any, canvas: Canvas = CANVAS, name: str = "trajectory", hints: Hints = UNKNOWN) -> list[Trajectory]:

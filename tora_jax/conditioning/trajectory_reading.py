@@ -31,6 +31,7 @@ from tora_jax.conditioning.trajectory_hints import (
 )
 from tora_jax.conditioning.trajectory_pictures import Drawn, Pictures
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.files import decode_text
 
 MAX_BYTES = 32 * 2**20
@@ -70,14 +71,13 @@ def _drawing(path: Path, hints: Hints) -> Drawing:
             raise UserError(f"{path}: is a folder; give a trajectory file (.txt, .csv, .json, .npy or .npz)")
         if not path.is_file():
             raise UserError(f"{path}: no such trajectory file; check the path")
-        with path.open("rb") as file:
-            start = file.read(8)
+        start = files.read_range(path, 0, 8)
         binary = start.startswith((b"PK\x03\x04", b"\x80", b"\x93NUMPY"))
         limit = MAX_BINARY_BYTES if binary else MAX_BYTES
         if path.stat().st_size > limit:
             raise UserError(f"{path}: is over {limit >> 20} MB; {THIN_OUT}")
         if start.startswith(b"PK\x03\x04"):
-            return _zipped(path, hints, name)
+            return _zipped(files.local(path), hints, name)
         content = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
+
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
+
+DONE = "dataset_info.json"  # of a folder that is whole
 
 
 def shard_name(name: str, split: str, number: int, count: int) -> str:
@@ -38,6 +44,12 @@ def write_shard(
     return count
 
 
+def readable(path: str | os.PathLike) -> str:
+    """The name by which ArrayRecord's reader opens a file: it reads gs:// itself, and of other buckets copies."""
+    source = files.path(path)
+    return str(source if isinstance(source, BucketPath) and source.scheme == "gs" else files.local(source))
+
+
 def _call(step, *args: Any) -> Any:
     """Calls the writer, which tells of a full disk by RuntimeError."""
     try:
@@ -49,12 +61,18 @@ def _call(step, *args: Any) -> Any:
 def write_metadata(
     folder: Path, name: str, features: tfds.features.FeaturesDict, lengths: Mapping[str, Sequence[int]]
 ) -> None:
-    """Writes dataset_info.json and features.json beside the shards, which are there.
+    """Writes features.json and, last, dataset_info.json beside the shards, which are there.
 
     Args:
       name: of the data set, with which the names of the shards begin.
       lengths: split -> the number of records in each of its shards.
     """
+    if isinstance(folder, BucketPath):
+        with tempfile.TemporaryDirectory() as here:
+            write_metadata(Path(here), name, features, lengths)
+            for file in sorted(files.sizes(here), key=lambda file: file == DONE):
+                (folder / file).send(Path(here) / file)
+        return
     splits = []
     for split, of_shards in lengths.items():
         template = tfds.core.ShardedFileTemplate(

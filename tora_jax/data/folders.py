@@ -9,6 +9,7 @@ import collections
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 
 from tora_jax.conditioning.images import STILL_FPS
 from tora_jax.errors import UserError
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
 from tora_jax.io.clip_files import ENDINGS, ClipError
 from tora_jax.io.files import decode_text, is_hidden
 from tora_jax.io.video import STILLS, VideoInfo, image_size, probe
@@ -47,9 +50,7 @@ class Member(NamedTuple):
         return PurePosixPath(self.name).suffix
 
     def read_bytes(self) -> bytes:
-        with self.tar.open("rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
+        return files.read_range(self.tar, self.start, self.size)
 
 
 class Item(NamedTuple):
@@ -142,7 +143,7 @@ def open_files(entry: str, split: str) -> ClipFiles:
       UserError: there is no such file, folder or split, or a table or tar is broken.
     """
     name, part = _parse_split(split)
-    path = Path(entry)
+    path = files.path(entry)
     if path.is_dir():
         path, whole = _of_split(path, name)
     elif not path.is_file():
@@ -190,9 +191,8 @@ def _of_split(folder: Path, name: str) -> tuple[Path, bool]:
 
 def _in_folder(folder: Path, without: Sequence[str]) -> ClipFiles:
     counted: collections.Counter[str] = collections.Counter()
-    files = []
-    for where, folders, names in os.walk(folder):
-        at = Path(where)
+    found = []
+    for at, folders, names in _walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
         counted["links to folders"] += sum((at / name).is_symlink() for name in folders)
         shown = [at / name for name in names if not is_hidden(name)]
@@ -200,13 +200,24 @@ def _in_folder(folder: Path, without: Sequence[str]) -> ClipFiles:
         if top and top[0] in without:
             counted[f"in {top[0]}/, which is another split"] += sum(map(_is_clip, shown))
         else:
-            files += shown
-    files.sort()
-    tars = [path for path in files if path.suffix.lower() == ".tar"]
-    parts = [_paired(files), *(_paired(_in_tar(path)) for path in tars)]
+            found += shown
+    found.sort()
+    tars = [path for path in found if path.suffix.lower() == ".tar"]
+    parts = [_paired(found), *(_paired(_in_tar(path)) for path in tars)]
     for part in parts:
         counted.update(part.passed_over)
     return ClipFiles([item for part in parts for item in part.items], dict(+counted))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As `os.walk`, top down; a bucket is asked once, and has no links."""
+    if not isinstance(folder, BucketPath):
+        yield from ((Path(at), folders, names) for at, folders, names in os.walk(folder))
+        return
+    groups = itertools.groupby(files.sizes(folder), key=lambda name: PurePosixPath(name).parent)
+    for at, names in groups:
+        if not any(map(is_hidden, at.parts)):
+            yield folder / at, [], [PurePosixPath(name).name for name in names]
 
 
 def _is_clip(path: Path | Member) -> bool:
@@ -264,10 +275,11 @@ def _in_table(path: Path) -> Iterator[Item]:
                 continue
             if len(row) != len(names):
                 raise UserError(f"{path}: line {rows.line_num} has {len(row)} fields, its header {len(names)}; mend it")
-            file = Path(row[file_at].strip())
-            beside = path.parent / file
+            file = files.path(row[file_at].strip())
+            beside = file if isinstance(file, BucketPath) else path.parent / file
             missing = ClipError(f"{file}: has no caption in {path}, line {rows.line_num}; write one", NO_CAPTION)
-            yield Item(beside if beside.exists() or not file.exists() else file, row[text_at].strip() or missing)
+            there = isinstance(beside, BucketPath) or beside.exists() or not file.exists()  # not a question a row
+            yield Item(beside if there else file, row[text_at].strip() or missing)
     except csv.Error as error:
         raise UserError(f"{path}: cannot be read as a table ({error}, line {rows.line_num}); mend it") from None
 
@@ -276,7 +288,7 @@ def _in_tar(path: Path) -> Iterator[Member]:
     """The files of a tar, by its headers alone."""
     whole = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # it keeps them all
                 if not member.isreg() or is_hidden(member.name):

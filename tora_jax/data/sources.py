@@ -7,6 +7,7 @@ adds it to the table.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +20,13 @@ from jaxtyping import Float
 
 from tora_jax.data import folders
 from tora_jax.errors import UserError
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
 from tora_jax.io.video import VideoInfo, probe
 
 SCAN_THREADS = 8
 SAMPLED, ENDS = 64, 1 << 16  # records, and bytes at both ends of a file, for `digest`
+DONE = "dataset_info.json"  # of TFDS: what makes a folder a set
 MADE = "precompute.json"  # lies in a precomputed set: what it was made with
 
 
@@ -82,7 +86,9 @@ class TFDSFolder:
 
         self.folder, self.split, self.passed_over = folder, split, {}
         try:
-            builder = tfds.builder_from_directory(folder)
+            # ArrayRecord's reader reads gs:// itself, and no other bucket.
+            of_s3 = isinstance(folder, BucketPath) and folder.scheme != "gs"
+            builder = tfds.builder_from_directory(str(files.local_folder(folder) if of_s3 else folder))
             self.made = json.loads((folder / MADE).read_text()) if (folder / MADE).is_file() else None
         except Exception as error:  # TFDS and protobuf have many kinds for broken metadata
             reason = str(error).partition("\n")[0]
@@ -129,7 +135,7 @@ def _infos(folder: Path, splits: Mapping[str, Any], split: str) -> Float[np.ndar
     name = split.split("[")[0]
     if not (folder / sizes_name(name)).is_file():
         return None
-    every = np.load(folder / sizes_name(name))
+    every = np.load(io.BytesIO((folder / sizes_name(name)).read_bytes()))
     ends = np.cumsum(splits[name].shard_lengths)
     starts = dict(zip(sorted(splits[name].filenames), ends - splits[name].shard_lengths, strict=True))
     parts = [every[:0]]
@@ -141,7 +147,7 @@ def _infos(folder: Path, splits: Mapping[str, Any], split: str) -> Float[np.ndar
 
 def _open_tfds(folder: str, split: str) -> TFDSFolder | None:
     """None for a folder without TFDS's dataset_info.json, which may also lie one or two folders below."""
-    found = [path.parent for inside in ("", "*/", "*/*/") for path in Path(folder).glob(f"{inside}dataset_info.json")]
+    found = [path.parent for inside in ("", "*/", "*/*/") for path in files.path(folder).glob(f"{inside}{DONE}")]
     if len(found) > 1:
         raise UserError(f"{folder}: holds several data sets; choose one of {', '.join(map(str, found))}")
     return TFDSFolder(found[0], split) if found else None
@@ -218,10 +224,8 @@ def digest(source: Source) -> str:
     def add(name: str, value: Any) -> None:
         if isinstance(value, Path) and value.is_file():  # a table may name one that is not there
             size = value.stat().st_size
-            with value.open("rb") as file:
-                start = file.read(ENDS)
-                file.seek(max(size - ENDS, 0))
-                value = f"{size}".encode() + start + file.read(ENDS)
+            start, end = (files.read_range(value, at, ENDS) for at in (0, max(size - ENDS, 0)))
+            value = f"{size}".encode() + start + end
         elif isinstance(value, np.ndarray):
             value = f"{value.dtype}{value.shape}".encode() + value.tobytes()
         found.update(f"{name} ".encode() + (value if isinstance(value, bytes) else str(value).encode()))

@@ -35,6 +35,7 @@ from tora_jax.errors import UserError
 from tora_jax.evals import report
 from tora_jax.evals.metrics import Metrics
 from tora_jax.evals.tasks import Benchmark, Task, open_benchmark
+from tora_jax.io import files
 from tora_jax.io.files import made_otherwise, note_made, tuples, write_atomic
 from tora_jax.io.video import read_video, write_video
 from tora_jax.sampling.generate import generate_batch
@@ -72,12 +73,12 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = command_line.parse(argv, define_flags, USAGE, eval_config.get_config())
     if args.out is None:
         raise UserError("--out is missing; name a folder for the videos and the figures")
-    config, out = tuples(args.config.to_dict()), command_line.local_path("--out", args.out)
+    config, out = tuples(args.config.to_dict()), files.path(args.out)
     command_line.use_compilation_cache()
     results, records = evaluate(config, args.weights, out, args.quiet, check_interrupt)
     report.write(out, results, records)
     if args.page is not None:
-        write_page(out, Path(args.page), results, records, shlex.join(["python", "-m", *argv]))
+        write_page(out, files.path(args.page), results, records, shlex.join(["python", "-m", *argv]))
     print(report.table(results))
     print(f"wrote {out / 'index.html'}", file=sys.stderr)
 
@@ -214,7 +215,7 @@ def _true_clip(task: Task) -> np.ndarray:
 
 def _find(videos: str, cell: str, task: str) -> Path:
     """A video that is there already."""
-    places = (Path(videos) / cell / f"{task}.mp4", Path(videos) / f"{task}.mp4")
+    places = (files.path(videos) / cell / f"{task}.mp4", files.path(videos) / f"{task}.mp4")
     for path in places:
         if path.is_file():
             return path
@@ -249,7 +250,7 @@ def _claim(folder: Path, config: Mapping[str, Any], cell: Mapping[str, Any], wei
     }
     made["benchmark"] = {name: value for name, value in made["benchmark"].items() if name != "clips"}
     if made["benchmark"]["kind"] == "list":
-        made["list"] = hashlib.sha256(Path(made["benchmark"]["source"]).read_bytes()).hexdigest()
+        made["list"] = hashlib.sha256(files.path(made["benchmark"]["source"]).read_bytes()).hexdigest()
     path = folder / "made.json"
     if not path.is_file():
         note_made(path, made)

@@ -12,6 +12,7 @@ from jaxtyping import Int, UInt8
 
 from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.video import resize_crop
 from tora_jax.models import clip
 
@@ -30,7 +31,7 @@ def load(folder: str | Path) -> Similarity:
       UserError: the folder or its tokenizer is missing or broken.
     """
     model, params = release.load_model(folder, "clip", clip.from_fields)
-    tokenize = tokenizer(Path(folder) / TOKENIZER, model.text.max_length)
+    tokenize = tokenizer(files.path(folder) / TOKENIZER, model.text.max_length)
     encode_text = jax.jit(lambda params, ids: model.apply({"params": params}, ids, method="encode_text"))
     encode_image = jax.jit(lambda params, pixels: model.apply({"params": params}, pixels, method="encode_image"))
     side = model.vision.image_size
@@ -59,7 +60,7 @@ def tokenizer(path: str | Path, length: int) -> Callable[[str], Int[np.ndarray, 
         import tokenizers  # of the extra "eval"
     except ImportError:
         raise UserError("CLIPSIM needs the library tokenizers: pip install 'tora_jax[eval]'") from None
-    if not Path(path).is_file():
+    if not files.path(path).is_file():
         raise UserError(f"{path}: missing; copy it there from the folder of the checkpoint")
     try:
         made = tokenizers.Tokenizer.from_file(str(path))

@@ -22,6 +22,7 @@ from tora_jax.conditioning.images import Condition
 from tora_jax.configs import sampling
 from tora_jax.data.sprites.clips import SIZES_OF_SPLITS, SPLITS, make_clip
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.files import decode_text, is_hidden
 from tora_jax.io.video import cover, read_image, resize_crop
 from tora_jax.sampling import request
@@ -257,10 +258,10 @@ def open_benchmark(config: Mapping[str, Any]) -> Benchmark:
         return Sprites(config["split"], count)
     if kind not in ("segmentation", "list"):
         raise UserError(f"benchmark.kind is {kind!r}; choose sprites, segmentation or list")
-    if not source or not Path(source).exists():
+    if not source or not files.path(source).exists():
         raise UserError(f"benchmark.source is {source!r}; name the {'folder' if kind == 'segmentation' else 'file'}")
     if kind == "segmentation":
-        return VideoSegmentationBenchmark(Path(source), count)
-    listed = Listed(Path(source))
+        return VideoSegmentationBenchmark(files.path(source), count)
+    listed = Listed(files.path(source))
     listed.names = listed.names[: count or None]
     return listed

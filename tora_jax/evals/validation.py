@@ -23,7 +23,7 @@ from tora_jax.data import clips, motion, pipeline, placement, sources
 from tora_jax.errors import UserError
 from tora_jax.evals import sprite_metrics, track_lk, traj_error
 from tora_jax.evals.quality import psnr
-from tora_jax.io import overlay
+from tora_jax.io import files, overlay
 from tora_jax.io.video import to_float, write_video
 from tora_jax.sampling.generate import generate_batch
 from tora_jax.sampling.inputs import Inputs
@@ -190,7 +190,7 @@ def held_out_clips(config: Mapping[str, Any]) -> list[Clip]:
     source = evaluation["source"] or data["sources"][0]
     if not evaluation["source"] and (made := sources.open_source(source, data["split"]).made):
         source = made["source"]
-    if not Path(source).exists():
+    if not files.path(source).exists():
         raise UserError(
             f"{source}: no such folder or file; evaluation.source names the clips whose tracks are followed"
         )

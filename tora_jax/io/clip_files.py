@@ -9,6 +9,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tora_jax.errors import UserError
+from tora_jax.io import files
 
 Source = str | os.PathLike | bytes
 
@@ -58,6 +60,15 @@ def name_of(source: Source) -> str:
     return "video" if isinstance(source, bytes) else str(source)
 
 
+def _local(source: str | os.PathLike) -> Path | None:
+    """The file, on this machine; None where there is none."""
+    try:
+        here = files.local(source)
+    except FileNotFoundError:  # in a bucket
+        return None
+    return here if here.is_file() else None
+
+
 @contextlib.contextmanager
 def open_clip(source: Source, threads: int = 0) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """A container and its first video stream.
@@ -70,12 +81,13 @@ def open_clip(source: Source, threads: int = 0) -> Iterator[tuple[av.container.I
       ClipError: "empty", "not a video" or "no video stream".
     """
     name = name_of(source)
-    if not isinstance(source, bytes) and not os.path.isfile(source):
+    here = source if isinstance(source, bytes) else _local(source)
+    if here is None:
         raise ClipError(f"{name}: no such video file; check the path", "not a video")
-    if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
+    if not (len(here) if isinstance(here, bytes) else here.stat().st_size):
         raise ClipError(f"{name}: cannot be decoded as a video (it is empty); is the file complete?", "empty")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        file = io.BytesIO(here) if isinstance(here, bytes) else str(here)
         container = av.open(file, options=CONTAINERS)
     except (OSError, av.FFmpegError) as e:
         problem = f"{name}: cannot be decoded as a video ({e.strerror}); is the file complete?"

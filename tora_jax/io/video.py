@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.clip_files import ClipError, Decoder, Source, find_timeline, jump, name_of, open_clip
 from tora_jax.io.display import Display, reformat
 from tora_jax.io.files import write_atomic
@@ -235,7 +236,7 @@ def read_image(source: Source) -> UInt8[np.ndarray, "h w 3"]:
       UserError: the file is missing, broken, not an image (whatever its name says), or over MAX_PIXELS; or its colour
         profile is broken.
     """
-    path = "picture" if isinstance(source, bytes) else Path(source)
+    path = "picture" if isinstance(source, bytes) else files.path(source)
     if not isinstance(source, bytes) and not path.is_file():
         raise UserError(f"{path}: no such image file; check the path")
     try:
@@ -273,7 +274,7 @@ def image_size(source: Source) -> tuple[int, int]:
 
 
 def _file(source: Source) -> io.BytesIO | Path:
-    return io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+    return io.BytesIO(source) if isinstance(source, bytes) else files.local(source)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -7,7 +7,6 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from tora_jax.checkpoints import release
 from tora_jax.conditioning import images, prompt_rewriting
 from tora_jax.configs import common, sampling
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.sampling import batch_file, dry_run, request, writer
 from tora_jax.sampling.generate import place, timed
 
@@ -51,7 +51,6 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     args = command_line.parse(argv, _define, USAGE, sampling.section())
     if args.weights is None and args["config"].using_default_value:
         args.weights = str(release.DEMO)
-    command_line.local_path("--out", args.out)
     config = _config(args)
     section = config.get("sampling", {})
     given = _given(args)
@@ -67,7 +66,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     mesh = None if args.dry_run else _mesh(args)  # a dry run leaves the devices alone
     models = request.outline(config, args.weights)
     if args.batch:
-        folder = Path(args.out if args["out"].present else "outputs/batch")
+        folder = files.path(args.out if args["out"].present else "outputs/batch")
         weights = release.checksum(args.weights) if args.weights else ""
         jobs = batch_file.read(args.batch, folder, section, given, weights)
         lines = [line for job in jobs if isinstance(job.wanted, request.Request) for line in job.wanted.lines]
@@ -193,7 +192,7 @@ def _given(args: flags.FlagValues) -> dict[str, Any]:
     elif args.trajectory is not None:
         given["trajectories"] = args.trajectory
     pictures = [(0, args.image), (-1, args.last_image)]
-    given["conditions"] = [images.Condition(frame, Path(file)) for frame, file in pictures if file]
+    given["conditions"] = [images.Condition(frame, files.path(file)) for frame, file in pictures if file]
     given["conditions"] += map(images.parse, args.condition or ())
     return given
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from tora_jax.backbones.assembly import Models
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.files import decode_text, write_atomic
 from tora_jax.sampling import request, writer
 from tora_jax.sampling.generate import Result
@@ -70,7 +71,7 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
     Raises:
       UserError: the file cannot be read, has no lines, or names a file twice. A mistake in a line stays in its `Job`.
     """
-    path = Path(path)
+    path = files.path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; --batch takes JSON lines, a video each")
     if path.stat().st_size > MAX_BYTES:
@@ -79,7 +80,7 @@ def read(path: str | Path, folder: Path, section: Any, given: Mapping[str, Any],
         lines = decode_text(path.read_bytes(), str(path)).split("\n")  # splitlines also cuts at U+2028 inside a text
     except UserError as error:
         raise UserError(f"{error}; --batch takes JSON lines, a video each") from None
-    writer.check_folder(folder, str(folder))
+    files.check_writable(folder, f"--out {folder}")
     base = _hash(json.dumps([section, given, weights], sort_keys=True, default=str))
     jobs = [_job(i, line, base, section, given) for i, line in enumerate(lines, 1) if line.strip()]
     if not jobs:
@@ -100,7 +101,7 @@ def _content(path: Path) -> str:
     if not path.is_file():  # a device has no end
         return ""
     try:
-        with path.open("rb") as file:
+        with files.local(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:  # reported when the line's turn comes
         return ""

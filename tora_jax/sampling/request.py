@@ -21,6 +21,7 @@ from tora_jax.conditioning.trajectory import Tracks
 from tora_jax.configs import sampling
 from tora_jax.configs.sampling import Settings
 from tora_jax.errors import UserError, closest
+from tora_jax.io import files
 from tora_jax.sampling import segments
 from tora_jax.sampling.generate import Progress, Result, video_size
 from tora_jax.sampling.inputs import Inputs
@@ -71,7 +72,10 @@ class Request:
     def files(self) -> list[Path]:
         """The files named for trajectories and conditions."""
         named = [each.source for each in self.conditions if not isinstance(each.source, np.ndarray)]
-        return [*(path for each in self.settings.trajectory for path in trajectory.files(each)), *map(Path, named)]
+        return [
+            *(path for each in self.settings.trajectory for path in trajectory.files(each)),
+            *map(files.path, named),
+        ]
 
     def placed(self, size: tuple[int, int]) -> Request:
         """The request with its trajectories in the video's frame, of `size` (height, width).
@@ -136,7 +140,7 @@ def make(section: Any, given: Mapping[str, Any]) -> Request:
         settings,
         [points for each in readings for points in each.trajectories] if readings else None,
         conditions,
-        tuple(f"{each.name}: {each.line}" for each in readings if not trajectory.is_preset(Path(each.name))),
+        tuple(f"{each.name}: {each.line}" for each in readings if not trajectory.is_preset(files.path(each.name))),
         tuple(each.drawn for each in readings for _ in each.trajectories),
     )
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tora_jax.errors import UserError
-from tora_jax.io import overlay
+from tora_jax.io import files, overlay
 from tora_jax.io.files import write_atomic
 from tora_jax.io.video import video_writer
 from tora_jax.sampling.generate import Result, add_seconds
@@ -48,35 +46,19 @@ def check(name: str, inputs: Sequence[str | Path] = (), weights: str | None = No
     Raises:
       UserError: the video cannot be written there.
     """
-    out = Path(name)
+    out = files.path(name)
     if out.suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"--out {name}: a video is written; end the name in .mp4 or .gif")
     if out.is_dir():
         raise UserError(f"--out {name}: this is a folder; name a file")
-    check_folder(out.parent, name)
-    taken = {Path(path).resolve() for path in inputs}
+    files.check_writable(out.parent, f"--out {name}")
+    taken = {files.path(path).resolve() for path in inputs}
     for path in [picture(out), paths(out)["report"]] if dry_run else paths(out).values():
         if path.resolve() in taken:
             raise UserError(f"--out {name}: would overwrite {path}, which is read; choose another name")
-    if weights is not None and Path(weights).resolve() in out.resolve().parents:
+    if weights is not None and files.path(weights).resolve() in out.resolve().parents:
         raise UserError(f"--out {name}: lies in the folder of the weights; choose another place")
     return out
-
-
-def check_folder(folder: Path, name: str) -> None:
-    """Checks that files can be written to a folder; a missing folder may be made later.
-
-    Raises:
-      UserError: no file can be written there.
-    """
-    try:
-        exists = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
-        if not exists.is_dir():
-            raise NotADirectoryError(None, f"{exists} is no folder")
-        with tempfile.TemporaryFile(dir=exists):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {name}: cannot write there ({error.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -94,15 +76,15 @@ def open_files(
       report: has "settings". Gets the tracks, the files and the seconds of the pieces; entries that the caller adds
         meanwhile are written, too.
     """
-    fps, files = report["settings"]["fps"], paths(out)
+    fps, places = report["settings"]["fps"], paths(out)
     if tracks is not None:
         report["tracks"] = listed(tracks)
     report.setdefault("seconds", {})
     out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        aside = stack.enter_context(write_atomic(files["report"]))
+        aside = stack.enter_context(write_atomic(places["report"]))
         wanted = ["video"] if tracks is None else ["video", "trajectory", "flow"]
-        writers = {part: stack.enter_context(video_writer(files[part], fps)) for part in wanted}
+        writers = {part: stack.enter_context(video_writer(places[part], fps)) for part in wanted}
         start = 0
 
         def write(piece: Result) -> None:
@@ -115,7 +97,7 @@ def open_files(
             add_seconds(report["seconds"], piece.seconds)
 
         yield write
-        report["files"] = [files[part].name for part in wanted]
+        report["files"] = [places[part].name for part in wanted]
         aside.write_text(dumps(finish(report)))
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from tora_jax.io.files import write_text
+from tora_jax.io.files import Outbox, write_text
 from tora_jax.io.video import read_video
 
 METRICS, PROGRESS = "metrics.jsonl", "progress.jsonl"
+SEND_SECONDS = 30  # between two copies to a bucket, where no checkpoint asks for one
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -28,6 +29,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 class Log:
     """metrics.jsonl with every step, TensorBoard, and a progress bar; of several processes, the first one's.
+
+    In a bucket nothing can be appended to, so files there grow now and then: see `flush`.
 
     Values stay on the device until `flush`, so that steps are not waited for one by one. Times and speeds are in
     progress.jsonl, for metrics.jsonl is the same whenever the same run is made. Each start is a line there, with the
@@ -40,20 +43,20 @@ class Log:
     """
 
     def __init__(self, folder: Path, start: int, total: int, quiet: bool, first: bool):
-        folder.mkdir(parents=True, exist_ok=True)
-        metrics, progress = folder / METRICS, folder / PROGRESS
-        before = [line for line in read_lines(metrics) if line["step"] <= start]
+        before = [line for line in read_lines(folder / METRICS) if line["step"] <= start]
+        self._outbox, self._sends = Outbox(folder), first
+        metrics, progress = (self._outbox.folder / name for name in (METRICS, PROGRESS))
         if first:
             _write_lines(metrics, before)  # what came after the checkpoint comes again
-            _write_lines(progress, read_lines(progress))
+            _write_lines(progress, read_lines(folder / PROGRESS))
         self._file = (metrics if first else Path(os.devnull)).open("a")
         self._progress = (progress if first else Path(os.devnull)).open("a")
         self._note(step=start, of=total)
         # With a bounded queue the training would wait for ever once a full disk has ended the thread that writes.
-        self._board = SummaryWriter(str(folder), purge_step=start + 1, max_queue=0, write_to_disk=first)
+        self._board = SummaryWriter(str(self._outbox.folder), purge_step=start + 1, max_queue=0, write_to_disk=first)
         self._bar = tqdm(total=total, initial=start, unit="step", disable=quiet or not first, mininterval=1)
         self._waiting: list[tuple[int, dict, int]] = []
-        self._since = time.perf_counter()
+        self._since = self._last_sent = time.perf_counter()
         self._row = self.skipped = 0
         for line in before:
             self._count(line)
@@ -63,8 +66,12 @@ class Log:
         """Keeps a step's metrics, arrays on the device, and the number of tokens that it worked on."""
         self._waiting.append((step, metrics, tokens))
 
-    def flush(self) -> None:
-        """Writes what was added; "skipped" where it is not 0."""
+    def flush(self, send: bool = False) -> None:
+        """Writes what was added; "skipped" where it is not 0.
+
+        Args:
+          send: to a bucket now, because a checkpoint follows; else when SEND_SECONDS have passed.
+        """
         waiting, self._waiting = self._waiting, []
         for step, metrics, _ in waiting:
             values = jax.device_get(metrics)
@@ -81,6 +88,9 @@ class Log:
             told = f"loss {values['loss']:.4g}, {speed['tokens_per_second']:.3g} tokens/s"
             self._bar.set_postfix_str(told + ", skipped" * bool(self._row), refresh=False)
             self._bar.update(step - self._bar.n)
+        if self._sends and (send or time.perf_counter() - self._last_sent > SEND_SECONDS):
+            self._outbox.send()
+            self._last_sent = time.perf_counter()
 
     def _count(self, values: dict) -> None:
         if "loss" in values:  # a step, not what it was judged by
@@ -116,6 +126,8 @@ class Log:
         self._progress.close()
         self._board.close()
         self._bar.close()
+        if self._sends:
+            self._outbox.close()
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import load_file, save_file
 
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.files import write_atomic
 from tora_jax.training import optim
 
@@ -90,11 +91,11 @@ def load(path: str | Path) -> tuple[dict[str, Array], float]:
     Raises:
       UserError: the file is missing, broken or something else.
     """
-    path = Path(path)
     try:
-        with safe_open(path, "flax") as file:
+        here = files.local(path)
+        with safe_open(here, "flax") as file:
             metadata = file.metadata() or {}
-        adapter = load_file(path)
+        adapter = load_file(here)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
     names = {name.rpartition("/")[0] for name in adapter}

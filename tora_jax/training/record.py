@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.files import note_made
 
 NAME = "run.json"
@@ -43,39 +44,51 @@ def read(workdir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read ({error}); remove it to go on without a record of the run") from None
 
 
-def weights_of(workdir: Path, given: str | None, config: Mapping[str, Any]) -> str | None:
+def weights_of(workdir: Path, given: str | None, goes_on: bool) -> str | None:
     """The weights that a run begins with: those given, or of a run that is gone on with its own.
 
     What does not train is in no checkpoint, and is read from them again.
 
+    Args:
+      goes_on: whether there is a checkpoint that the run goes on from. A run that ended before its first one may have
+        left a record, which binds nobody.
+
     Raises:
       UserError: they are gone.
     """
-    before = read(workdir) if config["resume"] else None
+    before = read(workdir) if goes_on else None
     own = given or (before and before["weights"]["folder"])
-    if own and not given and not Path(own).is_dir():
+    if own and not given and not files.path(own).is_dir():
         raise UserError(f"{workdir}: the run began with weights that are gone, {own}; name their folder by --weights")
     return own
 
 
 def hold(
-    workdir: Path, config: Mapping[str, Any], weights: str | None, data: Mapping[str, Any], mesh: Mesh, first: bool
+    workdir: Path,
+    config: Mapping[str, Any],
+    weights: str | None,
+    data: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    goes_on: bool,
+    first: bool,
 ) -> None:
     """Notes what a run is before its first step; later on, holds the one that goes on with it against the note.
 
     Args:
       weights: that it began with; None = random ones.
       data: of `Batches.identity`.
+      goes_on: as of `weights_of`.
       first: whether this process writes what is written once.
 
     Raises:
       UserError: what changes the losses is another than before, and the config has no `resume_anyway`.
     """
-    folder = None if weights is None else str(Path(weights).absolute())
+    folder = None if weights is None else str(files.path(weights).absolute())
     checksum = None if weights is None else release.checksum(weights)
     now = {"config": config, "weights": {"folder": folder, "checksum": checksum}, "data": data}
     now = json.loads(json.dumps(now))  # as it will be read: lists in place of tuples
-    before = read(workdir) if config["resume"] else None
+    before = read(workdir) if goes_on else None
     differ = [] if before is None else list(_differences(before, now))
     if differ and not config["resume_anyway"]:
         raise UserError(

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from tora_jax import command_line
+from tora_jax.checkpoints import manager
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.training import log, record
 
 RECENT = 100  # steps whose losses are averaged
@@ -96,8 +98,8 @@ def _judged(lines: Sequence[Mapping[str, float]]) -> Iterator[str]:
 
 
 def _checkpoints(workdir: Path, metrics: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    steps = sorted(int(name) for name in names if name.isdecimal())
+    folder = workdir / "checkpoints"
+    names, steps = [path.name for path in folder.glob("*")], manager.whole_steps(folder)
     judged = [(line["objective"], line["step"]) for line in metrics if "objective" in line and line["step"] in steps]
     best = min(judged, default=(None, None))[1]
     told = ", ".join(f"{step} (best)" if step == best else str(step) for step in steps)
@@ -118,7 +120,7 @@ def _duration(seconds: float) -> str:
 
 def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     parser = command_line.Parser("python -m tora_jax.training.status", __doc__)
-    parser.add_argument("workdir", type=Path, help="of train.py")
+    parser.add_argument("workdir", type=files.path, help="of train.py, on this machine or in a bucket")
     args = parser.parse_args(argv[1:])
     print(*describe(args.workdir, time.time()), sep="\n")
 

@@ -12,7 +12,6 @@ from pathlib import PurePosixPath
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -21,7 +20,7 @@ from tora_jax.data.curate import appearance, work
 from tora_jax.data.curate.filters import ClipFacts
 from tora_jax.data.curate.work import WorkFiles
 from tora_jax.errors import UserError
-from tora_jax.io import chat_server
+from tora_jax.io import chat_server, files
 from tora_jax.io.files import decode_text
 
 QUALITY = 85  # of the JPEGs
@@ -40,8 +39,7 @@ def of_file(path: str) -> str:
         places.append(path[: len(path) - len(video.name) - len("videos/")] + f"labels/{video.stem}.txt")
     for place in places:
         if work.exists(place):
-            with FileSystems.open(place) as file:
-                return decode_text(file.read(), place).strip()
+            return decode_text(files.path(place).read_bytes(), place).strip()
     return " ".join(re.sub(r"[_\-.]+", " ", video.stem).split())
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io import fileio
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
@@ -47,9 +45,9 @@ def build(pipeline: beam.Pipeline, patterns: Sequence[str], output: str, options
     found = (
         pipeline
         | "patterns" >> beam.Create(both)
-        | "match" >> fileio.MatchAll(fileio.EmptyMatchTreatment.ALLOW)
+        | "match" >> beam.FlatMap(work.match)
         | "shown" >> beam.Filter(lambda file: not is_hidden(file.path))
-        | "place" >> beam.Map(lambda file: (file.path, file.size_in_bytes, file.last_updated_in_seconds))
+        | "place" >> beam.Map(tuple)
         | "once" >> beam.Distinct()
         | "spread" >> beam.Reshuffle()
         | "content" >> beam.Map(_key, files)
@@ -132,7 +130,7 @@ def run(
         if "UserError: " not in str(error):
             raise
         raise UserError(_message(str(error).rpartition("UserError: ")[2])) from None
-    stats = work.read_json(FileSystems.join(output, "stats.json"))
+    stats = work.read_json(work.join(output, "stats.json"))
     if not stats["files"]["total"]:
         raise UserError(f"no file matches {', '.join(patterns)}; put quotes around the pattern")
     return stats
@@ -207,6 +205,6 @@ def _picture(sample: tuple[str, ClipFacts], files: WorkFiles) -> Iterator[tuple[
 def _report(output: str, numbers: Sequence, samples: Sequence, folder: str) -> str:
     stats = report.stats(numbers, folder)
     page = report.page(stats, samples)
-    work.write(FileSystems.join(output, "report.html"), lambda aside: aside.write_text(page, encoding="utf-8"))
-    work.write_json(FileSystems.join(output, "stats.json"), stats)
+    work.write(work.join(output, "report.html"), lambda aside: aside.write_text(page, encoding="utf-8"))
+    work.write_json(work.join(output, "stats.json"), stats)
     return output

@@ -12,7 +12,6 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import tensorflow_datasets as tfds
-from apache_beam.io.filesystems import FileSystems
 from jaxtyping import Float
 
 from tora_jax.data import array_record
@@ -21,6 +20,7 @@ from tora_jax.data.curate import work
 from tora_jax.data.curate.filters import ClipFacts
 from tora_jax.data.curate.work import WorkFiles
 from tora_jax.data.sources import sizes_name
+from tora_jax.io import files
 from tora_jax.io.video import VideoInfo
 
 Written = tuple[str, int, np.ndarray]  # a shard: its split, its number, and `VideoInfo` of its clips
@@ -70,7 +70,7 @@ class Shards(beam.PTransform):
             | "mix" >> beam.CombineGlobally(lambda numbers: sum(numbers) % 16**DIGITS)
         )
         folder = beam.pvalue.AsSingleton(
-            content | "folder" >> beam.Map(lambda number: FileSystems.join(files.folder, folder_name(number)))
+            content | "folder" >> beam.Map(lambda number: work.join(files.folder, folder_name(number)))
         )
         written = (
             clips
@@ -105,7 +105,7 @@ def _number(*parts: str) -> int:
 def _write(group: tuple[tuple[str, int, int], Iterable[ClipFacts]], files: WorkFiles, folder: str) -> Written:
     """Writes a shard, unless it is there."""
     (split, number, count), clips = group[0], sorted(group[1], key=lambda clip: clip["name"])
-    path = FileSystems.join(folder, shard_name(NAME, split, number, count))
+    path = work.join(folder, shard_name(NAME, split, number, count))
     if not work.exists(path):
         _write_shard(path, (_record(clip, files) for clip in clips))
     return split, number, np.array([[clip[name] for name in VideoInfo._fields] for clip in clips], float)
@@ -134,7 +134,7 @@ def _finish(output: str, folder: str, written: Sequence[Written], validation: bo
         by_split[split].append(infos)
     for split, found in by_split.items():
         if not found:  # TFDS wants at least one file of each split
-            _write_shard(FileSystems.join(folder, shard_name(NAME, split, 0, 1)), ())
+            _write_shard(work.join(folder, shard_name(NAME, split, 0, 1)), ())
             found.append(np.zeros((0, len(VideoInfo._fields))))
     _write_metadata(folder, by_split)
     remove_others(output, folder)
@@ -160,14 +160,12 @@ def _write_metadata(folder: str, infos: Mapping[str, Sequence[Float[np.ndarray, 
         array_record.write_metadata(here, NAME, FEATURES, lengths)
         told = [file for file in here.iterdir() if file.suffix in (".json", ".npy")]
         for file in sorted(told, key=lambda file: file.name == DONE):
-            path = FileSystems.join(folder, file.name)
+            path = work.join(folder, file.name)
             work.write(path, lambda aside, file=file: aside.write_bytes(file.read_bytes()))
 
 
 def remove_others(output: str, folder: str) -> None:
     """Removes the shards of earlier runs, with other clips, from a run's output."""
-    found = FileSystems.match([FileSystems.join(output, f"{NAME}-*", "*")])[0].metadata_list
-    others = {re.split(r"[/\\]", file.path)[-2] for file in found} - {re.split(r"[/\\]", folder)[-1]}
-    for other in sorted(others):
-        if re.fullmatch(rf"{NAME}-[0-9a-f]{{8}}", other):
-            FileSystems.delete([FileSystems.join(output, other)])
+    for other in sorted(files.path(output).glob(f"{NAME}-*")):
+        if re.fullmatch(rf"{NAME}-[0-9a-f]{{8}}", other.name) and other != files.path(folder):
+            files.remove(other)

@@ -18,6 +18,7 @@ import numpy as np
 from tora_jax.data.curate import appearance, camera, cuts, probe, tracks, work
 from tora_jax.data.curate.probe import UnusableError
 from tora_jax.data.curate.work import WorkFiles
+from tora_jax.io.files import local
 
 STAGES = ("probe", "clips", "motion", "looks")
 
@@ -70,8 +71,7 @@ def _probe(files: WorkFiles) -> Fill:
     def fill(source: SourceVideo, path: str) -> None:
         found: dict[str, Any] = {"reason": ""}
         try:
-            with work.local(source.path) as here:
-                video, look = probe.probe(here, options["damaged_share"], options["threshold"])
+            video, look = probe.probe(local(source.path), options["damaged_share"], options["threshold"])
             pieces = cuts.plan(video, look, *(options[name] for name in ("shortest", "longest", "loss")))
             found |= {"video": dataclasses.asdict(video), "pieces": [dataclasses.asdict(piece) for piece in pieces]}
             starts = look.ticks[[0, *look.cuts]]
@@ -98,8 +98,8 @@ def _clips(files: WorkFiles) -> Fill:
                 except UnusableError:
                     damaged.append(i)
 
-        with work.local(source.path) as here:
-            work.write_zip(path, members(), lambda: {"damaged": damaged})
+        here = local(source.path)
+        work.write_zip(path, members(), lambda: {"damaged": damaged})
 
     return fill
 

@@ -1,4 +1,4 @@
-"""Files of a run, on a disk or in a bucket (whatever Beam's file systems reach): whole, or not there.
+"""Files of a run, on a disk or in a bucket: whole, or not there.
 
 A stage writes one file for each source video, named by the video's content. The folder is named by the options of the
 stage and of the stages before it. So a run that was killed, or gets more videos or other options, repeats nothing.
@@ -10,18 +10,17 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from tora_jax.errors import UserError
-from tora_jax.io.files import write_atomic
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
 
 VERSION = 3  # of the stages' code: raised when what they write changes
 BEFORE = {"clips": "probe", "motion": "clips", "looks": "clips", "captions": "clips"}
@@ -58,7 +57,7 @@ class WorkFiles:
     def path(self, stage: str, key: str) -> str:
         """The file of a stage for a source video (or, of captions, for a clip)."""
         ending = ".zip" if stage in ARCHIVES else ".json"
-        return FileSystems.join(self.folder, "work", f"{stage}-{self._fingerprint(stage)}", f"{key}{ending}")
+        return join(self.folder, "work", f"{stage}-{self._fingerprint(stage)}", f"{key}{ending}")
 
     def _fingerprint(self, stage: str) -> str:
         before = BEFORE.get(stage)
@@ -66,16 +65,34 @@ class WorkFiles:
         return digest(str(VERSION), stage, options, self._fingerprint(before) if before else "")[:8]
 
 
-def is_local(path: str) -> bool:
-    return FileSystems.get_scheme(path) is None
+class Found(NamedTuple):
+    """A file that fits a pattern: its path, bytes, and the time of its last change in seconds since 1970."""
+
+    path: str
+    size: int
+    changed: float
+
+
+def match(pattern: str) -> Iterator[Found]:
+    """The files that fit; `**` stands for any folders."""
+    if isinstance(path := files.path(pattern), BucketPath):
+        for file, found in path.matching():
+            yield Found(str(file), found.st_size, found.st_mtime)
+    else:
+        for file in FileSystems.match([pattern])[0].metadata_list:
+            yield Found(file.path, file.size_in_bytes, file.last_updated_in_seconds)
+
+
+def join(folder: str, *names: str) -> str:
+    return str(files.path(folder).joinpath(*names))
 
 
 def exists(path: str) -> bool:
-    return FileSystems.exists(path)
+    return files.path(path).exists()
 
 
 def _open(path: str) -> BinaryIO:
-    return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    return files.path(path).open("rb")
 
 
 def write(path: str, fill: Callable[[Path], None]) -> None:
@@ -85,15 +102,9 @@ def write(path: str, fill: Callable[[Path], None]) -> None:
       UserError: it cannot be written.
     """
     try:
-        if is_local(path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with write_atomic(path) as aside:
-                fill(aside)
-        else:
-            with local_folder() as folder:
-                fill(folder / "file")
-                with (folder / "file").open("rb") as source, FileSystems.create(path) as target:
-                    shutil.copyfileobj(source, target)
+        files.path(path).parent.mkdir(parents=True, exist_ok=True)
+        with files.write_atomic(path) as aside:
+            fill(aside)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); mend that and run again") from error
 
@@ -124,19 +135,6 @@ def open_zip(path: str) -> Iterator[zipfile.ZipFile]:
     """Opens a file of `write_zip`; only the parts that are read are fetched, from a bucket, too."""
     with _open(path) as file, zipfile.ZipFile(file) as archive:
         yield archive
-
-
-@contextlib.contextmanager
-def local(path: str) -> Iterator[Path]:
-    """Yields the path of a file on a disk here: its own, or that of a copy for the time being."""
-    if is_local(path):
-        yield Path(path)
-    else:
-        with local_folder() as folder:
-            here = folder / Path(path).name
-            with _open(path) as source, here.open("wb") as target:
-                shutil.copyfileobj(source, target)
-            yield here
 
 
 @contextlib.contextmanager

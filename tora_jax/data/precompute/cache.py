@@ -26,6 +26,8 @@ from tora_jax.data.clips import ClipLoader, Clips
 from tora_jax.data.pipeline import prefetched
 from tora_jax.data.precompute.encoding import make_encoder
 from tora_jax.errors import UserError
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
 from tora_jax.io.files import made_otherwise, note_made
 
 NAME = "clips"
@@ -97,27 +99,29 @@ def precompute(
       UserError: `out` holds something else or was made with other options, no clip fits, too many are damaged, or
         the folder cannot be written.
     """
-    out = Path(out).absolute()
+    out = files.path(out).absolute()
     if min(batch, options.variants) < 1 or options.text not in TEXTS:
         raise UserError(f"give at least 1 for batch and variants, and one of {', '.join(TEXTS)} for text")
     if options.motion in ("none", "dense"):
         options = dataclasses.replace(options, variants=1)
     made = {
         **dataclasses.asdict(options),
-        "source": str(Path(source).absolute()),
+        "source": str(files.path(source).absolute()),
         "split": split,
         "caption_length": models.tokenizer.max_length,
         "weights": models.origin,
         "checksum": checksum(models, options),
     }
-    if _holds(out, made):
+    if _holds(out, made) and (out / array_record.DONE).exists():
         return out
+    files.check_writable(out.parent, f"--out {out}")
     clips, load = _open(models, source, split, options)
     made["clips"] = len(load.fitting)
     if progress:
         bucket = {name: getattr(options, name) for name in ("frames", "height", "width", "fps")}
         print(inventory.table(clips, [(bucket, load.fitting)], models.tokenizer))
-    aside = out.with_name(f".{out.name}.partial")
+    # In a bucket no folder can be renamed, and what says that one is whole is its metadata.
+    aside = out if isinstance(out, BucketPath) else out.with_name(f".{out.name}.partial")
     _holds(aside, made)
     for name, reason in clips.damaged.items():
         warnings.warn(f"{name}: damaged and left out ({reason})", stacklevel=2)
@@ -130,7 +134,8 @@ def precompute(
     try:
         note_made(aside / sources.MADE, made)
         _write(Job(models, load, options, batch, workers), aside, split.partition("[")[0], check, progress)
-        os.rename(aside, out)
+        if aside != out:
+            os.rename(aside, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); mend that and run again") from error
     return out
@@ -191,7 +196,7 @@ def _write(job: Job, folder: Path, split: str, check: Callable[[int], None], pro
     shards = _parts(fitting, SHARD)
     paths = [folder / array_record.shard_name(NAME, split, i, len(shards)) for i in range(len(shards))]
     done = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths))
-    lengths = [ArrayRecordReader(str(path)).num_records() for path in paths[:done]]
+    lengths = [ArrayRecordReader(array_record.readable(path)).num_records() for path in paths[:done]]
     todo = [(i, part) for i in range(done, len(shards)) for part in _parts(shards[i], job.batch)]
     with (
         tqdm(total=len(fitting), initial=done * SHARD, unit="clip", disable=not progress) as bar,
@@ -200,10 +205,9 @@ def _write(job: Job, folder: Path, split: str, check: Callable[[int], None], pro
         lost = len(fitting[: done * SHARD]) - sum(lengths)
         check(lost)
         for number, group in itertools.groupby(encoded, key=lambda item: item[0]):
-            aside = paths[number].with_name(f".{paths[number].name}")
             records = _counted((record for _, records in group for record in records), bar)
-            lengths.append(array_record.write_shard(aside, features, records))
-            os.replace(aside, paths[number])
+            with files.write_atomic(paths[number]) as aside:
+                lengths.append(array_record.write_shard(aside, features, records))
             lost += len(shards[number]) - lengths[-1]
             check(lost)
     for left in folder.glob(".*"):  # of an interrupted run

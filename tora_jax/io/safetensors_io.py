@@ -1,5 +1,7 @@
 """Reads and writes safetensors files tensor by tensor, or layer by layer: memory holds one part at a time.
 
+Of a file in a bucket only the bytes that are asked for are fetched.
+
 A file is eight bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), and the tensors
 one after the other. Every byte of the header is checked here, because the files come from other people.
 
@@ -13,7 +15,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tora_jax.errors import UserError
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
 
 # In the order in which the format's own library sorts them, so that equal contents give equal files.
 DTYPES = {
@@ -46,6 +51,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the format's own limit
 BYTES_AT_ONCE = 1 << 26  # bytes in one system call; larger ones are cut short by the kernel at 2 GiB
+AT_ONCE = 8  # requests to a bucket
 
 
 class Tensor(NamedTuple):
@@ -73,14 +79,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def read_header_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The same with the strings that the header holds beside."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(9)
-        length = int.from_bytes(start[:8], "little")
-        if size > 8 and start[8:] != b"{":
-            raise UserError(f"{path}: not a safetensors file (wrong magic); is it the file you meant?")
-        if 8 + length > size or length < 2 or length > MAX_HEADER:
-            raise UserError(f"{path}: truncated or broken: the header should have {length} bytes, the file has {size}")
-        header = start[8:] + file.read(length - 1)
+    start = files.read_range(path, 0, 9)
+    length = int.from_bytes(start[:8], "little")
+    if size > 8 and start[8:] != b"{":
+        raise UserError(f"{path}: not a safetensors file (wrong magic); is it the file you meant?")
+    if 8 + length > size or length < 2 or length > MAX_HEADER:
+        raise UserError(f"{path}: truncated or broken: the header should have {length} bytes, the file has {size}")
+    header = files.read_range(path, 8, length)
     try:
         entries = json.loads(header, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -139,6 +144,12 @@ def read(tensor: Tensor, layer: int | None = None) -> np.ndarray:
     array = np.empty(shape, tensor.dtype)
     begin = tensor.begin + (layer or 0) * array.nbytes
     view = memoryview(array.reshape(-1).view(np.uint8))
+    if isinstance(tensor.file, BucketPath):
+        content = tensor.file.read_range(begin, array.nbytes)
+        if len(content) != array.nbytes:
+            raise UserError(f"{tensor.file}: truncated while it was read")
+        view[:] = content
+        return array
     with open(tensor.file, "rb", buffering=0) as file:
         file.seek(begin)
         at = 0
@@ -148,6 +159,32 @@ def read(tensor: Tensor, layer: int | None = None) -> np.ndarray:
                 raise UserError(f"{tensor.file}: truncated while it was read")
             at += count
     return array
+
+
+def read_all(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """All tensors of a file in a bucket, in the order in which they lie; small ones are fetched together.
+
+    Raises:
+      UserError: as `read_header` and `read`.
+    """
+    tensors = sorted(read_header(path).items(), key=lambda item: item[1].begin)
+    groups, first = [], 0
+    for i, (_, tensor) in enumerate(tensors):
+        if tensor.begin + tensor.nbytes - tensors[first][1].begin > BYTES_AT_ONCE and i > first:
+            groups, first = [*groups, tensors[first:i]], i
+    groups = [*groups, tensors[first:]] if tensors else []
+
+    def fetch(group: list[tuple[str, Tensor]]) -> list[tuple[str, np.ndarray]]:
+        begin, last = group[0][1].begin, group[-1][1]
+        whole = Tensor(path, begin, np.dtype(np.uint8), (last.begin + last.nbytes - begin,))
+        content = read(whole)
+        at = [(name, tensor, tensor.begin - begin) for name, tensor in group]
+        return [(name, content[i : i + t.nbytes].view(t.dtype).reshape(t.shape)) for name, t, i in at]
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        for i in range(0, len(groups), AT_ONCE):
+            for group in threads.map(fetch, groups[i : i + AT_ONCE]):
+                yield from group
 
 
 class Spec(NamedTuple):
