@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -36,6 +35,8 @@ from convert_weights.views import Source
 from convert_weights.write_release import ReleaseWriter
 from tora_jax import command_line, sharding
 from tora_jax.errors import UserError
+from tora_jax.io import files
+from tora_jax.io.buckets import BucketPath
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", help="the model's size: a released name, or fields as JSON or a JSON file; unset: from the file")
     add("--orbax", action="store_true", help="write an Orbax checkpoint in place of safetensors")
     add("--mesh", help="write it sharded, such as fsdp=4 (implies --orbax)")
-    add("--tokenizer", type=Path, help="sentencepiece model for T5, where none lies beside its weights")
+    add("--tokenizer", type=files.path, help="sentencepiece model for T5, where none lies beside its weights")
     add("--dry_run", action="store_true", help="print the mapping and every problem; reads headers only")
-    add("--report", type=Path, help="write what was done as JSON")
+    add("--report", type=files.path, help="write what was done as JSON")
     both = "of a training that keeps both: its moving average (the default), or the model as it was trained"
     add("--take", choices=("ema", "model"), help=both)
     add("--allow_nonfinite", action="store_true", help="convert NaN and Inf too")
@@ -209,7 +210,8 @@ def _export(args: argparse.Namespace, cast: stream.Cast) -> dict[str, Any]:
     kind, split = CHECKPOINT_TYPES[args.kind], getattr(args, "split", False)
     if adapters.is_adapter(args.src):
         return adapters.write(args.dst, kind, args.src, cast)
-    with export.open_ours(args.src, kind, Path(args.dst).absolute().parent) as ours:
+    scratch = files.path(args.dst).absolute().parent
+    with export.open_ours(args.src, kind, None if isinstance(scratch, BucketPath) else scratch) as ours:
         if args.dry_run:
             for move in export.plan(kind, ours):
                 for key in move.sources:

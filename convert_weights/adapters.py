@@ -7,7 +7,6 @@ is multiplied into `lora_B`. Source: peft's names, as diffusers' `load_lora_weig
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from convert_weights import mapping, stream, writers
 from convert_weights.mapping import Layout
 from convert_weights.typing import CheckpointType
 from tora_jax.errors import UserError
-from tora_jax.io import safetensors_io
+from tora_jax.io import files, safetensors_io
 from tora_jax.io.safetensors_io import Spec
 
 _ALPHA = "alpha"  # in the header's metadata
@@ -25,7 +24,7 @@ _header = safetensors_io.read_header_and_metadata
 
 def is_adapter(name: str) -> bool:
     """Whether a file holds an adapter."""
-    path = Path(name)
+    path = files.path(name)
     return path.suffix == ".safetensors" and path.is_file() and _ALPHA in _header(path)[1]
 
 
@@ -50,7 +49,7 @@ def write(target: str, kind: CheckpointType, name: str, cast: stream.Cast) -> di
 
 
 def _tensors(kind: CheckpointType, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    held, metadata = _header(Path(name))
+    held, metadata = _header(files.path(name))
     for path in sorted({path.rpartition("/")[0] for path in held}):
         inside = path.removeprefix(f"{kind.part}/")
         rules = ((rule, mapping.pattern(rule.target).fullmatch(inside)) for rule in kind.table)

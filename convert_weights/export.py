@@ -20,7 +20,7 @@ from convert_weights.mapping import Layout, Move, Rule, Shape
 from convert_weights.typing import CheckpointType, Fields
 from tora_jax.checkpoints import release, weights
 from tora_jax.errors import UserError
-from tora_jax.io import safetensors_io
+from tora_jax.io import files, safetensors_io
 from tora_jax.io.safetensors_io import Spec, Tensor
 
 RECORD = "source.json"
@@ -46,16 +46,16 @@ class Ours(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_ours(name: str, kind: CheckpointType, scratch: Path) -> Iterator[Ours]:
+def open_ours(name: str, kind: CheckpointType, scratch: Path | None) -> Iterator[Ours]:
     """Finds a checkpoint type's parameters in a release folder, in one file of it, or in an Orbax folder.
 
     Args:
-      scratch: a folder for a temporary copy of an Orbax checkpoint's part.
+      scratch: a folder for a temporary copy of an Orbax checkpoint's part; None = where the system has its own.
 
     Raises:
       UserError: when they are not there, or do not fit the folder's config.json.
     """
-    path = Path(name)
+    path = files.path(name)
     folder = path.parent if path.is_file() else path
     config = release.read_config(folder)
     part = path.stem if path.is_file() else next((p for p in (kind.part, TORA) if p in config), kind.part)
@@ -66,7 +66,8 @@ def open_ours(name: str, kind: CheckpointType, scratch: Path) -> Iterator[Ours]:
     with contextlib.ExitStack() as stack:
         file = folder / f"{part}.safetensors"
         if (folder / "params").is_dir():
-            scratch.mkdir(parents=True, exist_ok=True)
+            if scratch is not None:
+                scratch.mkdir(parents=True, exist_ok=True)
             meanwhile = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=scratch))
             file = Path(meanwhile) / file.name
             _from_orbax(folder / "params", part, file)

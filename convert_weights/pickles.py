@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tora_jax.errors import UserError
-from tora_jax.io import safetensors_io
+from tora_jax.io import files, safetensors_io
 
 MAGIC = (b"PK\x03\x04", b"\x80")  # torch's zip archive, and the form before it
 # Names under which training tools keep the state dict: PyTorch Lightning, DeepSpeed, other scripts.
@@ -21,8 +21,7 @@ AVERAGES = ("ema", "model_ema", "ema_state_dict", "ema_model", "state_dict_ema",
 
 def is_pickle(path: Path) -> bool:
     """By its first bytes."""
-    with open(path, "rb") as file:
-        start = file.read(9)
+    start = files.read_range(path, 0, 9)
     # A safetensors header of 128 bytes starts with torch's old magic too; its ninth byte tells.
     return start.startswith(MAGIC) and start[8:] != b"{"
 
@@ -66,8 +65,9 @@ def read(path: Path, take: str = "ema") -> Held:
         import torch  # only here, and only when pickles are allowed: the package does not need it
     except ImportError:
         raise UserError(f"{path}: reading a pickle needs PyTorch: pip install torch") from None
+    here = files.local(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        state = torch.load(here, map_location="cpu", weights_only=True, mmap=_is_zip(here))
     except Exception as error:  # torch raises whatever the damage happens to cause
         # Not in torch's words: they recommend to load it unsafely.
         unsafe = "weights_only" in str(error)
@@ -103,5 +103,4 @@ def read(path: Path, take: str = "ema") -> Held:
 
 
 def _is_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == MAGIC[0]
+    return files.read_range(path, 0, 4) == MAGIC[0]

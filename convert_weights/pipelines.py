@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from convert_weights import folders, sources
 from convert_weights.tables.tora_cogvideox import SPLIT
 from tora_jax.errors import UserError
+from tora_jax.io import files
 
 DIFFUSERS = {"tora": "transformer", "vae": "vae", "t5": "text_encoder"}
 SAT = {"tora": "mp_rank_00_model_states.pt", "vae": "3d-vae.pt"}
@@ -28,7 +29,7 @@ def find(src: str, variant: str | None) -> dict[str, str]:
     Raises:
       UserError: it holds no denoiser, or several, or is a release folder of ours.
     """
-    if Path(src).is_file():
+    if files.path(src).is_file():
         return {"tora": src}
     names = sources.listing(src)
     held = {str(PurePosixPath(name).parent) for name in names if name.endswith(_WEIGHTS)}

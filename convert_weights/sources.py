@@ -13,7 +13,8 @@ from convert_weights import folders, hub, pickles, quantised, views
 from convert_weights.notes import note
 from convert_weights.views import Source
 from tora_jax.errors import UserError
-from tora_jax.io import safetensors_io
+from tora_jax.io import files, safetensors_io
+from tora_jax.io.buckets import BucketPath
 
 MAX_DEPTH = 4  # of the folders that `listing` looks into
 
@@ -96,7 +97,9 @@ def _tell(name: str, what: str, average: bool) -> None:
 
 def locate(name: str, check: Callable[[str], None] = lambda file: None) -> Path:
     """A path as it is, or that of a hub id; see `hub.locate`."""
-    path = Path(name)
+    path = files.path(name)
+    if isinstance(path, BucketPath) and not path.exists():
+        raise UserError(f"{name}: no such file or folder in the bucket")
     return path if path.exists() else hub.locate(name, check)
 
 
@@ -106,15 +109,17 @@ def listing(name: str) -> list[str]:
     Raises:
       UserError: see `hub.listing`.
     """
-    path = Path(name)
+    path = files.path(name)
+    if isinstance(path, BucketPath):
+        return [file for file in files.sizes(locate(name)) if file.count("/") <= MAX_DEPTH]
     if not path.exists():
         return hub.listing(name)
     found: list[str] = []
-    for folder, inner, files in os.walk(path):
+    for folder, inner, names in os.walk(path):
         at = Path(folder).relative_to(path)
         if len(at.parts) == MAX_DEPTH:
             inner.clear()
-        found += [(at / file).as_posix() for file in files]
+        found += [(at / file).as_posix() for file in names]
     return sorted(found)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from convert_weights import mapping
@@ -12,6 +11,7 @@ from convert_weights.folders import parse_json
 from convert_weights.typing import CheckpointType, Fields, Notation
 from convert_weights.views import Source
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.io.files import tuples
 
 
@@ -35,7 +35,7 @@ def read_variant(kind: CheckpointType, variant: str) -> Fields:
     if variant in kind.released:
         return kind.released[variant]
     if variant.startswith("{") or variant.endswith(".json"):
-        text = variant if variant.startswith("{") else Path(variant).read_text(encoding="utf-8")
+        text = variant if variant.startswith("{") else files.path(variant).read_text(encoding="utf-8")
         fields = parse_json(text, "--variant")
         if kind.notation is not None and "variant" in fields:
             fields = {**fields, **_read_notation(kind.notation, fields["variant"])}

@@ -10,6 +10,7 @@ import numpy as np
 
 from convert_weights.notes import note
 from tora_jax.errors import UserError
+from tora_jax.io import files
 
 
 class Source(NamedTuple):
@@ -59,7 +60,7 @@ def joined(sources: Mapping[str, Source]) -> Source:
     """
     first = next(iter(sources.values()))
     places = merge(
-        Path(first.name),
+        files.path(first.name),
         [{prefix + key: (source, key) for key in source.shapes} for prefix, source in sources.items()],
     )
 

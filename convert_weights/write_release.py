@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ class ReleaseWriter:
             (folder / "README.md").write_text(readme)
             if self.tokenizer is not None:
                 suffix = ".json" if self.tokenizer.suffix == ".json" else ".model"  # CLIP's, or a sentencepiece model
-                shutil.copyfile(self.tokenizer, folder / f"tokenizer{suffix}")
+                (folder / f"tokenizer{suffix}").write_bytes(self.tokenizer.read_bytes())
         return nbytes
 
 

@@ -17,7 +17,8 @@ from convert_weights.stream import Leaf
 from tora_jax import sharding
 from tora_jax.checkpoints import weights
 from tora_jax.errors import UserError
-from tora_jax.io import safetensors_io
+from tora_jax.io import files, safetensors_io
+from tora_jax.io.buckets import BucketPath
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -33,9 +34,14 @@ def aside(target: str | Path, nbytes: int) -> Iterator[Path]:
     Raises:
       UserError: when the target exists, or cannot be written, or the disk is full.
     """
-    target = Path(os.path.abspath(target))
+    target = files.path(target).absolute()
     if target.exists():
         raise UserError(f"{target}: exists already; choose another name or remove it")
+    if isinstance(target, BucketPath):
+        files.check_writable(target.parent, str(target))
+        with files.sent(target) as here:
+            yield here
+        return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import io
+import logging
 import os
 import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 
@@ -24,8 +26,10 @@ from tora_jax.errors import UserError
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "memory": "fsspec"}
 LOG_IN = {"gs": "gcloud auth application-default login", "s3": "aws configure"}
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # pathlib makes one slash of two
+TIMES = ("mtime", "LastModified", "updated", "created")  # names of what fsspec tells of a file
 BLOCK = 1 << 20  # bytes that are read ahead
 
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it then raises
 # Listings are asked for anew each time: other processes write there, too.
 for _scheme in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
@@ -91,6 +95,17 @@ class BucketPath(type(Path())):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         return _stat(found)
 
+    def version(self) -> str:
+        """Words that change with the content of the file.
+
+        Raises:
+          FileNotFoundError: there is no file.
+        """
+        found = self.info()
+        if found is None or found["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        return " ".join(str(found.get(name)) for name in ("size", "generation", "ETag", *TIMES))
+
     def sizes(self) -> dict[str, int]:
         """Names of the files in this folder and its folders, relative to it -> bytes, in one question."""
         with told(self):
@@ -124,11 +139,13 @@ class BucketPath(type(Path())):
             if info["type"] == "file":
                 yield type(self)(f"{self.scheme}://{name.strip('/')}"), _stat(info)
 
-    def open(self, mode: str = "r", *_: Any, encoding: str | None = None, **__: Any) -> IO:
+    def open(self, mode: str = "r", *_: Any, encoding: str | None = None, **__: Any) -> io.IOBase:
         """Files that are written appear when they are closed, whole; none can be appended to."""
-        text = {} if "b" in mode else {"encoding": encoding or "utf-8"}
+        options: dict[str, Any] = {} if "b" in mode else {"encoding": encoding or "utf-8"}
+        if "r" in mode:
+            options["block_size"] = BLOCK
         with told(self):
-            return self.fs.open(str(self), mode, block_size=BLOCK, **text)
+            return self.fs.open(str(self), mode, **options)
 
     def read_bytes(self) -> bytes:
         return self.read_range(0, None)
@@ -168,8 +185,9 @@ class BucketPath(type(Path())):
 
     def rename(self, target: str | os.PathLike) -> BucketPath:
         """Copies the file, or all files of the folder, and removes them here."""
-        with told(self):
-            self.fs.mv(str(self), str(target), recursive=True)
+        with told(self):  # not by `mv`, whose call not every service of gs:// knows
+            self.fs.copy(str(self), str(target), recursive=True)
+            self.fs.rm(str(self), recursive=True)
         return type(self)(target)
 
     def rmtree(self) -> None:
@@ -231,7 +249,7 @@ def _stat(info: dict[str, Any]) -> os.stat_result:
 
 def _time(info: dict[str, Any]) -> float:
     """When a file was changed last, in seconds since 1970; 0 where the service does not tell."""
-    value = next((info[name] for name in ("mtime", "LastModified", "updated", "created") if info.get(name)), 0)
+    value = next((info[name] for name in TIMES if info.get(name)), 0)
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
     return value.timestamp() if isinstance(value, datetime) else float(value)

@@ -50,8 +50,8 @@ def local(name: str | os.PathLike) -> Path:
     source = path(name)
     if not isinstance(source, BucketPath):
         return source
-    found = source.stat()
-    return _copied(f"{source} {found.st_size} {found.st_mtime}", source.suffix, found.st_size, source.fetch)
+    version = source.version()
+    return _copied(f"{source} {version}", source.suffix, source.stat().st_size, source.fetch)
 
 
 def local_folder(name: str | os.PathLike) -> Path:
@@ -211,7 +211,7 @@ def write_atomic(name: str | os.PathLike) -> Iterator[Path]:
     """
     target = path(name)
     if isinstance(target, BucketPath):
-        with _sent(target) as aside:
+        with sent(target) as aside:
             yield aside
         return
     aside = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
@@ -232,7 +232,7 @@ def write_atomic(name: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _sent(target: BucketPath) -> Iterator[Path]:
+def sent(target: BucketPath) -> Iterator[Path]:
     """Yields a path of this machine whose file, or whose folder's files, are sent to a bucket when the block ends well.
 
     Of a folder LAST is sent last. What a fault leaves of it is removed.
@@ -266,7 +266,7 @@ def write_folder(folder: str | os.PathLike) -> Iterator[Path]:
     if target.exists():
         raise UserError(f"{target}: exists already; choose another folder or remove it")
     if isinstance(target, BucketPath):
-        with _sent(target) as aside:
+        with sent(target) as aside:
             aside.mkdir()
             yield aside
         return
