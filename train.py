@@ -25,6 +25,7 @@ from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.checkpoints.manager import Manager, holds_any
+from tora_jax.checkpoints.weights import orbax_path
 from tora_jax.data import pipeline, placement
 from tora_jax.errors import UserError
 from tora_jax.evals import validation
@@ -61,6 +62,7 @@ def main(argv: list[str], check_interrupt) -> None:
     first = jax.process_index() == 0  # writes what is written once
     config = tuples(args.config.to_dict())
     workdir = files.path(args.workdir)
+    orbax_path(workdir)
     files.check_writable(workdir, f"--workdir {workdir}")
     released = workdir / "release"
     if released.exists():
