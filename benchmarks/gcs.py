@@ -50,7 +50,7 @@ class Handler(server.RequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def do_GET(self):  # noqa: N802: names of http.server
+    def do_GET(self):  # noqa: N802 (names of http.server)
         self.do("GET")
 
     def do_POST(self):  # noqa: N802

@@ -263,7 +263,7 @@ def test_nothing_to_go_on_with(clips, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [([], "--workdir is missing"), (["--workdir=gs://bucket/run"], "mount the bucket")]
+    ("flags", "said"), [([], "--workdir is missing"), (["--workdir=ftp://bucket/run"], "ftp:// is not known")]
 )
 def test_no_folder_to_work_in(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
