@@ -147,3 +147,8 @@ class TestDigest:
         one, other = Arrays([{"x": np.zeros(3)}] * 99), Arrays([{"x": np.zeros(3, np.float32)}] * 99)
         assert sources.digest(one) == sources.digest(Arrays(one))
         assert len({sources.digest(one), sources.digest(other), sources.digest(Arrays(one[1:]))}) == 3
+
+
+def test_a_run_without_a_checkpoint_binds_nobody(begun):
+    hold(begun, None, seed=1, resume=False)
+    assert record.read(begun)["config"]["seed"] == 1

@@ -1,0 +1,149 @@
+"""gs:// and s3:// as a person meets them: python -m pytest -m slow tests/test_cloud.py
+
+pip install 'tora_jax[cloud]' gcp-storage-emulator 'moto[server]'
+"""
+
+import importlib
+import shutil
+import subprocess
+import sys
+import uuid
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import training_runs
+from tests.training_runs import ROOT
+from tora_jax.checkpoints.release import DEMO
+from tora_jax.data import sources
+from tora_jax.io import files
+
+pytestmark = pytest.mark.slow
+SMALL = ("--steps=1", "--num_frames=5", "--height=32", "--width=32", "--quiet")
+BUCKETS = "({'frames':5,'height':32,'width':32,'fps':0.0,'batch':4,'weight':1.0},)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def services(tmp_path_factory):
+    """Both services on this machine, each with an empty bucket of that name."""
+    gcs = importlib.import_module("benchmarks.gcs")
+    moto = importlib.import_module("moto.server")
+    with pytest.MonkeyPatch.context() as patch, gcs.serve() as port:
+        server = moto.ThreadedMotoServer(port=0, verbose=False)
+        server.start()
+        keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+        host, at = server.get_host_and_port()
+        for name, value in {**gcs.environment(port), **keys, "AWS_ENDPOINT_URL": f"http://{host}:{at}"}.items():
+            patch.setenv(name, value)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        files.path("s3://bucket/x").fs.mkdir("bucket")
+        yield
+        server.stop()
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request):
+    return files.path(f"{request.param}://bucket/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return training_runs.write_records(tmp_path_factory.mktemp("data") / "clips", train=8, validation=4)
+
+
+def send(here, folder):
+    for name in files.sizes(here):
+        (folder / name).send(here / name)
+    return folder
+
+
+def run(*command):
+    """A command in a process of its own, as its services are told by the environment."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_sampling(bucket, tmp_path):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "p.png")
+    (bucket / "p.png").send(tmp_path / "p.png")
+    (bucket / "t.txt").write_text("20,20\n200,120\n")
+    (bucket / "b.jsonl").write_text(f'{{"name": "one", "trajectories": ["{bucket}/t.txt"]}}\n')
+    weights = send(DEMO, bucket / "weights")
+    given = (f"--image={bucket}/p.png", f"--condition=-1={bucket}/p.png:0.5", f"--trajectory={bucket}/t.txt")
+    code, _, said = run("sample.py", f"--weights={weights}", *SMALL, *given, f"--out={bucket}/o/v.mp4")
+    assert code == 0, said
+    assert sorted(files.sizes(bucket / "o")) == ["v.json", "v.mp4", "v_flow.mp4", "v_trajectory.mp4"]
+    code, _, said = run("sample.py", f"--weights={weights}", *SMALL, f"--batch={bucket}/b.jsonl", f"--out={bucket}/m")
+    assert code == 0, said
+    assert "one.mp4" in files.sizes(bucket / "m")
+    assert not (ROOT / f"{bucket.scheme}:").exists()
+
+
+def test_no_such_bucket(bucket):
+    code, _, said = run("sample.py", *SMALL, f"--out={bucket.scheme}://none/v.mp4")
+    assert code == 2
+    assert said.startswith(f"sample.py: error: --out {bucket.scheme}://none/v.mp4: cannot write there (no such bucket")
+    assert said.count("\n") == 1
+
+
+def test_sources(bucket, clips, tmp_path):
+    folder = training_runs.write_folder(tmp_path / "videos", train=2)
+    shutil.make_archive(str(tmp_path / "clips"), "tar", folder / "train")
+    (bucket / "clips.tar").send(tmp_path / "clips.tar")
+    for here, there in ((clips, send(clips, bucket / "records")), (folder, send(folder, bucket / "videos"))):
+        ours, theirs = (sources.open_source(place, "train") for place in (here, there))
+        assert sources.digest(ours) == sources.digest(theirs)
+        assert ours.info(0) == theirs.info(0)
+    assert len(sources.open_source(bucket / "clips.tar", "train")) == 2
+
+
+def test_conversion(bucket):
+    weights = send(DEMO, bucket / "weights")
+    command = ("-m", "convert_weights", "stdit3", weights, bucket / "out.safetensors", "--reverse")
+    code, _, said = run(*command)
+    assert code == 0, said
+    assert (bucket / "out.safetensors").stat().st_size > 10**6
+    code, _, said = run(*command)
+    assert code == 2
+    assert "exists already" in said
+
+
+def train(workdir, data, *more):
+    settings = ("evaluation.clips=0", "log_every=1", "save_every=2", "eval_every=1000", f"data.buckets={BUCKETS}")
+    config = [f"--config.{setting}" for setting in (*settings, f"data.sources=('{data}',)", *more)]
+    return run("train.py", f"--config={ROOT}/configs/tora.py:stage=2,runlocal", f"--workdir={workdir}", *config)
+
+
+def test_a_training_that_is_gone_on_with(clips, tmp_path):
+    """In gs:// as on a disk, with the newest checkpoint half-written in between."""
+    bucket = files.path(f"gs://bucket/{uuid.uuid4().hex}")
+    data = send(clips, bucket / "clips")
+    code, _, said = train(tmp_path / "run", clips, "steps=6")
+    assert code == 0, said
+    code, _, said = train(bucket / "run", data, "steps=4")
+    assert code == 0, said
+    files.remove(bucket / "run/release")
+    for name in files.sizes(bucket / "run/checkpoints/4"):
+        if name != "commit_success.txt":
+            whole = bucket / "run/checkpoints/4" / name
+            (bucket / "run/checkpoints/5" / name).write_bytes(whole.read_bytes())
+    code, _, said = train(bucket / "run", data, "steps=6", "resume", "restartable")
+    assert code == 0, said
+    on_disk, in_bucket = (
+        [line for line in training_runs.metrics(files.path(place)) if "loss" in line]
+        for place in (tmp_path / "run", files.local_folder(bucket / "run"))
+    )
+    assert on_disk == in_bucket
+    for part in ("tora", "vae", "motion_vae", "t5"):
+        name = f"run/release/{part}.safetensors"
+        assert (tmp_path / name).read_bytes() == (bucket / name).read_bytes()
+    code, said, _ = run("-m", "tora_jax.training.status", bucket / "run")
+    assert code == 0
+    assert "step 6 of 6 (100.0 %), finished" in said
+
+
+def test_checkpoints_in_other_buckets(clips):
+    code, _, said = train("s3://bucket/run", clips, "steps=1")
+    assert code == 2
+    assert "checkpoints are in gs:// or on a disk" in said
