@@ -155,8 +155,8 @@ def _apart(setting: str) -> bool:
 @functools.cache
 def _folder() -> Path | None:
     """Where programs are kept; None where JAX keeps none, or, with a warning, where others may write."""
-    if jax.config.jax_compilation_cache_dir is None:
-        return None
+    if jax.config.jax_compilation_cache_dir is None or "://" in str(jax.config.jax_compilation_cache_dir):
+        return None  # a bucket's owner and mode say little
     folder = Path(jax.config.jax_compilation_cache_dir) / "programs"
     with contextlib.suppress(OSError):  # a full or read-only disk costs the next process a second or two, no more
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
