@@ -19,7 +19,8 @@ from tora_jax.checkpoints.release import DEMO
 from tora_jax.data import sources
 from tora_jax.io import files
 
-pytestmark = pytest.mark.slow
+# The tests upload weights themselves; gcsfs sends them in one piece, of which aiohttp warns.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")]
 SMALL = ("--steps=1", "--num_frames=5", "--height=32", "--width=32", "--quiet")
 BUCKETS = "({'frames':5,'height':32,'width':32,'fps':0.0,'batch':4,'weight':1.0},)"
 
