@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,12 +42,10 @@ def serve(folder: Path, options: argparse.Namespace, block: bool = True):
     from tora_jax.app import page, studio  # Gradio reads its environment when it is imported
 
     command_line.use_compilation_cache()
-    blocks = page.build(
-        studio.Studio(
-            tora_jax.load(options.weights, low_memory=options.low_memory, eight_bit=options.eight_bit),
-            folder / "results",
-        )
-    )
+    models = tora_jax.load(options.weights, low_memory=options.low_memory, eight_bit=options.eight_bit)
+    made = studio.Studio(models, folder / "results")
+    threading.Thread(target=made.warm_up, daemon=True).start()
+    blocks = page.build(made, folder)
     password = options.password or os.environ.get("TORA_PASSWORD")
     _, address, _ = blocks.launch(
         server_name=options.host,
@@ -55,6 +54,7 @@ def serve(folder: Path, options: argparse.Namespace, block: bool = True):
         max_file_size=MAX_UPLOAD,
         allowed_paths=[],
         css=page.CSS,
+        theme=page.THEME,
         ssr_mode=False,
         share=False,
         quiet=not block,

@@ -1,38 +1,40 @@
-"""What the page does, without the page: checks what comes from a browser, makes videos one at a time, keeps results."""
+"""What the page does, without the page: makes videos one at a time, shows how far they are, keeps results."""
 
 from __future__ import annotations
 
-import base64
 import collections
 import contextlib
 import dataclasses
-import io
 import json
 import shutil
 import threading
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from jaxtyping import Array, UInt8
 
+from tora_jax.app import uploads
+from tora_jax.app.form import Form
+from tora_jax.app.pace import Pace
 from tora_jax.backbones.assembly import Models
-from tora_jax.conditioning import images, motion_maps, trajectory, trajectory_hints, trajectory_pictures
-from tora_jax.configs import sampling
+from tora_jax.conditioning import trajectory
 from tora_jax.errors import UserError
 from tora_jax.evals import track_lk, traj_error
-from tora_jax.io.video import cover, read_image, resize_crop
 from tora_jax.sampling import request, writer
-from tora_jax.sampling.generate import Progress, video_size
+from tora_jax.sampling.generate import Progress
 
 KEPT = 12  # results of a visit
 VISITS = 200  # that are remembered; the one longest unused goes first
-LONGEST = 8  # times the model's own length
-MOST_STEPS, MOST_TEXT, MOST_PATHS = 100, 2000, 32
-PREVIEW_SIDE, PREVIEW_FRAMES = 160, 24  # of the flow map that is shown while drawing
+WAITING = 50  # requests for the device
+LOOKS = 6  # at a video while it is made
+WARM_UP = "warm-up"  # the visit of nobody
+
+Tell = Callable[[int, int, Callable[[], Array] | None], None]  # steps done, steps in all, the clean latents' estimate
 
 
 class CancelledError(Exception):
@@ -54,11 +56,6 @@ class Made:
         return self.folder / "tora.mp4"
 
     @property
-    def poster(self) -> Path:
-        """The frame in the middle, for a gallery."""
-        return self.folder / "poster.webp"
-
-    @property
     def overlay(self) -> Path | None:
         return self._if_there("tora_trajectory.mp4")
 
@@ -68,11 +65,49 @@ class Made:
 
     @property
     def files(self) -> list[Path]:
-        """To be downloaded: the video, the trajectories, the settings."""
-        return [self.video, *filter(None, [self._if_there("trajectories.json")]), self.folder / "tora.json"]
+        """To be downloaded: the video, the same with its paths, the trajectories, the settings."""
+        optional = (self.overlay, self._if_there("trajectories.json"))
+        return [self.video, *filter(None, optional), self.folder / "tora.json"]
 
     def _if_there(self, name: str) -> Path | None:
         return path if (path := self.folder / name).is_file() else None
+
+
+@dataclasses.dataclass
+class Work:
+    """A video that is being made, as the page shows it.
+
+    Attributes:
+      wanted: the request.
+      place: requests before it; None from its start on.
+      done, total: steps.
+      left: seconds, as far as anybody knows.
+      picture: the first frame as it is now, as an address; `pictures` counts them.
+      made, error: how it ended; `error` is also "cancelled".
+    """
+
+    wanted: request.Request
+    place: int | None = 0
+    done: int = 0
+    total: int = 0
+    left: float | None = None
+    picture: str = ""
+    pictures: int = 0
+    made: Made | None = None
+    error: str | None = None
+    stamps: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=5))
+
+    def wait(self, place: int) -> None:
+        self.place = place
+
+    def step(self, done: int, total: int, pace: Pace) -> None:
+        """What is left goes by the last steps; at the beginning, where programs compile, by what other videos took."""
+        self.place, self.done, self.total = None, done, total
+        self.left = pace.seconds(self.wanted, done)
+        self.stamps.append(time.monotonic())
+        if done > 2:
+            each = (self.stamps[-1] - self.stamps[1]) / (len(self.stamps) - 2)
+            self.left = each * (total - done) + (pace.seconds(self.wanted, total) or 0)
 
 
 @dataclasses.dataclass
@@ -81,6 +116,7 @@ class Visit:
 
     made: list[Made] = dataclasses.field(default_factory=list)
     wishes: set[threading.Event] = dataclasses.field(default_factory=set)
+    work: Work | None = None  # the latest
 
     def cancel(self) -> None:
         """Stops what is wanted now, and nothing that is asked for later."""
@@ -97,15 +133,12 @@ class Studio:
     """
 
     def __init__(self, models: Models, folder: Path):
-        self.models, self.folder = models, folder
+        self.models, self.folder, self.form, self.pace = models, folder, Form(models), Pace(models)
         folder.mkdir(parents=True, exist_ok=True)
-        self._device = threading.Lock()  # one generation at a time
+        self._line: list[object] = []  # those who wait for the device, and the one who has it
+        self._moved = threading.Condition()
         self._guard = threading.Lock()
         self._visits: collections.OrderedDict[str, Visit] = collections.OrderedDict()
-        defaults = sampling.resolve(models.sampling, {})
-        height, width = video_size(models, defaults.height, defaults.width)
-        self.defaults = dataclasses.replace(defaults, height=height, width=width)
-        self.sizes = _sizes(models, height, width)
 
     # ------------------------------------------------------------------------------------------------ visits
 
@@ -129,106 +162,96 @@ class Studio:
         for made in visit.made:
             shutil.rmtree(made.folder, ignore_errors=True)
 
-    # ------------------------------------------------------------------------------------------------ drawing
+    # ------------------------------------------------------------------------------------------------ generating
 
-    def trajectories(self, drawn: Any) -> list[trajectory.Trajectory] | None:
-        """The canvas's value -> trajectories; None where nothing is drawn.
+    def expect(self, drawn: Any, asked: Any, files: Mapping[int, str | None]) -> float | None:
+        """How many seconds a video will take; None = nobody knows yet.
 
         Raises:
-          UserError: it holds something else.
+          UserError: it cannot be made.
         """
-        drawn = drawn.get("trajectories") if isinstance(drawn, dict) else None
-        if not drawn:
-            return None
-        if not isinstance(drawn, list) or len(drawn) > MOST_PATHS:
-            raise UserError(f"give at most {MOST_PATHS} paths")
-        return trajectory.parse({"canvas": [1, 1], "trajectories": drawn}, name="the drawing")
+        with uploads.named(*filter(None, files.values())):
+            if self.form.needs_picture and not files.get(0):
+                raise UserError("these weights need a first frame: drop a photo on the canvas")
+            if files and any(files.values()) and not self.form.takes_picture:
+                raise UserError("these weights take no pictures; remove what is given")
+            return self.pace.seconds(self.form.request(drawn, asked, files))
 
-    def read_trajectories(
-        self, path: str, size: str, num_frames: int, picture: str | None = None, **said: str | None
-    ) -> tuple[list[list[list[float]]], str]:
-        """An uploaded file -> points in 0..1 for the canvas, and a word on how it was read.
+    def begin(self, name: str, drawn: Any, asked: Any, files: Mapping[int, str | None]) -> Work:
+        """`generate`, in a thread of its own; the `Work` tells how far it is.
 
-        Args:
-          picture: the first frame; paths that were drawn on it stay on it.
-          said: settings of reading (`sampling.READING`).
+        Raises:
+          UserError: for what cannot be, or a visit that has a video under way.
         """
-        shape = self._size(size)
-        with _named(path, *filter(None, [picture])):
-            hints = trajectory_hints.hints(
-                *(said.get(name) or None for name in sampling.READING), num_frames=self._frames(num_frames)
-            )
-            pictures = images.sizes([images.Condition(0, picture)], 1) if picture else {}
-            (reading,) = trajectory.readings([path], hints, pictures)
-            paths = reading.trajectories
-            paths, words = trajectory_pictures.place(paths, [reading.drawn] * len(paths), shape)
-        points = [np.column_stack([each[:, :2].clip(0, 1), each[:, 2:]]).tolist() for each in paths]
-        lines = [f"{path}: {reading.line}", *words]
-        return points, _by_name("; ".join(lines), path, picture or path)
+        wanted, visit, wish = self.form.request(drawn, asked, files), self.visit(name), threading.Event()
+        with self._guard:
+            if any(not each.is_set() for each in visit.wishes):
+                raise UserError("this visit has a video under way; wait for it, or cancel it")
+            visit.wishes.add(wish)
+        self.visit(WARM_UP).cancel()  # what is compiled of it stays
+        visit.work = work = Work(wanted)
 
-    def preview(self, drawn: Any, size: str, num_frames: int) -> str:
-        """The flow map of a drawing, small and moving: the address of a picture, with the picture in it."""
-        points = self.trajectories(drawn)
-        height, width = self._size(size)
-        scale = min(PREVIEW_SIDE / min(height, width), 1)
-        length = self._frames(num_frames)
-        frames = min(length, PREVIEW_FRAMES)
-        tracks = trajectory.tracks(points or [], frames)
-        maps = motion_maps.displacement_maps(tracks, round(height * scale), round(width * scale))
-        return _address(motion_maps.flow_to_rgb(maps)[min(1, frames - 1) :], 1000 * length / self.defaults.fps / frames)
+        def tell(done: int, total: int, clean: Callable[[], Array] | None) -> None:
+            work.step(done, total, self.pace)
+            if clean is not None and done < total and done % max(total // LOOKS, 1) == 0:
+                work.picture, work.pictures = uploads.address(self._look(clean())), work.pictures + 1
 
-    def picture(self, path: str, size: str) -> tuple[str, list[float]]:
-        """An uploaded picture as the model will see it, as an address; and what the crop leaves of it.
+        def run() -> None:
+            try:
+                work.made = self.generate(name, drawn, asked, files, tell, work.wait, wish)
+            except CancelledError:
+                work.error = "cancelled"
+            except UserError as error:
+                work.error = str(error)
+            except Exception:  # a bug of ours, or no memory: the page lives on, and the log has the rest
+                traceback.print_exc()
+                work.error = "the video failed; the server's log says why"
+            finally:
+                visit.wishes.discard(wish)
 
-        Returns:
-          the address, and left, top, right, bottom in 0..1 of the picture.
-        """
-        with _named(path):
-            picture = read_image(path)
-        high, wide = self._size(size)
-        height, width, top, left = cover(*picture.shape[:2], high, wide)
-        seen = [left / width, top / height, (left + wide) / width, (top + high) / height]
-        return _address(resize_crop(picture, high, wide)[None]), seen
-
-    # ------------------------------------------------------------------------------------------------ generating
+        threading.Thread(target=run, daemon=True).start()
+        return work
 
     def generate(
         self,
         name: str,
         drawn: Any,
-        form: Mapping[str, Any],
+        asked: Any,
         files: Mapping[int, str | None],
-        progress: Callable[[int, int], None],
+        progress: Tell,
+        waits: Callable[[int], None] = lambda place: None,
+        wish: threading.Event | None = None,
     ) -> Made:
         """Makes a video for a visit, when the device is free.
 
         Args:
           name: of the visit.
-          drawn: the canvas's value.
-          form: prompt, size and settings of sampling.
-          files: frame -> an uploaded picture or clip.
-          progress: told (steps done, steps in all).
+          drawn, asked, files: of `Form.request`.
+          progress: told of each step.
+          waits: told the number of requests before this one.
+          wish: to stop, set by somebody; None = the visit's `cancel` alone sets one.
 
         Raises:
           UserError: for what cannot be.
           CancelledError: within one step of the wish to stop.
         """
-        visit, cancelled = self.visit(name), threading.Event()
-        with _named(*filter(None, files.values())):
-            wanted = request.place(self.models, self._request(drawn, form, files))
-            given = wanted.read()
+        visit, cancelled = self.visit(name), wish or threading.Event()
+        with uploads.named(*filter(None, files.values())):
+            wanted = request.place(self.models, self.form.request(drawn, asked, files))
         total = request.steps(self.models, wanted)
 
-        def step(done: int, _: Any = None) -> None:
+        def step(done: int, clean: Callable[[], Array] | None = None) -> None:
             if cancelled.is_set():
                 raise CancelledError
-            progress(done, total)
+            progress(done, total, clean)
 
         folder = self.folder / uuid.uuid4().hex
         visit.wishes.add(cancelled)
         try:
-            with self._device:
+            with self._device(cancelled, waits):
                 step(0)
+                with uploads.named(*filter(None, files.values())):
+                    given = wanted.read()  # one at a time: a clip may take gigabytes
                 made = self._make(folder, wanted, given, step)
             with self._guard:
                 if self._visits.get(name) is not visit:  # the tab was closed in the meantime
@@ -244,24 +267,45 @@ class Studio:
             shutil.rmtree(each.folder, ignore_errors=True)
         return made
 
-    def _request(self, drawn: Any, form: Mapping[str, Any], files: Mapping[int, str | None]) -> request.Request:
-        form = {key: value for key, value in form.items() if value not in (None, "") or key == "prompt"}
-        texts = [form[key] for key in ("prompt", "negative_prompt", "camera_motion") if key in form]
-        if not all(isinstance(each, str) and len(each) <= MOST_TEXT for each in texts):
-            raise UserError(f"a prompt is a text of at most {MOST_TEXT} letters")
-        height, width = self._size(form.pop("size", ""))
-        form |= {"height": height, "width": width, "num_frames": self._frames(form.get("num_frames"))}
-        for key in ("steps", "seed"):
-            form[key] = _whole(form.get(key), key)
-        if form["steps"] > MOST_STEPS:
-            raise UserError(f"steps is {form['steps']}; it may be {MOST_STEPS} here")
-        conditions = [images.Condition(frame, path) for frame, path in files.items() if path]
-        # What sampling is asked for beside the form stands in the config: sizes there would be in the way.
-        section = {k: v for k, v in self.models.sampling.items() if k not in ("resolution", "height", "width")}
-        section |= {"segment": self.defaults.segment}
-        points = self.trajectories(drawn)
-        wanted = request.make(section, {**form, "trajectories": None, "conditions": conditions})
-        return dataclasses.replace(wanted, trajectories=points)
+    def warm_up(self) -> None:
+        """Makes a video of two steps, of the weights' own size: what is compiled stays, and the pace is known after it.
+
+        The first request ends it."""
+        own = self.form.defaults
+        drawn = [[[0.2, 0.5, 0.0], [0.8, 0.5, 1.0]]]
+        size = next(iter(self.form.sizes))
+        asked = {"prompt": own.prompt, "size": size, "num_frames": own.num_frames, "steps": 2, "seed": 0}
+        if self.form.needs_picture:
+            return  # there is none
+
+        def look(done: int, total: int, clean: Callable[[], Array] | None) -> None:
+            if clean is not None and done == 1:
+                self._look(clean())
+
+        try:
+            self.generate(WARM_UP, drawn, asked, {}, look)
+        except CancelledError:
+            pass  # somebody waits
+        finally:
+            self.leave(WARM_UP)
+
+    @contextlib.contextmanager
+    def _device(self, cancelled: threading.Event, waits: Callable[[int], None]) -> Iterator[None]:
+        """The device, in the order of requests."""
+        with self._moved:
+            if len(self._line) > WAITING:
+                raise UserError(f"{WAITING} requests wait already; try again in some minutes")
+            self._line.append(cancelled)
+        try:
+            with self._moved:
+                while (place := self._line.index(cancelled)) and not cancelled.is_set():
+                    waits(place)
+                    self._moved.wait(0.2)  # a wish to stop wakes nobody
+            yield
+        finally:
+            with self._moved:
+                self._line.remove(cancelled)
+                self._moved.notify_all()
 
     def _make(self, folder: Path, wanted: request.Request, given: Mapping, step: Progress) -> Made:
         tracks = wanted.tracks
@@ -273,70 +317,20 @@ class Studio:
                 write(piece)
                 pieces.append(piece.video)
             video, error = np.concatenate(pieces), None
-            Image.fromarray(video[len(video) // 2]).save(folder / "poster.webp")
             if tracks is not None:
                 error = self._error(video, tracks)
                 report["traj_error"] = round(error, 2)
                 text = json.dumps({"canvas": [1, 1], "trajectories": [p.tolist() for p in wanted.trajectories]})
                 (folder / "trajectories.json").write_text(text)
+            self.pace.learn(wanted, report["seconds"])
         return Made(folder, error, settings, wanted.lost)
+
+    def _look(self, clean: Array) -> UInt8[np.ndarray, "h w 3"]:
+        """The first frame of latents [1, t, h, w, c]."""
+        video, _ = self.models.decode(1, self.models.params["vae"], clean[:, :1])
+        return np.asarray(video)[0, 0]
 
     def _error(self, video: UInt8[np.ndarray, "t h w 3"], tracks: trajectory.Tracks) -> float:
         height, width = video.shape[1:3]
         tracked, visible = track_lk.track_lk(video, tracks[:, 0])
         return traj_error.traj_error(tracks, tracked, visible, (width, height))["l1"]
-
-    # ------------------------------------------------------------------------------------------------ checks
-
-    def _size(self, name: Any) -> tuple[int, int]:
-        if not isinstance(name, str) or name not in self.sizes:
-            raise UserError(f"the size {str(name)[:20]!r} is not one of {', '.join(self.sizes)}")
-        return self.sizes[name]
-
-    def _frames(self, count: Any) -> int:
-        count, most = _whole(count, "frames"), LONGEST * self.defaults.segment
-        if not 1 <= count <= most:
-            raise UserError(f"frames is {count}; it may be from 1 to {most} here")
-        return count
-
-
-def _whole(value: Any, name: str) -> int:
-    if value is None:
-        raise UserError(f"{name} is empty; give a whole number")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:
-        raise UserError(f"{name} is {str(value)[:20]!r}; give a whole number")
-    return int(value)
-
-
-def _sizes(models: Models, height: int, width: int) -> dict[str, tuple[int, int]]:
-    """The config's own size, and landscape, portrait and square of about its area, by name."""
-    cell = 2 * models.vae.space_factor
-    side = (height * width) ** 0.5
-    shapes = {(height, width)}
-    for ratio in (9 / 16, 1, 16 / 9):
-        shapes.add(tuple(max(round(side * factor / cell), 1) * cell for factor in (ratio**0.5, ratio**-0.5)))
-    return {f"{w}x{h}": (h, w) for h, w in sorted(shapes, key=lambda s: (s != (height, width), s))}
-
-
-@contextlib.contextmanager
-def _named(*paths: str) -> Iterator[None]:
-    """What goes wrong inside has the names of files in place of where they lie."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(_by_name(str(error), *paths)) from None
-
-
-def _by_name(text: str, *paths: str) -> str:
-    """Names of files in place of where they lie."""
-    for path in paths:
-        text = text.replace(str(path), Path(path).name)
-    return text
-
-
-def _address(frames: UInt8[np.ndarray, "t h w 3"], milliseconds: float = 100.0) -> str:
-    first, *rest = map(Image.fromarray, frames)
-    file = io.BytesIO()
-    options = {"save_all": True, "append_images": rest, "duration": round(milliseconds), "loop": 0} if rest else {}
-    first.save(file, "WEBP", quality=85, method=0, **options)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
