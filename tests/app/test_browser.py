@@ -37,7 +37,7 @@ def test_draw_move_generate(visit, tmp_path):
     tab.stroke((0.5, 0.35))
     page.fill("[name=prompt]", "a red star and a yellow heart over blue waves.")
     tab.make(5, steps=4)
-    assert re.search(r"[0-9.]+ px from the path", tab.status())
+    assert re.search(r"TrajError [0-9.]+ px", tab.status())
 
     # The server got what was drawn.
     link = page.locator("a[download='trajectories.json']").get_attribute("href")

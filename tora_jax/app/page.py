@@ -193,7 +193,7 @@ def _told(work: Work | None, seen: int) -> Answer:
 
 def _result(made: Made) -> Answer:
     """Paths are served as they are: the folder's name is a random number."""
-    error = "" if made.error is None else f"{made.error:.1f} px from the path"
+    error = "" if made.error is None else f"TrajError {made.error:.1f} px (tracked by Lucas-Kanade)"
     return {
         "video": str(made.video),
         "files": [str(path) for path in made.files],

@@ -3,7 +3,7 @@
 const LOOK = 400, SOON = 250; // milliseconds between looks at the server; after the last change
 const form = find(".ask"), runButton = find(".run"), stopButton = find(".stop");
 const results = []; // of this visit, the latest first
-let working = false, arrive, later = 0;
+let working = false, arrive, later = 0, refused = ""; // `refused`: why the request cannot be made
 const visit = new Promise((resolve) => { arrive = resolve; });
 
 function make(tag, attributes, ...children) {
@@ -97,8 +97,10 @@ async function preview() {
   if (mine !== later) return;
   const about = find(".about");
   about.textContent = told.seconds ? inWords(told.seconds) : "";
-  if (told.refused || told.error) return say(told.refused || told.error, true);
-  if (find(".status").classList.contains("wrong")) say("");
+  const before = refused;
+  refused = told.refused || told.error || "";
+  if (refused) return say(refused, true);
+  if (before && find(".status").textContent === before) say("");
   const strip = new Image();
   strip.onload = () => { flow = Object.assign(strip, { frames: told.frames }); paint(); };
   strip.src = told.flow;
@@ -110,6 +112,8 @@ async function run() {
   if (working) return;
   if (spline) endSpline();
   const wanted = { strokes, asked: asked(), given: { ...given } };
+  const played = player.playing;
+  player.pause(); // what plays takes time from a model on the same machine
   show(true);
   let told = await ask("begin", { visit: await visit, ...request() }), seen = 0;
   while (!told.error && !told.made && !told.failed) {
@@ -122,6 +126,7 @@ async function run() {
   making = null;
   if (told.made) keep({ ...told.made, ...wanted });
   else say(told.error || told.failed, told.failed !== "cancelled");
+  if (played) player.play();
   paint();
 }
 
@@ -163,9 +168,9 @@ function showResult(made) {
   find("[data-do=compare]").disabled = !before;
   if (!before && compare) ACTIONS.compare();
   say([made.error, `seed ${made.settings.seed}`, ...made.lost].filter(Boolean).join("; "));
-  find(".links").replaceChildren("Download: ", ...made.files.map((path) => {
+  find(".links").replaceChildren(...made.files.map((path) => {
     const name = path.split("/").pop();
-    return make("a", { href: address(path), download: name }, name);
+    return make("a", { href: address(path), download: name, title: `Download ${name}` }, name);
   }));
   showTools();
 }
