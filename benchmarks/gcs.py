@@ -53,13 +53,13 @@ class Handler(server.RequestHandler):
     def do_GET(self):  # noqa: N802 (names of http.server)
         self.do("GET")
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):  # noqa: N802 (as above)
         self.do("POST")
 
-    def do_PUT(self):  # noqa: N802
+    def do_PUT(self):  # noqa: N802 (as above)
         self.do("PUT")
 
-    def do_DELETE(self):  # noqa: N802
+    def do_DELETE(self):  # noqa: N802 (as above)
         self.do("DELETE")
 
     def _refused(self) -> HTTPStatus | None:

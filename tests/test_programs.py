@@ -95,6 +95,22 @@ def test_nothing_is_kept_where_no_command_asks(process, tmp_path, monkeypatch):
     assert not (tmp_path / "programs").exists()
 
 
+@pytest.mark.parametrize("setting", ["jax_debug_nans", "jax_debug_infs", "jax_disable_jit"])
+def test_nothing_is_kept_where_jax_looks_into_what_runs(process, tmp_path, setting):
+    process()
+    before = kept(tmp_path)
+    jax.config.update(setting, True)
+    try:
+        if setting == "jax_disable_jit":
+            np.testing.assert_array_equal(process()[0], WANT)
+        else:
+            with pytest.raises(FloatingPointError):
+                process(PASSES / 0, 3 * ONE, ONE)
+    finally:
+        jax.config.update(setting, False)
+    assert kept(tmp_path) == before
+
+
 def test_code_that_is_not_of_the_package_is_traced(process, tmp_path):
     def guide(predictions, *weights):
         return guidance.guide(predictions, *weights)

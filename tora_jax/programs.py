@@ -56,7 +56,7 @@ class Program:
     """A function compiled for each shape of its arguments, as by `jax.jit`, and kept on disk after `keep`.
 
     It is kept for arguments on one device and static values that say what they are: modules, dataclasses, functions,
-    plain values. Everywhere else it is a `jax.jit`.
+    plain values. Everywhere else, and where JAX looks into what runs (`jax_debug_nans`), it is a `jax.jit`.
     """
 
     def __init__(self, function: Callable, static_argnums: int | tuple[int, ...] = (), **options: Any) -> None:
@@ -73,7 +73,8 @@ class Program:
         static = [args[i] for i in self._static]
         given = [arg for i, arg in enumerate(args) if i not in self._static]
         leaves, tree = jax.tree.flatten(given)
-        folder = _folder() if _wanted and all(map(_on_first_device, leaves)) else None
+        watched = jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        folder = _folder() if _wanted and not watched and all(map(_on_first_device, leaves)) else None
         if folder is None:
             return self._jitted(*args)
         shapes = [(leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)) for leaf in leaves]
@@ -155,9 +156,10 @@ def _apart(setting: str) -> bool:
 @functools.cache
 def _folder() -> Path | None:
     """Where programs are kept; None where JAX keeps none, or, with a warning, where others may write."""
-    if jax.config.jax_compilation_cache_dir is None or "://" in str(jax.config.jax_compilation_cache_dir):
-        return None  # a bucket's owner and mode say little
-    folder = Path(jax.config.jax_compilation_cache_dir) / "programs"
+    kept = jax.config.jax_compilation_cache_dir
+    if kept is None or "://" in kept or not hasattr(os, "geteuid"):
+        return None  # a bucket's owner and mode say little, and Windows has neither
+    folder = Path(kept) / "programs"
     with contextlib.suppress(OSError):  # a full or read-only disk costs the next process a second or two, no more
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()

@@ -89,11 +89,21 @@ class Form:
     # ------------------------------------------------------------------------------------------------ checks
 
     def size(self, name: Any) -> tuple[int, int]:
+        """(height, width) in pixels of one of `sizes`.
+
+        Raises:
+          UserError: there is none of that name.
+        """
         if not isinstance(name, str) or name not in self.sizes:
             raise UserError(f"the size {str(name)[:20]!r} is not one of {', '.join(self.sizes)}")
         return self.sizes[name]
 
     def frames(self, count: Any) -> int:
+        """One of `lengths`.
+
+        Raises:
+          UserError: the weights do not make that many frames.
+        """
         count = whole(count, "frames")
         if count not in self.lengths:
             near = min(self.lengths, key=lambda each: abs(each - count))
@@ -174,6 +184,11 @@ class Form:
 
 
 def whole(value: Any, name: str) -> int:
+    """A whole number, which JavaScript may have written as a float.
+
+    Raises:
+      UserError: it is something else; the message has its `name`.
+    """
     if value is None:
         raise UserError(f"{name} is empty; give a whole number")
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or value % 1:

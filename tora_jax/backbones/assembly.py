@@ -315,7 +315,7 @@ def _shapes(kind: ModuleType, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
 def _note_of_fit(kind: ModuleType, config: Mapping[str, Any], weights: str | Path) -> Path | None:
     """The empty file that stands beside the compiled programs once these weights were found to fit this config.
 
-    Its name is made of all that decides: the config, the weights, and the code of the models. None where compiled
+    Its name is made of all that decides: the config, the weights, and this package's code. None where compiled
     programs are not kept.
     """
     if jax.config.jax_compilation_cache_dir is None or not files.path(weights).is_dir():
