@@ -29,6 +29,7 @@ def inputs():
         "height": jnp.full(BATCH, 40.0),
         "width": jnp.full(BATCH, 40.0),
         "text_mask": jnp.arange(5)[None] < jnp.array([[3], [5]]),
+        "has_motion": jnp.ones(BATCH, bool),
     }
 
 
@@ -71,8 +72,7 @@ def plain(params):
     """The output of plain Open-Sora, on the tree without fusers."""
     flat = traverse_util.flatten_dict(params["stdit"])
     params = traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if not of_a_fuser(path)})
-    arguments = inputs()
-    del arguments["motion"]
+    arguments = {name: value for name, value in inputs().items() if "motion" not in name}
     return PLAIN({"params": params}, **arguments)
 
 
@@ -83,6 +83,12 @@ class TestFusers:
         """Bit for bit, around blocks with random weights."""
         model, params = init(fuser, placement)
         np.testing.assert_array_equal(apply(model, params), plain(params))
+
+    def test_it_stands_where_its_placement_says(self, fuser, placement):
+        _, params = init(fuser, placement)
+        parts = {part for path in traverse_util.flatten_dict(params["stdit"]) for part in path}
+        places = ("spatial", "temporal") if placement == "both" else (placement,)
+        assert {part for part in parts if part.endswith("_fuser")} == {f"{place}_fuser" for place in places}
 
     def test_null_trajectory_changes_nothing(self, fuser, placement):
         """Bit for bit, for a whole batch and for one sample of it, with trained fusers."""
@@ -95,8 +101,11 @@ class TestFusers:
         np.testing.assert_array_equal(mixed[1], base[1])
         assert np.abs(mixed[0] - base[0]).max() > 1e-3
 
-    def test_passes_of_guidance_share_features(self, fuser, placement):
-        model, params = init(fuser, placement)
+
+@pytest.mark.parametrize("fuser", FUSERS)
+class TestFusersAtBothPlaces:
+    def test_passes_of_guidance_share_features(self, fuser):
+        model, params = init(fuser, "both")
         params, arguments = shaken(params), inputs()
         extract = jax.jit(functools.partial(model.apply, method="extract"))
         features = extract({"params": params}, arguments.pop("motion"))
@@ -106,15 +115,13 @@ class TestFusers:
         want = denoise({"params": params}, features=jnp.concatenate([features] * 2, axis=1), **twice)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
-    def test_every_block_listens(self, fuser, placement):
+    def test_every_block_listens(self, fuser):
         """Each fuser's parameters have a gradient, in every pair of blocks."""
-        model, params = init(fuser, placement)
+        model, params = init(fuser, "both")
         params = shaken(params)
         loss = jax.jit(jax.grad(lambda p: jnp.square(model.apply({"params": p}, **inputs())).sum()))
         flat = traverse_util.flatten_dict(loss(params), sep="/")
         fusers = {k: v for k, v in flat.items() if "_fuser" in k}
-        expected = {"spatial", "temporal"} if placement == "both" else {placement}
-        assert {k.split("/")[2] for k in fusers} == {f"{e}_fuser" for e in expected}
         for name, gradient in fusers.items():
             if not name.endswith("kv/bias"):  # softmax is blind to a shift of all keys
                 assert (np.abs(gradient).reshape(len(gradient), -1).max(1) > 0).all(), name
