@@ -158,7 +158,7 @@ def on_mesh(spec, params, batch, function):
         ("data=2,fsdp=2,seq=2", "adaptive_norm", "both", 4, (5, 14, 10)),  # 5 frames and 35 tracks on two devices
         pytest.param("fsdp=2,seq=2,tensor=2", "cross_attention", "temporal", 2, (4,), marks=pytest.mark.slow),
         ("seq=8", "extra_channels", "spatial", 2, (3,)),
-        ("data=2,fsdp=2,tensor=2", "adaptive_norm", "temporal", 4, (3,)),
+        pytest.param("data=2,fsdp=2,tensor=2", "adaptive_norm", "temporal", 4, (3,), marks=pytest.mark.slow),
     ],
 )
 def test_the_same_loss_and_gradients(spec, fuser, placement, batch, size):

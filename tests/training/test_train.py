@@ -318,7 +318,7 @@ def same_run(folder, whole):
 
 def test_the_same_bits_after_every_stop(clips, tmp_path):
     """Killed, its newest checkpoint truncated, told to stop: the run comes out as if nothing was."""
-    options = (source(clips), FINE, "--config.steps=24", "--config.save_every=3", "--config.eval_every=8")
+    options = (source(clips), FINE, "--config.steps=12", "--config.save_every=3", "--config.eval_every=6")
     options += ("--config.resume", "--config.restartable")  # first start or not
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
     assert run(SPATIAL, whole, *options).code == 0
@@ -340,7 +340,7 @@ def test_the_same_bits_after_every_stop(clips, tmp_path):
     said = finish(process, 128 + signal.SIGTERM)
     assert re.search(rf"train.py: warning: .*/{newest}: broken, passed over \(.* truncated\)\n", said)
     stopped = re.search(r"stopped by a signal at step (\d+); go on with --config.resume", said)
-    assert saved(folder)[-1] == last_step(folder) == int(stopped[1]) < 24
+    assert saved(folder)[-1] == last_step(folder) == int(stopped[1]) < 12
     assert not (folder / "release").exists()
 
     assert run(SPATIAL, folder, *options).code == 0

@@ -286,7 +286,7 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_it_goes_on_where_it_failed(videos, whole, tmp_path, monkeypatch, seed):
     """Fails three times while it writes some file, then runs through: the records of an undisturbed run."""
     rng, write = random.Random(seed), work.write
