@@ -61,6 +61,7 @@ def main(argv: list[str], check_interrupt) -> None:
         command_line.join_processes()
     first = jax.process_index() == 0  # writes what is written once
     config = tuples(args.config.to_dict())
+    command_line.end_if_hung(config["hang_after"])
     workdir = files.path(args.workdir)
     orbax_path(workdir)
     files.check_writable(workdir, f"--workdir {workdir}")
@@ -87,6 +88,7 @@ def main(argv: list[str], check_interrupt) -> None:
             params["motion_vae"] = params["vae"]
         job = Job(config, models.backbone, models.parts)
         trained, frozen = job.split(params)
+        began_with = record.fingerprints(weights, frozen)
         optimizer = job.optimizer(trained)
         state = init_state(trained, optimizer)
 
@@ -124,10 +126,10 @@ def main(argv: list[str], check_interrupt) -> None:
     manager = Manager(workdir / "checkpoints", config["keep"], best="objective")
     if manager.steps() and not config["resume"]:
         raise UserError(f"{workdir}: holds a run already; go on with it by --config.resume, or choose another folder")
-    if config["resume"] and (found := manager.restore(state)):
+    if config["resume"] and (found := manager.restore(state, added="peak")):
         state = found.state
         batches.set_state(found.data)
-    record.hold(workdir, config, weights, opened.identity(), mesh, goes_on=goes_on, first=first)
+    record.hold(workdir, config, began_with, opened.identity(), mesh, goes_on=goes_on, first=first)
     start = step = int(state.step)
     log = Log(workdir, start, config["steps"], args.quiet, first)
 
@@ -135,6 +137,7 @@ def main(argv: list[str], check_interrupt) -> None:
     judged = {}
     with contextlib.closing(batches), sharding.use(mesh, rules), manager, log:
         for step in range(start + 1, config["steps"] + 1):
+            command_line.end_if_hung(config["hang_after"])
             batch = next(batches)
             state, metrics = train_step(state, frozen, batch, key)
             log.add(step, metrics, job.count_tokens(batch))
@@ -152,8 +155,9 @@ def main(argv: list[str], check_interrupt) -> None:
             if log.skipped >= max(1, config["skip_at_most"]):
                 manager.save(step, state, batches.get_state(), judged)  # skipped steps have not changed it
                 raise UserError(
-                    f"{log.skipped} steps in a row to step {step} have a loss or a gradient that is not finite; the "
-                    "state before them is saved. Go on with another lr, clip or dtype (--config.resume_anyway)"
+                    f"{log.skipped} steps in a row to step {step} have a loss or a gradient that is not finite, or a "
+                    f"spike (--config.skip_above={config['skip_above']:g}); the state before them is saved. Go on with "
+                    "another lr, clip or dtype (--config.resume_anyway)"
                 )
             check_interrupt()
             if stop:

@@ -45,7 +45,9 @@ def training() -> dict:
         "from_video_vae": False,  # the motion VAE starts as the video VAE of the weights
         "accumulate": 1,  # micro-batches that a batch is cut into
         "ema": 0.99,
-        "skip_at_most": 10,  # steps in a row whose loss or gradient is not finite; then the run stops
+        "skip_above": 10.0,  # a step is skipped whose loss is so many times the largest of late; 0 = none
+        "skip_at_most": 10,  # steps in a row that are skipped, also where a loss is not finite; then the run stops
+        "hang_after": 1800,  # seconds without a step, after which the process ends for others to start again; 0 = never
         "log_every": 10,
         "eval_every": 1000,
         "save_every": 500,

@@ -81,6 +81,30 @@ def test_torch_is_only_imported_lazily_by_the_converters():
                 assert not any(name.split(".")[0] in ("torch", "tensorflow") for name in names), path
 
 
+# Calls that open a file of this machine by its name, which may be one in a bucket.
+OPENERS = re.compile(
+    r"(os\.|io\.|codecs\.|gzip\.|epath\.|fsspec\.)?open"
+    r"|np\.(loadtxt|genfromtxt|fromfile|memmap|savetxt|savez)"
+    r"|cv2\.(imread|imwrite|VideoCapture|VideoWriter)|imageio\.\w+"
+)
+
+
+def test_files_are_opened_through_io_alone():
+    """Elsewhere paths come from `files.path`, flags too, and what a library opens from `files.local`."""
+    calls = [
+        (path, node)
+        for path in OURS
+        if path.parent != ROOT / "tora_jax" / "io"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    assert len(calls) > 1000
+    for path, node in calls:
+        assert not OPENERS.fullmatch(ast.unparse(node.func)), f"{path}: {ast.unparse(node)}"
+        types = [ast.unparse(word.value) for word in node.keywords if word.arg == "type"]
+        assert not {"Path", "pathlib.Path", "open"} & set(types), f"{path}: {ast.unparse(node)}"
+
+
 @pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_sizes(path):
     text, name = path.read_text(), str(path.relative_to(ROOT))

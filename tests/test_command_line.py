@@ -1,7 +1,11 @@
 """What all commands share."""
 
+import subprocess
+import sys
+
 import pytest
 
+from tests.training_runs import ROOT
 from tora_jax import command_line
 
 
@@ -36,3 +40,29 @@ def test_help_is_no_mistake(capsys):
 
 def test_right_flags_run_the_command(capsys):
     assert run(["paint", "--size=3"], capsys) == (0, "")
+
+
+HUNG = """
+import sys, threading, time
+from tora_jax import command_line
+
+def main(argv, check_interrupt):
+    for _ in range(4):  # in time, each time
+        command_line.end_if_hung(0.5)
+        time.sleep(0.25)
+    print("went on", flush=True)
+    if argv[1] == "hangs":
+        threading.Event().wait()
+
+command_line.run(main, ["paint", *sys.argv[1:]])
+time.sleep(0.6)
+"""
+
+
+@pytest.mark.parametrize(("does", "code"), [("hangs", 1), ("ends", 0)])
+def test_a_process_that_hangs_ends(does, code):
+    command = [sys.executable, "-c", HUNG, does]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert (done.returncode, done.stdout) == (code, "went on\n")
+    assert done.stderr.startswith("Timeout (0:00:00.5") if code else done.stderr == ""
+    assert ("in main" in done.stderr) == bool(code)  # where it waits

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import faulthandler
 import functools
 import os
 import signal
@@ -68,6 +69,8 @@ def run(
             os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
         else:
             return
+        finally:
+            end_if_hung(0)
     print(f"{name}: error: {_one_line(message)}", *map(_one_line, details), sep="\n", file=sys.stderr)
     atexit.register(_report_no_more)
     sys.exit(2)
@@ -189,6 +192,20 @@ def join_processes() -> None:
             f"--distributed: {last_line(error)} Outside of Cloud TPU, GKE, SLURM and Open MPI set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
+
+
+def end_if_hung(seconds: float) -> None:
+    """Ends this process, with exit code 1, unless this is called again in time, or what `run` runs comes to its end.
+
+    Stderr then has "Timeout" and what each thread waits for: a disk, a device, or processes that wait for another.
+    Those that wait for this one notice that it has ended, see `join_processes`.
+
+    Args:
+      seconds: 0 = never.
+    """
+    faulthandler.cancel_dump_traceback_later()
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
 def last_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ CONFIG = {
     "optim": {"lr": 1e-4, "weight_decay": ()},
     "data": {"sources": ("clips",), "workers": 0, "buckets": ({"frames": 5, "weight": 1.0},)},
 }
+FROZEN = {"t5/kernel": np.arange(6.0).reshape(2, 3), "vae/scale": np.float32(2)}
 DATA = {"clips": 4, "digest": "ab", "made": None}
 
 
@@ -27,15 +28,16 @@ DATA = {"clips": 4, "digest": "ab", "made": None}
 def weights(tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
-    (folder / "tora.safetensors").write_bytes(bytes(100))
+    (folder / "tokenizer.model").write_bytes(b"tokens")
     return folder
 
 
-def hold(workdir, weights, data=DATA, **changes):
+def hold(workdir, weights, data=DATA, frozen=FROZEN, **changes):
     optim, more = changes.pop("optim", {}), changes.pop("more", {})
     config = {**CONFIG, **changes, "optim": CONFIG["optim"] | optim, "data": CONFIG["data"] | more}
     goes_on = config.get("resume", False)
-    record.hold(workdir, config, weights and str(weights), data, sharding.make_mesh(""), goes_on=goes_on, first=True)
+    began_with = record.fingerprints(weights and str(weights), frozen)
+    record.hold(workdir, config, began_with, data, sharding.make_mesh(""), goes_on=goes_on, first=True)
 
 
 @pytest.fixture
@@ -80,6 +82,8 @@ def test_what_may_differ(begun, weights, changes):
         ({"more": {"buckets": ({"frames": 9, "weight": 1.0},)}}, "config.data.buckets: "),
         ({"data": DATA | {"digest": "cd"}}, "data.digest: ab -> cd"),
         ({"data": DATA | {"clips": 5}}, "data.clips: 4 -> 5"),
+        ({"frozen": FROZEN | {"t5/kernel": np.arange(6.0).reshape(3, 2)}}, "weights.t5: "),
+        ({"frozen": FROZEN | {"vae/scale": np.float32(3)}}, "weights.vae: "),
     ],
 )
 def test_what_changes_the_losses(begun, weights, changes, said):
@@ -103,10 +107,11 @@ def test_weights_are_found_and_checked(begun, weights, tmp_path):
         record.weights_of(begun, None, True)
     assert record.weights_of(begun, str(moved), True) == str(moved)
     hold(begun, moved, resume=True)  # the same weights elsewhere
-    (moved / "tora.safetensors").write_bytes(bytes(99) + b"1")
-    for other in (moved, None):
-        with pytest.raises(UserError, match=r"weights\.checksum: "):
-            hold(begun, other, resume=True)
+    (moved / "tokenizer.model").write_bytes(b"others")
+    with pytest.raises(UserError, match=r"began otherwise: weights\.tokenizer: \w+ -> \w+; go on"):
+        hold(begun, moved, resume=True)
+    with pytest.raises(UserError, match=r"weights\.t5: \w+ -> none; .*weights\.vae: \w+ -> none"):
+        hold(begun, None, resume=True)
 
 
 def test_a_record_that_is_broken(begun):

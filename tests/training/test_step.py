@@ -166,3 +166,22 @@ def test_a_step_that_is_not_finite_is_skipped(bad, loss, accumulated):
     again, metrics = step(after, {}, {"x": jnp.full(4, 0.25)}, jax.random.key(0))
     assert not metrics["skipped"]
     assert again.trained["w"][0] < after.trained["w"][0]
+
+
+def test_a_spike_is_skipped():
+    """A loss far above all of late; not in the first steps, where it is not known what is usual."""
+    optimizer = optax.sgd(0.0)
+    step = jax.jit(
+        make_train_step(
+            lambda params, batch, keys: (batch["x"] * params["w"], {}),
+            optimizer,
+            combine=lambda trained, frozen: trained,
+            skip_above=10.0,
+        )
+    )
+    state, skipped = init_state({"w": jnp.ones(())}, optimizer), []
+    for loss in (0.1, 5.0, *[1.0] * 98, 11.0, 300.0, 90.0, np.nan, 2000.0, 1.0):
+        state, metrics = step(state, {}, {"x": jnp.full(4, loss)}, jax.random.key(0))
+        skipped.append(bool(metrics["skipped"]))
+    assert skipped == [False] * 101 + [True, False, True, True, False]
+    assert int(state.step) == 106

@@ -100,8 +100,20 @@ def test_the_decoder_alone(clips, spatial, tmp_path):
     # What does not train comes from the weights that the run began with, named or not.
     frozen = (folder / "release/t5.safetensors").read_bytes()
     shutil.rmtree(folder / "release")
-    assert run("vae.py:phase=decoder,runlocal", folder, source(clips), FINE, "--config.resume").code == 0
+    again = ("vae.py:phase=decoder,runlocal", folder, source(clips), FINE, "--config.resume")
+    other = another_t5(spatial[1] / "release", tmp_path / "other")
+    mistake(run(*again, f"--weights={other}"), "otherwise: weights.t5: ")
+    assert run(*again).code == 0
     assert (folder / "release/t5.safetensors").read_bytes() == frozen
+
+
+def another_t5(folder, target):
+    """The same weights but for one bit of the text encoder."""
+    shutil.copytree(folder, target)
+    content = bytearray((target / "t5.safetensors").read_bytes())
+    content[-1] ^= 1
+    (target / "t5.safetensors").write_bytes(content)
+    return target
 
 
 def tensorboard(folder):

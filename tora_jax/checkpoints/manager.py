@@ -118,22 +118,23 @@ class Manager:
           metrics: name -> number, where measured.
 
         Raises:
-          UserError: the disk is full, now or while the checkpoint before this one was written.
+          UserError: the disk is full, or the bucket takes nothing, now or while the checkpoint before was written.
         """
         if step == self._saved:
             return
         positions = _from_all_processes(json.dumps(data))
-        with self._full_disk():
+        with self._refused():
             self._orbax.wait_until_finished()
             self._saved = step
             arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(positions))
             self._orbax.save(step, args=arguments, metrics=dict(metrics or {}), force=True)
 
-    def restore(self, target: Any, step: int | None = None) -> Restored | None:
+    def restore(self, target: Any, step: int | None = None, added: str = "") -> Restored | None:
         """Reads a checkpoint, on whatever mesh the target lies.
 
         Args:
           target: tree of arrays, or of shapes with shardings (no sharding = the first device).
+          added: a field of the target, a `flax.struct`, that older checkpoints lack; it is then as in the target.
           step: None = the newest that can be read; broken ones are passed over with a warning and put aside as
             "<step>.broken".
 
@@ -150,23 +151,24 @@ class Manager:
                 return leaf
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or single)
 
-        target = jax.tree.map(abstract, target)
-        arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)),
-            data=ocp.args.JsonRestore(),
-        )
+        given, target = target, jax.tree.map(abstract, target)
         self._wait()
         if step is not None and step not in self.steps():
             raise UserError(f"{self.folder}: holds no checkpoint of step {step}, but of {self.steps()}")
         broken: dict[int, str] = {}
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
-                self._check_fit(candidate, target)
+                wanted, lacks = target, added and added not in self._orbax.item_metadata(candidate)["state"].tree
+                if lacks:
+                    wanted = target.replace(**{added: None})
+                self._check_fit(candidate, wanted)
+                state = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+                arguments = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
                 found, failure = self._orbax.restore(candidate, args=arguments), ""
             except UserError:
                 raise
             except Exception as error:  # a damaged file may raise anything
-                found, failure = None, str(error).strip().partition("\n")[0] or type(error).__name__
+                found, failure = None, _first_line(error)
             failures = [f for f in _from_all_processes(failure) if f]
             if failures:
                 broken[candidate] = failures[0]
@@ -175,7 +177,8 @@ class Manager:
                 self._put_aside(broken)
                 self._orbax.reload()
             mine = jax.process_index() if len(found.data) == jax.process_count() else 0
-            return Restored(found.state, json.loads(found.data[mine]), candidate)
+            state = found.state.replace(**{added: getattr(given, added)}) if lacks else found.state
+            return Restored(state, json.loads(found.data[mine]), candidate)
         if broken:
             failure = f"the checkpoint of step {max(broken)} cannot be read ({broken[max(broken)]})"
             raise UserError(f"{self.folder}: {failure}" + (", nor any older one" if len(broken) > 1 else ""))
@@ -251,7 +254,7 @@ class Manager:
         """Waits until all is written.
 
         Raises:
-          UserError: the disk is full.
+          UserError: as `save`.
         """
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
@@ -259,22 +262,27 @@ class Manager:
         self._orbax.close()
 
     def _wait(self) -> None:
-        with self._full_disk():
+        with self._refused():
             self._orbax.wait_until_finished()
 
     @contextlib.contextmanager
-    def _full_disk(self) -> Iterator[None]:
+    def _refused(self) -> Iterator[None]:
+        """One line of what a full disk raises, or a bucket that takes nothing however often it was tried."""
         try:
             yield
         except Exception as error:
             self._saved = None
-            if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
                 sign in str(error) for sign in ("No space left", "ENOSPC", "Disk quota exceeded")
-            ):
+            )
+            other = not isinstance(self.folder, BucketPath) or isinstance(error, jax.errors.JaxRuntimeError)
+            if not full and other:
                 raise
-            self._orbax.reload()  # it has forgotten those that it meant to delete afterwards
-            whole = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self.folder}: no space left; whole are the checkpoints of steps {whole}") from error
+            reason = "no space left" if full else f"cannot be written ({_first_line(error)})"
+            with contextlib.nullcontext() if full else contextlib.suppress(Exception):  # as the first failure
+                self._orbax.reload()  # it has forgotten those that it meant to delete afterwards
+                reason += f"; whole are the checkpoints of steps {', '.join(map(str, self.steps())) or 'none'}"
+            raise UserError(f"{self.folder}: {reason}") from error
 
 
 @dataclasses.dataclass
@@ -290,6 +298,10 @@ class _Keep:
         if math.isfinite(value):
             stay.add(best)
         return [info.step in stay for info in checkpoints]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _without_keys(state: Any) -> Any:

@@ -238,7 +238,7 @@ def _centres(known: Sequence[tuple[int, Path]], frames: int) -> Float[np.ndarray
 
 def _labels(path: Path) -> UInt8[np.ndarray, "h w"]:
     try:
-        with Image.open(path) as image:
+        with Image.open(files.local(path)) as image:
             return np.array(image if image.mode in ("P", "L") else image.convert("L"))
     except OSError as error:
         raise UserError(f"{path}: is no mask that can be read ({error})") from None

@@ -19,6 +19,7 @@ from flax import traverse_util
 from tora_jax.conditioning import motion_maps
 from tora_jax.errors import UserError
 from tora_jax.evals.traj_error import Points, Tracker, Tracks, Video, Visible
+from tora_jax.io import files
 from tora_jax.io.video import to_float
 from tora_jax.models.raft import RAFT, STRIDE
 
@@ -96,7 +97,7 @@ def tapnext_tracker(weights: str | Path) -> Tracker:
         packages = "git+https://github.com/google-deepmind/tapnet recurrentgemma chex toolz 'typeguard<3'"
         raise UserError(f"the tracker TAPNext needs tapnet ({error}); pip install --no-deps {packages}") from None
     try:
-        with np.load(weights) as stored:
+        with np.load(files.local(weights)) as stored:
             params = traverse_util.unflatten_dict({key: stored[key] for key in stored.files}, sep="/")
     except (OSError, ValueError) as error:
         raise UserError(f"{weights}: no weights of TAPNext (an .npz file): {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from tora_jax.checkpoints import release
 from tora_jax.errors import UserError
 from tora_jax.io import files
 from tora_jax.io.files import note_made
@@ -24,6 +25,7 @@ NAME = "run.json"
 FREE = {
     *("config.mesh", "config.rules", "config.steps", "config.log_every", "config.eval_every", "config.save_every"),
     *("config.keep", "config.resume", "config.restartable", "config.resume_anyway", "config.skip_at_most"),
+    *("config.skip_above", "config.hang_after"),
     *("config.evaluation", "config.data.validation", "config.data.workers", "config.data.prefetch"),
     "config.data.damaged_share",
 }
@@ -63,10 +65,32 @@ def weights_of(workdir: Path, given: str | None, goes_on: bool) -> str | None:
     return own
 
 
+def fingerprints(weights: str | None, frozen: Mapping[str, Any]) -> dict[str, str | None]:
+    """What tells the weights of a run from others, as they are in memory: what trains is in its checkpoints.
+
+    Args:
+      weights: of `weights_of`; None = random ones, which the seed tells.
+      frozen: path -> leaf, of `Job.split`.
+
+    Returns:
+      "folder" -> where they are, and each part with frozen leaves, and "tokenizer" -> a digest.
+    """
+    if weights is None:
+        return {"folder": None}
+    folder = files.path(weights).absolute()
+    digests = {"tokenizer": hashlib.sha256((folder / "tokenizer.model").read_bytes())}
+    for path in sorted(frozen):
+        leaf = np.ascontiguousarray(frozen[path])
+        digest = digests.setdefault(path.partition("/")[0], hashlib.sha256())
+        digest.update(f"{path} {leaf.dtype} {np.shape(frozen[path])}".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return {"folder": str(folder), **{part: digest.hexdigest()[:32] for part, digest in digests.items()}}
+
+
 def hold(
     workdir: Path,
     config: Mapping[str, Any],
-    weights: str | None,
+    weights: Mapping[str, str | None],
     data: Mapping[str, Any],
     mesh: Mesh,
     *,
@@ -76,7 +100,7 @@ def hold(
     """Notes what a run is before its first step; later on, holds the one that goes on with it against the note.
 
     Args:
-      weights: that it began with; None = random ones.
+      weights: of `fingerprints`.
       data: of `Batches.identity`.
       goes_on: as of `weights_of`.
       first: whether this process writes what is written once.
@@ -84,9 +108,7 @@ def hold(
     Raises:
       UserError: what changes the losses is another than before, and the config has no `resume_anyway`.
     """
-    folder = None if weights is None else str(files.path(weights).absolute())
-    checksum = None if weights is None else release.checksum(weights)
-    now = {"config": config, "weights": {"folder": folder, "checksum": checksum}, "data": data}
+    now = {"config": config, "weights": weights, "data": data}
     now = json.loads(json.dumps(now))  # as it will be read: lists in place of tuples
     before = read(workdir) if goes_on else None
     differ = [] if before is None else list(_differences(before, now))

@@ -88,7 +88,8 @@ def _losses(steps: Sequence[Mapping[str, float]]) -> Iterator[str]:
     yield f"loss {steps[-1]['loss']:.4g} at step {steps[-1]['step']}{mean}"
     skipped = [line["step"] for line in steps if "skipped" in line]
     if skipped:
-        yield f"skipped {len(skipped)} of {len(steps)} steps, step {skipped[-1]} last: loss or gradient not finite"
+        last = f"step {skipped[-1]} last: loss or gradient not finite, or a spike"
+        yield f"skipped {len(skipped)} of {len(steps)} steps, {last}"
 
 
 def _judged(lines: Sequence[Mapping[str, float]]) -> Iterator[str]:
