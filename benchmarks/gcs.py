@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import http.server
+import sys
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -86,6 +87,13 @@ class Handler(server.RequestHandler):
         super().end_headers()
 
 
+class Server(http.server.HTTPServer):
+    def handle_error(self, request: object, address: object) -> None:
+        """Says nothing of clients that are killed, or want no more of an answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, address)
+
+
 @contextlib.contextmanager
 def serve(port: int = 0, refuse: Path | None = None) -> Iterator[int]:
     """Runs the server in a thread, with an empty BUCKET in memory, and yields its port.
@@ -97,7 +105,7 @@ def serve(port: int = 0, refuse: Path | None = None) -> Iterator[int]:
     storage = Storage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, storage)
     handler = type("Bound", (Handler,), {"refuse": refuse})
-    with http.server.HTTPServer(("127.0.0.1", port), functools.partial(handler, storage)) as httpd:
+    with Server(("127.0.0.1", port), functools.partial(handler, storage)) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
         yield httpd.server_address[1]
