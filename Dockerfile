@@ -4,4 +4,4 @@ FROM python:3.12.8-slim-bookworm
 ARG EXTRA=cuda13
 WORKDIR /tora_jax
 COPY . .
-RUN pip install --no-cache-dir ".[train,${EXTRA}]"
+RUN pip install --no-cache-dir ".[train,cloud,${EXTRA}]"

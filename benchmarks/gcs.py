@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import http.server
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.storage import Storage
 
 BUCKET = "bucket"
+
+logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # each file that is looked for in vain is an error
 
 
 def environment(port: int) -> dict[str, str]:

@@ -2,7 +2,7 @@
 # A pod of TPU VMs, as a queued resource: launch/tpu_pod.sh, on any machine with gcloud that stays on.
 # Asked for again whenever it is taken away, and given back once the run is finished. Where this is stopped, the pod
 # stays: start it again, or delete the queued resource.
-# Needs an image of the Dockerfile (EXTRA=tpu), and a share of Filestore in the pod's network.
+# Needs an image of the Dockerfile (EXTRA=tpu), and a bucket in the pod's region that its service account may write to.
 set -euo pipefail
 
 NAME=tora
@@ -10,12 +10,11 @@ ZONE=us-west4-a
 TPU=v5litepod-64
 RUNTIME=v2-alpha-tpuv5-lite
 IMAGE=us-west4-docker.pkg.dev/PROJECT/tora/tora_jax:tpu
-SHARE=10.0.0.2:/share # becomes /data
 CONFIG=configs/tora.py:stage=1
 MESH=fsdp=16,seq=4 # the product is the number of chips
-WEIGHTS=/data/runs/motion_vae/release
-WORKDIR=/data/runs/dense
-SOURCES="('/data/cached/dense',)"
+WEIGHTS=gs://BUCKET/runs/motion_vae/release
+WORKDIR=gs://BUCKET/runs/dense
+SOURCES="('gs://BUCKET/cached/dense',)"
 
 TRAIN=(python train.py --distributed --config "$CONFIG" --config.mesh "$MESH" --weights "$WEIGHTS" --workdir "$WORKDIR"
   --config.data.sources "$SOURCES" --config.resume --config.restartable)
@@ -23,20 +22,15 @@ TRAIN=(python train.py --distributed --config "$CONFIG" --config.mesh "$MESH" --
 host() { # what each host does when it has booted; Docker starts the training again until its exit code is 0
   cat << END
 #!/usr/bin/env bash
-apt-get install -q -y nfs-common
-mkdir -p /data
-mount -t nfs $SHARE /data
 gcloud auth configure-docker -q ${IMAGE%%/*}
 docker rm -f tora
-docker run -d --name tora --privileged --net=host --restart=on-failure:100 --stop-timeout=120 -v /data:/data $IMAGE $(printf '%q ' "${TRAIN[@]}")
+docker run -d --name tora --privileged --net=host --restart=on-failure:100 --stop-timeout=120 $IMAGE $(printf '%q ' "${TRAIN[@]}")
 END
 }
 
 queue() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"; }
 
-finished() {
-  gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=0 --command="test -e $WORKDIR/release" 2> /dev/null
-}
+finished() { gcloud storage ls "$WORKDIR/release/config.json" > /dev/null 2>&1; }
 
 until finished; do
   case $(queue describe --format='value(state.state)' 2> /dev/null || echo NONE) in

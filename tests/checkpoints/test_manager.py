@@ -18,6 +18,7 @@ from tests.converting import ROOT
 from tora_jax import sharding
 from tora_jax.checkpoints.manager import Manager
 from tora_jax.errors import UserError
+from tora_jax.io import files
 
 
 def free_port() -> int:
@@ -247,6 +248,24 @@ def test_full_disk_anywhere(tmp_path, monkeypatch, error):
             with pytest.raises(UserError, match=r"no space left; whole are the checkpoints of steps 1$"):
                 manager.save(2, training(2), None)
         assert_same(manager.restore(training()).state, training(1))
+        manager.save(2, training(2), None)
+        assert_same(manager.restore(training()).state, training(2))
+
+
+def test_a_bucket_that_takes_nothing(tmp_path, monkeypatch):
+    """However often it was tried: one clear line, too."""
+    with Manager(tmp_path, keep=2) as manager:
+        manager.save(1, training(1), None)
+
+        def fail(*args, **kwargs):
+            raise ValueError("UNAVAILABLE: HTTP response code: 503\n[source locations]")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "folder", files.path("memory://bucket/run"))
+            patch.setattr(manager._orbax, "save", fail)
+            said = r"cannot be written \(UNAVAILABLE: HTTP response code: 503\); whole are the checkpoints of steps 1$"
+            with pytest.raises(UserError, match=said):
+                manager.save(2, training(2), None)
         manager.save(2, training(2), None)
         assert_same(manager.restore(training()).state, training(2))
 
