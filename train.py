@@ -193,4 +193,4 @@ def main(argv: list[str], check_interrupt) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, sys.argv, "go on from the last checkpoint with --config.resume")
+    command_line.run(main, sys.argv, "go on from the last checkpoint with --config.resume", alone=True)

@@ -1,5 +1,6 @@
 """What all commands share."""
 
+import re
 import subprocess
 import sys
 
@@ -45,6 +46,7 @@ def test_right_flags_run_the_command(capsys):
 HUNG = """
 import sys, threading, time
 from tora_jax import command_line
+from tora_jax.errors import UserError
 
 def main(argv, check_interrupt):
     for _ in range(4):  # in time, each time
@@ -53,16 +55,21 @@ def main(argv, check_interrupt):
     print("went on", flush=True)
     if argv[1] == "hangs":
         threading.Event().wait()
+    if argv[1] == "fails":
+        threading.Thread(target=threading.Event().wait).start()  # which an orderly exit would wait for
+        raise UserError("no paint")
 
-command_line.run(main, ["paint", *sys.argv[1:]])
+command_line.run(main, ["paint", *sys.argv[1:]], alone=True)
 time.sleep(0.6)
 """
 
 
-@pytest.mark.parametrize(("does", "code"), [("hangs", 1), ("ends", 0)])
-def test_a_process_that_hangs_ends(does, code):
+@pytest.mark.parametrize(
+    ("does", "code", "said"),
+    [("hangs", 1, r"Timeout \(0:00:00\.5.* in main\n.*"), ("fails", 2, "paint: error: no paint\n"), ("ends", 0, "")],
+)
+def test_a_process_that_hangs_ends(does, code, said):
     command = [sys.executable, "-c", HUNG, does]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert (done.returncode, done.stdout) == (code, "went on\n")
-    assert done.stderr.startswith("Timeout (0:00:00.5") if code else done.stderr == ""
-    assert ("in main" in done.stderr) == bool(code)  # where it waits
+    assert re.fullmatch(said, done.stderr, re.DOTALL)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,13 +28,18 @@ from tora_jax.io import files
 
 
 def run(
-    body: Callable[[list[str], Callable[[], None]], None], argv: list[str], left: str = "nothing was written"
+    body: Callable[[list[str], Callable[[], None]], None],
+    argv: list[str],
+    left: str = "nothing was written",
+    alone: bool = False,
 ) -> None:
     """Runs a command; exits with 2 after a user's mistake (one line on stderr, and its details), with 130 after Ctrl-C.
 
     Args:
       body: takes argv, and a function to call now and then, which raises KeyboardInterrupt once Ctrl-C was pressed.
       left: what it is told after Ctrl-C.
+      alone: the process runs nothing else, and ends at once after an error. An orderly exit waits for threads that read
+        from a lost bucket, for ever, and for the other processes, which wait for this one.
     """
     name, details = Path(argv[0]).name, ()
     # To the end of the process: threads may outlive the body. Orbax leaves coroutines behind when a write fails.
@@ -67,13 +73,26 @@ def run(
         except KeyboardInterrupt:
             print(f"\n{name}: stopped; {left}", file=sys.stderr, flush=True)
             os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
+        except Exception:
+            if not alone:
+                raise
+            traceback.print_exc()
+            _exit_now(1)
         else:
             return
         finally:
             end_if_hung(0)
     print(f"{name}: error: {_one_line(message)}", *map(_one_line, details), sep="\n", file=sys.stderr)
+    if alone:
+        _exit_now(2)
     atexit.register(_report_no_more)
     sys.exit(2)
+
+
+def _exit_now(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _one_line(text: str) -> str:
