@@ -101,6 +101,17 @@ def test_axes_that_are_not_said_are_asked_for(tmp_path, a, b, axes, seed):
     np.testing.assert_allclose(found, (written[..., ::-1] if axes.endswith("yx") else written) / 256, atol=1e-4)
 
 
+def test_lists_of_the_points_of_each_frame(tmp_path):
+    frames = FIVE.swapaxes(0, 1).tolist()
+    for data in (frames, [frames], [[dicts(points) for points in frames]]):
+        np.testing.assert_allclose(load(tmp_path, json.dumps(data), axes="tn"), FIVE / 256)
+    np.testing.assert_allclose(trajectory.parse([frames]), FIVE / 256)
+    np.testing.assert_allclose(trajectory.parse([[dicts(points) for points in FIVE]]), FIVE / 256)
+    own = json.dumps({"canvas": [256, 256], "trajectories": frames})  # says what it lists
+    np.testing.assert_allclose(load(tmp_path, own), np.array(frames) / 256)
+    assert "more points than others" in refusal(tmp_path, "[[[1, 2], [3, 4]], [[5, 6]]]", axes="tn")
+
+
 def test_fractions(tmp_path):
     assert "1x1" in refusal(tmp_path, FIVE / 256, axes="nt")
     np.testing.assert_allclose(load(tmp_path, FIVE / 256, axes="[n, t, 2]", canvas="1x1"), FIVE / 256)
@@ -182,6 +193,33 @@ def test_hidden_points_are_left_out(tmp_path, form):
 def test_zeros_at_an_end_are_pointed_out(tmp_path):
     with pytest.warns(UserWarning, match="corner"):
         load(tmp_path, np.where(LATE[:, None], FIVE[0], 0)[None])
+    with pytest.warns(UserWarning, match="1 of 33 points"):
+        load(tmp_path, json.dumps(np.where(np.arange(33)[:, None] == 7, 0, FIVE[0]).tolist()))
+
+
+def test_hidden_points_may_be_infinite(tmp_path):
+    """PointOdyssey's float16."""
+    path = np.where(LATE[:, None], FIVE[0], np.inf)[:, None].astype(np.float16)
+    (points,) = load(tmp_path, {"trajs_2d": path, "visibilities": np.where(LATE, 1, 2)[:, None]})
+    assert len(points) == LATE.sum()
+
+
+def test_times_that_do_not_fill_the_video_are_said(tmp_path):
+    rows = [[i / 10, *xy] for i, xy in enumerate(FIVE[0, :9].tolist())]
+    (reading,) = trajectory.readings([str(write(tmp_path, lines(rows, head="time,x,y\n")))])
+    assert "times from 0 to 0.8 of the video" in reading.line
+
+
+def test_a_tracked_point_of_after_effects_is_one_path(tmp_path):
+    size, columns = "\tSource Width\t256\n\tSource Height\t256\n", "\tFrame\tX pixels\tY pixels\n"
+    text = f"Adobe After Effects 8.0 Keyframe Data\n{size}"
+    for name in ("Feature Center", "Attach Point", "Attach Point Offset", "Feature Size"):
+        points = 0.5 + 0 * FIVE[0] if name.endswith(("Offset", "Size")) else FIVE[0]
+        rows = [["", i, *xy] for i, xy in enumerate(points)]
+        text += f"\nMotion Trackers\tTracker #1\tTrack Point #1\t{name}\n{columns}" + lines(rows, "\t")
+    np.testing.assert_allclose(load(tmp_path, text), FIVE[:1] / 256)
+    attached = text.replace("Feature Center", "Search Offset")
+    np.testing.assert_allclose(load(tmp_path, attached), FIVE[:1] / 256)
 
 
 def test_one_point_a_frame(tmp_path):
@@ -251,6 +289,14 @@ REFUSED = {
     "column": ("x,y,weight\n1,2,3\n4,5,6\n", "'weight' is not known"),
     "box or centre": ("x,y,w,h\n1,2,3,4\n4,5,6,7\n", "corner or the centre"),
     "boxes of each frame": (np.full((5, 2, 2), 9.0), "--trajectory_axes"),
+    "boxes of each frame in JSON": (json.dumps([[[i, i], [i + 9, i + 5]] for i in range(5)]), "--trajectory_axes"),
+    "points of each frame in JSON": (json.dumps(FIVE.swapaxes(0, 1).tolist()), "--trajectory_axes"),
+    "fractions, some off the frame": (FIVE[0] / 150, "1x1"),
+    "no number of a path": ("frame,id,x,y\n0,,1,2\n1,,2,3\n2,,3,4\n", "no number of its path"),
+    "points and boxes": ("frame,id,left,top,w,h,x,y\n1,1,2,2,5,5,-1,-1\n2,1,3,3,5,5,-1,-1\n", "boxes; leave"),
+    "two points a row": ("frame,x1,y1,x2,y2\n0,9,9,2,2\n1,8,8,1,1\n", "ends before it begins"),
+    "boxes without frames": ("left,top,w,h,id\n1,1,5,5,1\n1,1,5,5,2\n2,2,5,5,1\n", "in which frame"),
+    "box from the lower right": (json.dumps([[[80, 60], [40, 20], [60, 40], [70, 45], [90, 60]]]), "SG-I2V"),
     "frame twice": ("frame,x,y\n1,2,3\n1,5,6\n", "point_id"),
     "detections": (lines([[i, -1, 5, 5, 9, 9, 0.9, -1, -1, -1] for i in range(1, 4)]), "tracker"),
     "visibility alone": (np.ones((1, 9, 2), bool), "no places"),

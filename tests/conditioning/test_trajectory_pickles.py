@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -234,6 +235,8 @@ def test_other_shapes_of_cvat(tmp_path):
         (cvat([box(0, 9, 9)], size=(0, 480)), "a number that is none"),
         (cvat([element("points", 0, points="1,2"), element("points", 1, points="1,2;3,4")]), "number of points"),
         (cvat(), "no tracks"),
+        (cvat([box(0, 9, 9)] * 2).replace("</meta>", "<original_size/></meta>"), "several tasks"),
+        (re.sub("<original_size>.*</original_size>", "", cvat([box(0, 9, 9), box(1, 9, 19)])), "--trajectory_canvas"),
         ("<annotations><image id='0'><box/></image></annotations>", "CVAT for images"),
         ("<annotations>", "broken XML"),
         ("<svg></svg>", "another kind (svg)"),

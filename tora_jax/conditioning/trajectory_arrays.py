@@ -170,12 +170,12 @@ def from_array(
     if not array.size:
         raise UserError(f"{name}: holds no points; write at least 2")
     array = array.astype(np.float64)  # a copy
-    if np.isinf(array).any():
-        raise UserError(f"{name}: a point is not finite (infinity); correct or remove it")
     if seen is not None:
         if seen.size != array[..., 0].size or np.squeeze(seen).shape != np.squeeze(array[..., 0]).shape:
             raise UserError(f"{name}: visibility {list(seen.shape)} does not fit the places {list(array.shape)}")
         array[~seen.reshape(array.shape[:-1])] = np.nan
+    if np.isinf(array).any():
+        raise UserError(f"{name}: a point is not finite (infinity); correct or remove it")
     paths, read = _paths(array, hints, name, order)
     values = hints.values or "xy"
     if array.shape[-1] == 2 and len(values) > 2:
@@ -193,11 +193,7 @@ def from_array(
                 xy[~(points[:, 2] > 0)] = np.nan
         if values.startswith("yx"):
             xy = xy[:, ::-1]
-        zero = (xy == 0).all(-1)
-        if not zero.all() and (zero[:2].all() or zero[-2:].all()):
-            warnings.warn(
-                f"{label}: begins or ends in the corner (0, 0); if it is hidden there, use {SAVEZ}", stacklevel=5
-            )
+        warn_of_corner(xy, label)
         marks.append(Marks(xy, times=times))
     return Drawing(marks, form, notes=tuple(notes))
 
@@ -222,11 +218,35 @@ def _paths(array: np.ndarray, hints: Hints, name: str, order: str) -> tuple[list
     if not order and hints.canvas == (1, 1) and smooth > CLEAR:
         order, word = "nt", "axes n, t, as TAP-Vid's fractions have them"
     if not order:
-        a, b = array.shape[:2]
-        corners = "; of corners of boxes give the centres" if b == 2 else ""
-        say = f"say --trajectory_axes=nt ({a} paths of {b} points) or tn ({b} paths of {a} points; tnyx: y before x)"
-        raise UserError(f"{name}: the shape {shape} has two readings; {say}{corners}")
+        raise _two_readings(array, shape, name)
     return list(array if order == "nt" else array.swapaxes(0, 1)), word
+
+
+def _two_readings(array: np.ndarray, shape: list[int], name: str) -> UserError:
+    a, b = array.shape[:2]
+    corners = "; of corners of boxes give the centres" if b == 2 else ""
+    say = f"say --trajectory_axes=nt ({a} paths of {b} points) or tn ({b} paths of {a} points; tnyx: y before x)"
+    return UserError(f"{name}: the shape {shape} has two readings; {say}{corners}")
+
+
+def check_lists(array: np.ndarray, name: str) -> None:
+    """Lists of lists of points [n, t, 2 or 3] are paths, unless they look like something else.
+
+    Raises:
+      UserError: they may be the points of each frame, or the corners of a box of each frame.
+    """
+    a, b = array.shape[:2]
+    boxes = b == 2 and a > 2 and (array[:, 0, :2] < array[:, 1, :2]).all()
+    if a > 1 and b > 1 and (boxes or _smoothness(array.astype(np.float64)) < 1 - CLEAR):
+        raise _two_readings(array, list(array.shape), name)
+
+
+def warn_of_corner(xy: np.ndarray, name: str) -> None:
+    """Trackers write (0, 0) for points that are hidden."""
+    zero = (xy == 0).all(-1)
+    if not zero.all() and (zero.sum() > 1 or zero[1:-1].any()):
+        what = f"{zero.sum()} of {len(xy)} points lie in the corner (0, 0)"
+        warnings.warn(f"{name}: {what}; if they are hidden, use {SAVEZ}", stacklevel=6)
 
 
 def _smoothness(array: np.ndarray) -> float:

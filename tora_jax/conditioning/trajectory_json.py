@@ -18,6 +18,7 @@ TIME = ("t", "time")
 FRAME = ("frame", "frame_id")
 BESIDE = ("confidence", "score", "likelihood")  # known, and no part of a path
 DEEPEST = 3  # texts in texts
+DEPTH_OF_BATCH = 4  # of lists: a tracker's arrays with a leading axis of 1
 
 
 def loads(text: str, name: str, depth: int = 0) -> Any:
@@ -38,11 +39,17 @@ def loads(text: str, name: str, depth: int = 0) -> Any:
     return data
 
 
-def from_data(data: Any, hints: Hints, name: str, form: str = "points", canvas: Canvas | None = None) -> Drawing:
+def from_data(
+    data: Any, hints: Hints, name: str, form: str = "points", canvas: Canvas | None = None, order: str = ""
+) -> Drawing:
     """Lists, dicts, arrays (NumPy's, JAX's, PyTorch's) -> paths.
 
+    Args:
+      order: of lists of lists of points, where the form settles it: "nt" = each is a path; "" = by the points.
+
     Raises:
-      UserError: for what has another form, for keys that are not known, and for points that are no finite numbers.
+      UserError: for what has another form, for keys that are not known, for points that are no finite numbers, and
+        where the lists may be those of the points of one frame each.
     """
     if hasattr(data, "__array__"):
         return trajectory_arrays.from_array(_array(data, name), hints, name)
@@ -54,7 +61,11 @@ def from_data(data: Any, hints: Hints, name: str, form: str = "points", canvas: 
     if data and all(isinstance(each, str) and each.strip()[:1] == "[" for each in data):
         read = [from_data(loads(each, name), hints, name, form, canvas) for each in data]
         return Drawing([path for each in read for path in each.paths], form, canvas)
-    parts = _split(data, name)
+    if _depth(data) == DEPTH_OF_BATCH:
+        if (batch := _regular(data)) is not None:
+            return trajectory_arrays.from_array(batch, hints, name, form=form)._replace(canvas=canvas)
+        data = data[0] if len(data) == 1 else data
+    parts = _split(data, hints.order or order, name)
     notes: tuple[str, ...] = ()
     if sum(map(len, parts)) > MAX_POINTS:
         raise UserError(f"{name}: has over {MAX_POINTS} points; {THIN_OUT}")
@@ -91,12 +102,12 @@ def _is_turned(part: Any, hints: Hints) -> bool:
 
 def _from_dict(data: dict, hints: Hints, name: str, form: str, canvas: Canvas | None) -> Drawing:
     if "trajectories" in data and not set(data) - {"canvas", "trajectories"}:
-        return from_data(data["trajectories"], hints, name, form, _own_canvas(data, name) or canvas)
+        return from_data(data["trajectories"], hints, name, form, _own_canvas(data, name) or canvas, "nt")
     if data and all(isinstance(each, dict) and "trajectory" in each for each in data.values()):
         if odd := {key for each in data.values() for key in each} - {"comment", "mask_name", "trajectory"}:
             raise UserError(f"{name}: has the key {min(map(str, odd))}, which is not known; leave it out")
         inside = [each["trajectory"] for each in data.values()]  # DragAnything's
-        return from_data(inside, hints, name, f"{form} of DragAnything", canvas)
+        return from_data(inside, hints, name, f"{form} of DragAnything", canvas, "nt")
     if set(data) <= {*PLACES, *SEEN, *HIDDEN} and set(data) & {*SEEN, *HIDDEN, "tracks", "pred_tracks", "track_path"}:
         try:
             arrays = {key: _array(value, name) for key, value in data.items()}
@@ -123,7 +134,23 @@ def _own_canvas(data: dict, name: str) -> Canvas | None:
     return width, height
 
 
-def _split(data: list, name: str) -> list:
+def _depth(data: Any) -> int:
+    """Of the lists in which the first number stands; a point by name counts as one: 2 of a path, 3 of several."""
+    if isinstance(data, dict):
+        return 1
+    return 1 + _depth(data[0]) if isinstance(data, SEQUENCE) and len(data) else 0
+
+
+def _regular(data: Any) -> np.ndarray | None:
+    """Lists of as many points each as one array; None for others."""
+    try:
+        array = np.asarray(data)
+    except ValueError:
+        return None
+    return array if array.ndim > 2 and array.shape[-1] in (2, 3) and array.dtype.kind in "fiu" else None
+
+
+def _split(data: list, order: str, name: str) -> list:
     """The paths in `data`: it is one, or a list of them."""
     nested = bool(data) and isinstance(data[0], SEQUENCE) and len(data[0]) > 0
     parts = list(data) if nested and isinstance(data[0][0], (*SEQUENCE, dict)) else [data] if data else []
@@ -131,6 +158,12 @@ def _split(data: list, name: str) -> list:
         raise UserError(f"{name}: holds no points; write at least 2")
     if not all(isinstance(part, SEQUENCE) for part in parts):
         raise UserError(f"{name}: mixes points and trajectories; write a list of lists of points")
+    if not order and nested and (array := _regular(parts)) is not None:
+        trajectory_arrays.check_lists(array, name)
+    if order == "tn" and nested:
+        if len({len(part) for part in parts}) > 1:
+            raise UserError(f"{name}: has frames with more points than others; leave --trajectory_axes=tn out")
+        parts = [list(path) for path in zip(*parts, strict=True)]
     return parts
 
 
@@ -154,6 +187,7 @@ def _marks(part: Any, hints: Hints, name: str) -> Marks:
     points = points.astype(np.float64)
     xy, third, kind = points[:, :2], points[:, 2:], hints.values[2:] or "t"
     finite(points, name)
+    trajectory_arrays.warn_of_corner(xy, name)
     xy = xy[:, ::-1] if hints.values.startswith("yx") else xy
     if kind == "v" and third.size:
         xy = np.where(third > 0, xy, np.nan)

@@ -166,7 +166,7 @@ def finish(
             each[:, 1] = size[1] - each[:, 1]
         each[:, :2] = np.clip(each[:, :2], 0, size) / size
     where = f"{canvas[0]:g}x{canvas[1]:g}" + _where(chosen, pictures, hints)
-    notes = [*drawing.notes, *_notes(hints, hidden, len(paths) - len(found))]
+    notes = [*drawing.notes, *_notes(hints, hidden, len(paths) - len(found)), *_rests(paths)]
     return Reading(found, name, "; ".join([_count(found, where, hints), f"from {drawing.form}", *notes]), drawn)
 
 
@@ -193,6 +193,13 @@ def _notes(hints: Hints, hidden: int, dropped: int) -> list[str]:
         *[f"{dropped} of the paths hidden"] * bool(dropped),
         *["one point a frame"] * hints.each_frame,
     ]
+
+
+def _rests(paths: list[Marks]) -> list[str]:
+    """Where times do not fill the video: they may be seconds."""
+    times = [time for path in paths if path.times is not None for time in path.times[[0, -1]]]
+    start, end = min(times, default=0), max(times, default=1)
+    return [f"times from {start:g} to {end:g} of the video"] * ((start, end) != (0, 1))
 
 
 def _chosen(paths: list[Marks], wanted: tuple[int, ...] | int | None, name: str) -> list[Marks]:
@@ -252,7 +259,7 @@ def _check_places(xy: np.ndarray, size: np.ndarray, said: bool, clip: bool, form
         raise UserError(f"{name}: {off} of {len(xy)} points lie off the {on}; {SAY_CANVAS}{image}{clipped}{small}")
     if off:
         warnings.warn(f"{name}: {off} of {len(xy)} points lie off the {on}; they were moved to its edge", stacklevel=4)
-    elif size.min() > 1 and xy.max() <= 1 and (xy % 1).any():
+    elif size.min() > 1 and xy.max() <= (2 if size.min() > 32 else 1) and (xy % 1).any():
         corner = f"{name}: all points lie in one corner of the {on}"
         if not said:
             raise UserError(f"{corner}; {SAY_CANVAS}{normalized}")
@@ -265,9 +272,9 @@ def _check_corners(paths: list[np.ndarray], size: np.ndarray, hints: Hints, name
 
     def is_box(corners: np.ndarray, centre: np.ndarray) -> bool:
         (left_top, right_bottom), off = corners[:, :2], corners[:, :2].mean(0) - centre[:2]
-        return bool((right_bottom - left_top >= 4 * unit).all() and (np.abs(off) <= unit / 2).all())
+        return bool((np.abs(right_bottom - left_top) >= 4 * unit).all() and (np.abs(off) <= unit / 2).all())
 
-    inside = all(len(each) > 3 and is_box(each[:2], each[2]) for each in paths)
+    inside = any(len(each) > 3 and is_box(each[:2], each[2]) for each in paths)
     beside = any(len(box) == 2 < len(path) and is_box(box, path[0]) for box, path in itertools.pairwise(paths))
     if not hints.values and all(each.shape[1] == 2 for each in paths) and (inside or beside):
         what = "begins with two corners of a box and then its centre, as SG-I2V's files do"

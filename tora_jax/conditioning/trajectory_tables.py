@@ -30,8 +30,10 @@ COLUMNS = {  # by other names, without case, spaces and underscores
 }
 NAMES = {other.replace("_", ""): name for name, others in COLUMNS.items() for other in others}
 TRUTH = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "": np.nan}
+NO_PLACES = ("Anchor Point", "Offset", "Size")  # of After Effects, in pixels all the same
 LIKELY = 0.6  # pcutoff, DeepLabCut's own
 FORM = "write two numbers x,y"
+FRAMES = "add a column frame (supervision: sink.append(detections, custom_data={'frame': index}))"
 HEADER = "write a header that names the columns, such as x,y or frame,x,y"
 
 Rows = list[tuple[int, list[str]]]  # number of the line, its cells
@@ -75,7 +77,7 @@ def _cells(line: str, comma: str | None) -> list[str]:
 
 def _number(cell: str) -> float | None:
     try:
-        return float(cell)
+        return None if "_" in cell else float(cell)  # Python's 1_000
     except ValueError:
         return None
 
@@ -129,6 +131,8 @@ def _table(rows: Rows, comma: str | None, hints: Hints, name: str) -> Drawing:
     if len(set(kept)) < len(kept):
         raise UserError(f"{name}: two columns mean the same; keep one of each")
     boxes = {"left", "top"} <= set(kept) and ({"right", "bottom"} <= set(kept) or {"width", "height"} <= set(kept))
+    if boxes and {"x", "y"} & set(kept):
+        raise UserError(f"{name}: holds points x, y and boxes; leave the columns of one out")
     if {"x", "y", "width", "height"} & set(kept) == {"x", "y", "width", "height"}:
         raise UserError(f"{name}: x, y may be the corner or the centre of a box; name them left, top or leave w, h out")
     if ({"x", "y"} <= set(kept)) == boxes:
@@ -155,13 +159,19 @@ def _table(rows: Rows, comma: str | None, hints: Hints, name: str) -> Drawing:
 
 def _tracks(columns: dict[str, np.ndarray], name: str) -> list[Marks]:
     """Rows by name -> a path for each id, in their order; boxes become their centres."""
-    if "left" in columns:
+    if boxes := "left" in columns:
         left, top = columns.pop("left"), columns.pop("top")
         right, bottom = columns.pop("right", None), columns.pop("bottom", None)
         width, height = columns.pop("width", None), columns.pop("height", None)
+        if any((end < start).any() for start, end in ((left, right), (top, bottom)) if end is not None):
+            raise UserError(f"{name}: a box ends before it begins; if these are two points, write each in its own row")
         columns["x"] = (left + right) / 2 if right is not None else left + width / 2
         columns["y"] = (top + bottom) / 2 if bottom is not None else top + height / 2
     ids = columns.pop("id", np.zeros(len(columns["x"])))
+    if np.isnan(ids).any():
+        raise UserError(f"{name}: a row has no number of its path; give it one, or leave it out")
+    if boxes and not columns.keys() & {"frame", "time"} and len(set(np.unique(ids, return_counts=True)[1])) > 1:
+        raise UserError(f"{name}: some boxes are missing, and no column says in which frame; {FRAMES}")
     lost = np.isnan(columns["x"]) & np.isnan(columns["y"])
     columns["occluded"] = lost | (columns.get("occluded", np.zeros(len(ids))) == 1)
     if "visible" in columns:
@@ -219,7 +229,7 @@ def _deep_lab_cut(rows: Rows, name: str) -> Drawing:
 
 
 def _after_effects(filled: Sequence[tuple[int, str]], name: str) -> Drawing:
-    sides, paths, block, wanted, anchor = {}, [], [], False, False
+    sides, paths, block, wanted, label = {}, [], [], False, [""]
     for _, line in [*filled, (0, "End of Keyframe Data")]:
         cells = line.strip().split("\t")
         if cells[0] in ("Source Width", "Source Height"):
@@ -229,13 +239,16 @@ def _after_effects(filled: Sequence[tuple[int, str]], name: str) -> Drawing:
             block.append(row)
             continue
         if block:
-            paths.append(np.array(block, np.float64))
+            paths.append((label, np.array(block, np.float64)))
             block = []
         if cells[0] == "Frame":
-            wanted = [cell.strip() for cell in cells[1:3]] == ["X pixels", "Y pixels"] and not anchor
+            places = [cell.strip() for cell in cells[1:3]] == ["X pixels", "Y pixels"]
+            wanted = places and not label[-1].endswith(NO_PLACES)
         else:
-            wanted, anchor = False, cells[-1].strip() == "Anchor Point"
+            wanted, label = False, [cell.strip() for cell in cells]
     if not paths or min(sides.values(), default=0) <= 0 or len(sides) < 2:
         raise UserError(f"{name}: has no keyframes of a position in pixels; copy Position or a track point again")
+    tracked = [label[:-1] for label, _ in paths if label[-1] == "Feature Center"]  # has its attach point beside it
+    paths = [path for label, path in paths if label[-1] != "Attach Point" or label[:-1] not in tracked]
     marks = [from_columns(dict(zip(("frame", "x", "y"), path.T, strict=True)), name) for path in paths]
     return Drawing(marks, "After Effects' keyframes", (sides["Source Width"], sides["Source Height"]))

@@ -27,6 +27,8 @@ def from_text(text: str, name: str) -> Drawing:
         raise UserError(f"{name}: is broken XML ({error}); {EXPORT} again") from None
     if root.tag != "annotations":
         raise UserError(f"{name}: is XML of another kind ({root.tag[:40]}); of CVAT's annotations, {EXPORT}")
+    if len(root.findall(".//original_size")) > 1:
+        raise UserError(f"{name}: holds several tasks (a whole project?); export one of them")
     tracks = root.findall("track")
     if not tracks:
         raise UserError(f"{name}: holds no tracks (CVAT for images?); {EXPORT}")
@@ -44,7 +46,7 @@ def from_text(text: str, name: str) -> Drawing:
     if not paths:
         raise UserError(f"{name}: has shapes without a centre ({', '.join(NO_POINT)}); track boxes or points")
     notes = (f"{without} track{'s' * (without > 1)} of other shapes left out",) if without else ()
-    return Drawing(paths, "CVAT's XML, centres of boxes", canvas, notes, span)
+    return Drawing(paths, "CVAT's XML, centres of boxes", canvas, notes, span, of_video=True)
 
 
 def _paths(track: ElementTree.Element, name: str) -> list[Marks]:
