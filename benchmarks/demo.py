@@ -11,6 +11,8 @@ Parts:
   image          the first frame given: is it kept, and does its object follow the path from there?
   vae            PSNR of both VAEs on clips of the test split, and of 8x8x4 average pooling with linear upsampling
   ceiling        `path` and `text` of true clips that went through the video VAE: no denoiser can do better
+  denoise        `text` of true clips with noise on their latents, up to some timesteps, after one step straight back:
+                 what the denoiser sees in what is still there
 
 The benchmark set comes from its seed, so nothing is read but the weights. Sizes, steps and guidance are those of the
 weights' config unless given. An error is the mean distance between an object's centroid (`sprite_metrics`) and its
@@ -42,6 +44,7 @@ from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import motion_maps
 from tora_jax.data.sprites.clips import Clip, exact_flow, make_clip
+from tora_jax.diffusion import sampler
 from tora_jax.errors import UserError
 from tora_jax.evals import quality, track_lk, traj_error
 from tora_jax.evals.sprite_metrics import name_colour, name_shape, path_error
@@ -53,6 +56,7 @@ from tora_jax.sampling.inputs import Inputs
 ONE, TWO, HELD_OUT = "benchmark_one", "benchmark_two", "test"
 SETTINGS = ("height", "width", "num_frames", "fps", "steps", "guidance", "trajectory_guidance", "negative_prompt")
 SAVED = 8  # clips of each part
+TIMESTEPS = (300, 500, 700)  # of `denoise`
 
 
 class Bench:
@@ -240,11 +244,47 @@ def pooled(video: np.ndarray, like: Any) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# The denoiser alone
+# ----------------------------------------------------------------------------------------------------------
+
+
+def denoise(bench: Bench) -> dict[str, Any]:
+    """Timestep -> `names` of the estimates of clean clips; with the prompt and the path, without guidance."""
+    clips, size = bench.clips(ONE), min(bench.batch, bench.count)
+    estimates: dict[str, list[np.ndarray]] = {str(timestep): [] for timestep in TIMESTEPS}
+    with bench.bar(len(clips), "denoise") as bar:
+        for start in range(0, len(clips), size):
+            rows = [(start + i) % len(clips) for i in range(size)]
+            for timestep in TIMESTEPS:
+                made = cleaned(bench, [clips[i] for i in rows], rows, timestep)
+                estimates[str(timestep)] += list(made[: len(clips) - start])
+            bar.update(min(size, len(clips) - start))
+    return {timestep: names(videos, clips) for timestep, videos in estimates.items()}
+
+
+def cleaned(bench: Bench, clips: Sequence[Clip], seeds: Sequence[int], timestep: float) -> np.ndarray:
+    """Clips with noise up to a timestep, and one step back: uint8 [b, t, h, w, 3]."""
+    models, keys = bench.models, jnp.stack([jax.random.key(seed) for seed in seeds])
+    settings = dataclasses.replace(bench.settings, guidance=1.0, trajectory_guidance=1.0)
+    inputs = [Inputs(clip.caption, clip.tracks, {}) for clip in clips]
+    maps = np.stack([models.backbone.motion_map(clip.tracks, (bench.side, bench.side), None)[1] for clip in clips])
+    conditions = models.backbone.conditions(models, inputs, settings)
+    features = models.extract(models.params, jnp.asarray(maps), keys)
+    x = models.encode_video(models.params["vae"], to_float(jnp.asarray(np.stack([clip.video for clip in clips]))))
+    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+    method = models.method(settings.solver)
+    x = method.process.add_noise(x, noise, jnp.full(len(clips), float(timestep)))
+    told, times = sampler.Told(conditions, features), np.float32([1000, timestep, 0])
+    x = sampler.run(method, models.params["tora"], x, times, told, np.ones((1, 2), np.float32))
+    return np.asarray(models.decode(settings.num_frames, models.params["vae"], x)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    part.__name__: part for part in (measure, path, no_trajectory, two, text, image, vae, ceiling)
+    part.__name__: part for part in (measure, path, no_trajectory, two, text, image, vae, ceiling, denoise)
 }
 
 

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from tests.parity.golden import assert_close
 from tora_jax.models.motion_fuser import FUSERS, PLACEMENTS
-from tora_jax.models.stdit import SIZES, STDiT, parse_variant
+from tora_jax.models.stdit import SIZES, LocalConv, STDiT, parse_variant
 from tora_jax.models.tora import Tora
 
 STDIT = {"variant": "2x16x2/2", "caption_channels": 8, "caption_length": 5, "base_resolution": 64.0}
@@ -182,6 +182,32 @@ def test_bfloat16_runs_close_to_float32(trained):
     got, want = apply(half, params), apply(model, params)
     assert got.dtype == jnp.float32
     assert np.abs(got - want).mean() < 0.05 * np.abs(want).mean()
+
+
+def test_fresh_local_convolutions_change_nothing():
+    """And when trained, they do, in every pair of blocks."""
+    model, params = init("adaptive_norm", "temporal")
+    local = Tora({**STDIT, "local": True}, motion_features=8)
+    shapes = jax.eval_shape(lambda: local.init(jax.random.key(1), **inputs())["params"])
+    flat = traverse_util.flatten_dict(params)
+    own = {path: np.zeros(leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes).items() if path not in flat}
+    assert {path[-2:] for path in own} == {("patch_neighbours", "kernel"), ("local_conv", "taps")}
+    fresh = traverse_util.unflatten_dict({**flat, **own})
+    np.testing.assert_array_equal(apply(local, fresh), apply(model, params))
+    for path, leaf in own.items():
+        for row in range(2 if "blocks" in path else 1):
+            changed = np.copy(leaf)
+            changed[row] = 0.2
+            one = traverse_util.unflatten_dict({**flat, **own, path: changed})
+            assert np.abs(apply(local, one) - apply(model, params)).max() > 1e-3, (path, row)
+
+
+def test_local_conv_is_depthwise():
+    x, taps = jax.random.normal(jax.random.key(0), (2, 1, 12, 5)), jax.random.normal(jax.random.key(1), (3, 3, 5))
+    found = LocalConv((3, 4)).apply({"params": {"taps": taps}}, x)
+    options = {"feature_group_count": 5, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    added = jax.lax.conv_general_dilated(x.reshape(2, 3, 4, 5), taps[:, :, None], (1, 1), "SAME", **options)
+    np.testing.assert_allclose(found, x + added.reshape(x.shape), atol=1e-5)
 
 
 def test_variants():
