@@ -110,6 +110,20 @@ def test_conversion(bucket):
     assert "exists already" in said
 
 
+def test_a_cache(bucket, clips):
+    """Precomputed from a bucket into it, and the same when it is there already."""
+    data, weights, out = send(clips, bucket / "clips"), send(DEMO, bucket / "weights"), bucket / "cached"
+    command = ["-m", "tora_jax.data.precompute", f"--source={data}", f"--weights={weights}", f"--out={out}"]
+    command += ["--num_frames=5", "--height=32", "--width=32", "--motion=sparse", "--tracks=given"]
+    code, _, said = run(*command)
+    assert code == 0, said
+    assert len(sources.open_source(out, "train")) == 8
+    before = files.sizes(bucket)
+    code, _, said = run(*command)
+    assert code == 0, said
+    assert files.sizes(bucket) == before
+
+
 def train(workdir, data, *more):
     settings = ("evaluation.clips=0", "log_every=1", "save_every=2", "eval_every=1000", f"data.buckets={BUCKETS}")
     config = [f"--config.{setting}" for setting in (*settings, f"data.sources=('{data}',)", *more)]

@@ -5,6 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tora_jax.data import array_record
+from tora_jax.io import files
 
 FEATURES = tfds.features.FeaturesDict({"number": np.int64, "name": tfds.features.Text()})
 
@@ -23,6 +24,18 @@ def test_shards_of_two_splits(tmp_path):
         assert list(builder.info.splits[split].shard_lengths) == lengths[split]
         found = [(record["number"], record["name"].decode()) for record in builder.as_data_source(split)]
         assert found == [(number, f"n{number}") for shard in shards for number in shard]
+
+
+def test_the_metadata_of_a_set_in_a_bucket(tmp_path):
+    """As beside the shards, which stay as they are."""
+    here, bucket = tmp_path / "set", files.path("memory://bucket/set")
+    shard = array_record.shard_name("some", "train", 0, 1)
+    here.mkdir()
+    array_record.write_shard(here / shard, FEATURES, [{"number": 1, "name": "one"}])
+    (bucket / shard).send(here / shard)
+    for folder in (here, bucket):
+        array_record.write_metadata(folder, "some", FEATURES, {"train": [1]})
+    assert files.sizes(bucket) == files.sizes(here)
 
 
 def test_errors_are_told_apart(tmp_path):

@@ -68,9 +68,12 @@ def write_metadata(
       lengths: split -> the number of records in each of its shards.
     """
     if isinstance(folder, BucketPath):
+        names = {shard_name(name, split, i, len(of)) for split, of in lengths.items() for i in range(len(of))}
         with tempfile.TemporaryDirectory() as here:
+            for shard in names:  # TFDS looks for them
+                (Path(here) / shard).touch()
             write_metadata(Path(here), name, features, lengths)
-            for file in sorted(files.sizes(here), key=lambda file: file == DONE):
+            for file in sorted(files.sizes(here).keys() - names, key=lambda file: (file == DONE, file)):
                 (folder / file).send(Path(here) / file)
         return
     splits = []
