@@ -103,6 +103,25 @@ def plain(path: Path) -> Path:
     return write(path, map(scene, times()))
 
 
+def bare(path: Path) -> Path:
+    """A stream without a container, and so without times."""
+    return write(path, map(scene, times()), bf="2")
+
+
+def without_matrix(path: Path) -> Path:
+    """HDR whose matrix nobody names; it is BT.2020's."""
+    whole = _wide(BT2020, pq, 9, 16, 9)(path.with_name(f"whole_{path.name}"))
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        stream.codec_context.colorspace = 2
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    whole.unlink()
+    return path
+
+
 def jittering(path: Path) -> Path:
     """As a phone's: up to 8 ms early or late, and every ninth frame is missing."""
     ticks = [40 * i + (5 * i) % 9 - 4 * (i > 0) for i in range(FRAMES) if i % 9 != 8]
@@ -227,6 +246,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "plain": Kind(plain, copied=True),
+    "bare": Kind(bare, "a.h264"),
     "jittering": Kind(jittering, trait="variable rate"),
     "slowing": Kind(slowing, "a.mkv", "variable rate"),
     "clockwise": Kind(_turned(lambda f: np.rot90(f), [0, 1, -1, 0]), trait="rotated"),
@@ -243,6 +263,7 @@ KINDS = {
     "interlaced": Kind(interlaced, trait="interlaced"),
     "PQ": Kind(_wide(BT2020, pq, 9, 16, 9), "a.mkv", "HDR"),
     "HLG": Kind(_wide(BT2020, hlg, 9, 18, 9), "a.mkv", "HDR"),
+    "PQ without a matrix": Kind(without_matrix, "a.mkv", "HDR"),
     "BT.2020": Kind(_wide(BT2020, srgb, 9, 14, 9), "a.mkv", "wide gamut"),
     "Display P3": Kind(_wide(P3, srgb, 12, 1, 1), "a.mkv", "wide gamut"),
 }

@@ -185,9 +185,9 @@ def find_timeline(source: Source, container: av.container.InputContainer, stream
     times = np.array(known, float) * tick
     # They are as even as the times of showing, and without B-frames the same. Packets are asked last: all are read.
     if not known or (stream.codec_context.has_b_frames and not find_rate(times, declared).constant):
-        shown = _times(source, container, stream)
+        shown = _times(source)
         if None in shown:  # a bare stream: frames are counted
-            return _checked(Timeline(len(shown), declared, None, promised), name)
+            return _checked(Timeline(len(shown), counted_rate(stream), None, promised), name)
         times = np.unique(shown) * tick
     rate = find_rate(times, declared)
     if len(rate.gaps):
@@ -199,21 +199,22 @@ def find_timeline(source: Source, container: av.container.InputContainer, stream
     return _checked(Timeline(len(times) if rate.constant else len(numbers), rate.fps, numbers, promised), name)
 
 
+def counted_rate(stream: av.VideoStream) -> float:
+    """Frames per second of a stream without times; 0 = unknown."""
+    # The average of a bare stream is FFmpeg's 25, whatever the stream says; the guess goes by the stream.
+    return float(stream.guessed_rate or stream.average_rate or 0)
+
+
 def promised_frames(stream: av.VideoStream) -> int:
     """Number of frames that a file promises, without those that an edit list hides; 0 = unknown."""
     return sum(not entry.is_discard for entry in _index(stream)) or stream.frames
 
 
-def _times(source: Source, container: av.container.InputContainer, stream: av.VideoStream) -> list[int | None]:
-    """The times of all packets of shown frames; the container stands at its beginning before and after."""
-    try:
-        container.seek(0)
-    except PermissionError:  # a bare stream
-        with open_clip(source) as (another, its):
-            return [packet.pts for packet in another.demux(its) if packet.size]
-    times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-    container.seek(0)
-    return times
+def _times(source: Source) -> list[int | None]:
+    """The times of all packets of shown frames."""
+    # A container of its own: that of a bare stream cannot go back to the beginning, and gives nothing after the try.
+    with open_clip(source) as (container, stream):
+        return [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
 
 
 def _checked(timeline: Timeline, name: str) -> Timeline:

@@ -61,13 +61,15 @@ class Display:
         if frame.colorspace not in MATRICES or codec.color_trc in (LINEAR, LOG, LOG_SQRT, SMPTE428):
             problem = f"{name}: has colours of a rare kind (ICtCp, linear light ...); export it in BT.709"
             raise ClipError(problem, "colours")
+        wide = codec.color_primaries == BT2020 or codec.color_trc in (PQ, HLG)
+        matrix = BT2020 if wide else BT709 if large else None
         square = float(stream.sample_aspect_ratio or 1)
         if not 1 / WIDEST <= square <= WIDEST:
             raise ClipError(f"{name}: has pixels {square:g} times as wide as high; make them square", "not square")
         return cls(
             square,
             *_orientation(frame, name),
-            matrix=BT709 if frame.colorspace == UNKNOWN and large else None,
+            matrix=matrix if frame.colorspace == UNKNOWN else None,
             transfer=codec.color_trc if codec.color_trc in (PQ, HLG) else 0,
             primaries=codec.color_primaries if codec.color_primaries in TO_BT709 else 0,
         )

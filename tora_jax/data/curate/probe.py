@@ -165,6 +165,7 @@ def _look(container, stream, path: Path, damaged_share: float, threshold: float)
     tick, timed = float(stream.time_base or 1 / declared), None not in ticks and bool((np.diff(ticks) > 0).all())
     keys = decoder.keys
     if not timed:
+        declared = clip_files.counted_rate(stream) or declared
         ticks, keys = [round(i / declared / tick) for i in range(len(ticks))], set()
     rate = find_rate(np.array(ticks) * tick, float(declared))
     height, width = display.size(first)
