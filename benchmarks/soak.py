@@ -46,6 +46,11 @@ BUCKETS = "({'frames':5,'height':32,'width':32,'fps':0.0,'batch':8,'weight':1.0}
 SETTINGS = ("evaluation.clips=0", "eval_every=100000", "log_every=1", "save_every=5", f"data.buckets={BUCKETS}")
 
 
+# A run of one step, with whose weights the others begin. To draw random ones, the second process would compile each
+# time (in JAX's cache are the first one's programs alone), and Gloo waits no longer than 30 seconds for it.
+WEIGHTS = "weights"
+
+
 class Size(NamedTuple):
     """Of a run: a mesh over so many processes, each with so many devices."""
 
@@ -78,6 +83,7 @@ def place(out: Path) -> Iterator[Place]:
         found.refuse.unlink(missing_ok=True)
         for name in files.sizes(clips):
             (found.bucket / "clips" / name).send(clips / name)
+        finish(found, WEIGHTS, 1, Size("", 1, 1))
         yield found
 
 
@@ -90,6 +96,7 @@ def start(at: Place, name: str, steps: int, size: Size) -> list[subprocess.Popen
     config += [f"--config.data.sources=('{at.bucket}/clips',)", "--config.resume", "--config.restartable"]
     command = [sys.executable, "train.py", "--config=configs/tora.py:stage=2,runlocal", "--quiet"]
     command += [f"--workdir={at.bucket}/{name}", *config] + ["--distributed"] * (size.processes > 1)
+    command += [f"--weights={at.bucket}/{WEIGHTS}/release"] * (name != WEIGHTS)
     processes = []
     for index in range(size.processes):
         environment = {
