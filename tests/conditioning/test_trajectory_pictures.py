@@ -49,6 +49,7 @@ def files(tmp_path):
     exif = turned.getexif()
     exif[ORIENTATION] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    turned.save(tmp_path / "turned.tif", exif=exif)
     write_video(tmp_path / "clip.mp4", np.repeat(photo()[None], 3, 0), 8)
     (tmp_path / "path.json").write_text(json.dumps({"canvas": [60, 90], "trajectories": [[SPOT, END]]}))
     (tmp_path / "plain.json").write_text(json.dumps([SPOT, END]))
@@ -57,7 +58,7 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("source", ["photo.png", "turned.jpg", "clip.mp4", "pixels"])
+@pytest.mark.parametrize("source", ["photo.png", "turned.jpg", "turned.tif", "clip.mp4", "pixels"])
 @pytest.mark.parametrize("frame", [0, -1])
 def test_the_path_begins_on_the_object(files, source, frame):
     condition = Condition(frame, photo() if source == "pixels" else files / source)

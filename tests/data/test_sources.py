@@ -166,6 +166,7 @@ def test_tables(tmp_path, clip):
         ("", "has columns none; Open-Sora's table has path and text"),
         ("path,words\na.mp4,x\n", "has columns path, words; Open-Sora's table has path and text"),
         ("path,text\na.mp4,x, y\n", "line 2 has 3 fields, its header 2"),
+        ('path,text\na.mp4,"no end\nb.mp4,x\n', "cannot be read as a table"),
     ],
 )
 def test_tables_that_cannot_be(tmp_path, text, message):

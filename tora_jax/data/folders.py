@@ -263,7 +263,7 @@ def _in_table(path: Path) -> Iterator[Item]:
     """Rows of a table with a header. Files are looked for beside the table, then from the working folder."""
     text = decode_text(path.read_bytes(), str(path))
     header = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",", strict=True)
     names = [name.strip().lower() for name in next(rows, [])]
     columns = [next((name for name in known if name in names), None) for known in (PATHS, TEXTS)]
     if None in columns:

@@ -311,7 +311,9 @@ def decode_text(content: bytes, name: str) -> str:
     except UnicodeDecodeError:  # refused below, as is UTF-16 without its mark
         text = "\0"
     if "\0" in text:
-        raise UserError(f"{name}: is no UTF-8 text; convert it (iconv -f latin1 -t utf-8, from Latin-1)")
+        likely = "utf-16be" if content[:1] == b"\0" else "utf-16le" if b"\0" in content else "cp1252"
+        way_out = f"convert it (iconv -f ENCODING -t utf-8; its ENCODING may be {likely})"
+        raise UserError(f"{name}: is no UTF-8 text; {way_out}")
     return text
 
 

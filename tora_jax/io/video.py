@@ -267,10 +267,12 @@ def image_size(source: Source) -> tuple[int, int]:
     """
     try:
         with Image.open(_file(source), formats=IMAGE_FORMATS) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size if turned else image.size[::-1]
+            if image.format != "TIFF":  # Pillow turns a TIFF's size by itself, or not, by its version
+                turned = image.getexif().get(ORIENTATION, 1) >= 5
+                return image.size if turned else image.size[::-1]
     except Exception:  # as of Pillow's decoders; what is wrong, the reader says
-        return read_image(source).shape[:2]
+        pass
+    return read_image(source).shape[:2]
 
 
 def _file(source: Source) -> io.BytesIO | Path:
