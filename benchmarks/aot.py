@@ -4,7 +4,8 @@
 
 Prints one JSON line, and ends with 1 where a device has too little memory, or where it is not known how much it has
 ("fits": null). What is compiled is what `train.py`, `sample.py` run: a whole training step on precomputed clips, the
-encoding of a caption, a trajectory's features, one sampling step with guidance, the decoding of a video.
+encoding of a caption, a trajectory's features, one sampling step with guidance, the decoding of a video, the encoding
+of clips.
 """
 
 import json
@@ -115,7 +116,7 @@ def measure(config: dict, mesh: Mesh, job: str, size: dict[str, int], batch: int
         if not hasattr(kind := assembly.backbone(config), "in_eight_bit"):
             raise UserError("--eight_bit: this backbone has no form in 8 bits")
         parts = freeze(kind.in_eight_bit(parts))
-    batch = batch or (mesh.shape["data"] * mesh.shape["fsdp"] if job == "train" else 1)
+    batch = batch or (mesh.shape["data"] * mesh.shape["fsdp"] if job in ("train", "encode") else 1)
     kind = mesh.devices.flat[0].device_kind
     chip = chips.find(kind)
     latents = jobs.latent_shape(parts, **size)

@@ -16,6 +16,7 @@ from tora_jax.configs.sampling import Settings
 from tora_jax import sharding
 from tora_jax.backbones import assembly
 from tora_jax.conditioning.images import Given
+from tora_jax.data.precompute import encoding
 from tora_jax.diffusion import sampler
 from tora_jax.models import eight_bit
 from tora_jax.sampling.inputs import Inputs
@@ -171,6 +172,15 @@ def decode(config, parts, mesh, rules, size, batch):
     return models_of(config, parts).decode, (size["num_frames"], params, placed(latents, whole(mesh)))
 
 
+def encode(config, parts, mesh, rules, size, batch):
+    """The encoding of clips for training, and shapes of its arguments; each device has its own in precompute."""
+    params = params_of(config, parts, mesh, rules, "vae", _dtype(parts["vae"]))["vae"]
+    clips = jax.ShapeDtypeStruct((batch, size["num_frames"], size["height"], size["width"], 3), jnp.uint8)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    run = encoding.compiled(parts["vae"])
+    return run, (params, *placed((clips, keys), sharding.batch_sharding(mesh, rules, batch)))
+
+
 def whole(mesh: Mesh) -> NamedSharding:
     """Of arrays that all devices hold."""
     return NamedSharding(mesh, PartitionSpec())
@@ -187,4 +197,4 @@ def _dtype(vae: nn.Module):
     return getattr(vae, "dtype", jnp.float32)
 
 
-JOBS = {"train": train, "text": text, "motion": motion, "sample": sample, "decode": decode}
+JOBS = {"train": train, "text": text, "motion": motion, "sample": sample, "decode": decode, "encode": encode}

@@ -40,7 +40,7 @@ def opensora_vae() -> dict:
             "temporal_downsample": (False, True, True),
         },
         "micro_frame_size": 17,
-        "frame_batch": 4,
+        "frame_batch": 1,
     }
 
 

@@ -6,10 +6,11 @@ Timesteps run from 1000 (noise) to 0 (clean). Videos are float32 [b, t, h, w, 3]
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray, Real
 
 
 @runtime_checkable
@@ -35,11 +36,11 @@ class VAE(Protocol):
     def reusable(self, num_frames: int, latents: int = 0) -> tuple[int, int, bool]:
         """What a video can take over from the end of another one of that length; see `VideoVAE.reusable`."""
 
-    def encode(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Float[Array, "b t4 h8 w8 c"]:
-        """Normalised latents; `rng` samples the posterior, None takes its mean."""
+    def encode(self, video: Real[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Float[Array, "b t4 h8 w8 c"]:
+        """Normalised latents (of uint8, too); `rng` samples the posterior, None takes its mean."""
 
-    def decode(self, latents: Float[Array, "b t4 h8 w8 c"], num_frames: int) -> Float[Array, "b t h w 3"]:
-        """The video of `num_frames`, about -1..1, not clipped."""
+    def decode(self, latents: Float[Array, "b t4 h8 w8 c"], num_frames: int, finish: Callable = ...) -> Any:
+        """The video of `num_frames`, about -1..1, not clipped; `finish` makes of frames what is wanted of each."""
 
 
 @runtime_checkable

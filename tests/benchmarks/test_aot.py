@@ -102,7 +102,7 @@ def test_jobs(job):
     figures = aot.measure(config, sharding.make_mesh("data=2,fsdp=2,seq=2"), job, SIZE)
     assert figures["fits"] is None  # nobody knows how much memory a CPU has
     assert figures["temporary_gib"] < 1
-    assert figures["batch"] == (4 if job == "train" else 1)
+    assert figures["batch"] == (4 if job in ("train", "encode") else 1)
     assert job not in ("train", "sample") or figures["tflop"] > 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tora_jax.errors import UserError
+from tora_jax.io.video import from_float, to_float
 from tora_jax.models import causal_vae
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalConv, CausalVAE
@@ -221,6 +222,33 @@ def test_frame_batches_change_nothing():
     np.testing.assert_allclose(jitted(model, "encode")(variables, x), z, atol=2e-5)
     got = jitted(model, "decode", num_frames=7)(variables, z)
     np.testing.assert_allclose(got, video, atol=2e-5)
+
+
+def test_pixels_of_each_round_are_those_of_the_whole():
+    """What `finish` makes of the frames at work, to the bit; and a video of uint8 is encoded as its floats are."""
+    model, video = open_sora_form(frame_batch=3), np.random.default_rng(0).integers(0, 256, (1, 7, 16, 24, 3), np.uint8)
+    variables = random_params(model, video.astype(np.float32))
+
+    def encode(variables, video):
+        return tuple(model.apply(variables, x, method="encode") for x in (video, to_float(video)))
+
+    z, same = jax.jit(encode)(variables, video)
+    np.testing.assert_array_equal(z, same)
+
+    def finish(frames):
+        return from_float(frames), jnp.isfinite(frames).all((-3, -2, -1))
+
+    @jax.jit
+    def decode(variables, z):
+        decode = functools.partial(model.apply, variables, z, 7, method="decode")
+        return decode(finish=finish), from_float(decode())
+
+    (pixels, finite), whole = decode(variables, z)
+    np.testing.assert_array_equal(pixels, whole)
+    assert pixels.dtype == np.uint8
+    assert finite.shape == (1, 7)
+    assert finite.all()
+    assert not decode(variables, z.at[0, 0].set(jnp.nan))[0][1].any()
 
 
 def test_micro_frames_are_the_causal_vae_on_each_part():

@@ -33,6 +33,9 @@ from tora_jax.io.video import from_float
 from tora_jax.programs import Program, code
 
 DEFAULT = "opensora"
+# For programs with convolutions over whole frames: the TPU's compiler otherwise searches for a minute on some of them,
+# for little by its own estimate (docs/LOG.md). Other compilers take no notice.
+QUICK = FrozenDict({"exec_time_optimization_effort": -1.0})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,12 +81,12 @@ class Models:
     @functools.cached_property
     def encode_video(self) -> Callable:
         """(parameters of the VAE, video in -1..1) -> latents: the posteriors' means."""
-        return _compiled(_encode_video, self.vae)
+        return _compiled(_encode_video, self.vae, (), QUICK)
 
     @functools.cached_property
     def extract(self) -> Callable:
         """(all parameters, RGB trajectory maps in -1..1, keys) -> the extractor's features."""
-        return _compiled(self.backbone.extract, self.parts)
+        return _compiled(self.backbone.extract, self.parts, (), QUICK)
 
     @functools.cached_property
     def denoise(self) -> Callable:
@@ -102,7 +105,7 @@ class Models:
     @functools.cached_property
     def decode(self) -> Callable:
         """(frames, parameters of the VAE, latents) -> uint8 video, and whether all of it was finite."""
-        return _compiled(_decode, self.vae, 0)
+        return _compiled(_decode, self.vae, 0, QUICK)
 
 
 def _shared(make: Callable[..., Callable]) -> Callable[..., Callable]:
@@ -130,9 +133,12 @@ def _bound(function: Callable, module: nn.Module | Mapping[str, nn.Module]) -> C
 
 @_shared
 def _compiled(
-    function: Callable, module: nn.Module | Mapping[str, nn.Module], static: int | tuple[int, ...] = ()
+    function: Callable,
+    module: nn.Module | Mapping[str, nn.Module],
+    static: int | tuple[int, ...] = (),
+    quick: FrozenDict | None = None,
 ) -> Callable:
-    return Program(_bound(function, module), static)
+    return Program(_bound(function, module), static, compiler_options=None if quick is None else dict(quick))
 
 
 def _encode_video(vae: nn.Module, params: Mapping, video: jax.Array) -> jax.Array:
@@ -140,8 +146,11 @@ def _encode_video(vae: nn.Module, params: Mapping, video: jax.Array) -> jax.Arra
 
 
 def _decode(vae: nn.Module, num_frames: int, params: Mapping, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    video = vae.apply({"params": params}, latents, num_frames, method="decode")
-    return from_float(video), jnp.isfinite(video).all()
+    def pixels(frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return from_float(frames), jnp.isfinite(frames).all((-3, -2, -1))
+
+    video, finite = vae.apply({"params": params}, latents, num_frames, pixels, method="decode")
+    return video, finite.all()
 
 
 def names() -> list[str]:

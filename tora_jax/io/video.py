@@ -16,7 +16,7 @@ from typing import NamedTuple
 import av
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Real, UInt8
 from PIL import Image, ImageCms, ImageOps
 
 from tora_jax.errors import UserError
@@ -44,6 +44,11 @@ def to_float(pixels: UInt8[np.ndarray | jax.Array, "*shape"]) -> Float32[np.ndar
     The last bits of a compiled function differ from NumPy's: XLA multiplies by the reciprocal of 127.5.
     """
     return pixels.astype(np.float32) / 127.5 - 1
+
+
+def as_float(video: Real[np.ndarray | jax.Array, "*shape"]) -> Float[np.ndarray | jax.Array, "*shape"]:
+    """`to_float` of uint8; what is in [-1, 1] already stays as it is."""
+    return to_float(video) if video.dtype == np.uint8 else video
 
 
 def from_float(video: Float[np.ndarray | jax.Array, "*shape"]) -> UInt8[np.ndarray | jax.Array, "*shape"]:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from tora_jax import sharding
 from tora_jax.errors import UserError
+from tora_jax.io.video import as_float
 from tora_jax.models.cogvideox_codec import TIME_FACTOR, Decoder, Encoder
 from tora_jax.models.layers import Dtype, split_moments
 from tora_jax.models.video_vae import Gaussian, Moments, Reusable
@@ -134,14 +136,15 @@ class CogVideoXVAE(nn.Module):
         self.encoder = Encoder(*shape, 2 * self.latent_channels, self.dtype)
         self.decoder = Decoder(*shape, self.dtype)
 
-    def moments(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Moments:
-        """The posterior of a video in [-1, 1], not normalised; log-variances are clipped to -30..20.
+    def moments(self, video: Real[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Moments:
+        """The posterior of a video in [-1, 1], or uint8, not normalised; log-variances are clipped to -30..20.
 
         There is no spatial VAE inside: `spatial` is None, `clip` the video, and `rng` draws nothing.
 
         Raises:
           UserError: a frame is smaller than one latent cell.
         """
+        video = as_float(video)
         _, _, h, w, _ = video.shape
         if min(h, w) < self.space_factor:
             cell = f"{self.space_factor}x{self.space_factor}"
@@ -153,8 +156,8 @@ class CogVideoXVAE(nn.Module):
         x = self._in_tiles(encode, video, self.tile, 1 / self.space_factor)
         return Moments(None, video, Gaussian(*split_moments(x)))
 
-    def encode(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Float[Array, "b t4 h8 w8 c"]:
-        """A video in [-1, 1] -> normalised latents, float32.
+    def encode(self, video: Real[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Float[Array, "b t4 h8 w8 c"]:
+        """A video in [-1, 1], or uint8 -> normalised latents, float32.
 
         Args:
           rng: samples the posterior, as the released code does; None takes its mean.
@@ -172,8 +175,11 @@ class CogVideoXVAE(nn.Module):
         """The video as it is: there is no spatial VAE inside."""
         return clip
 
-    def decode(self, latents: Float[Array, "b t4 h8 w8 c"], num_frames: int) -> Float[Array, "b t h w 3"]:
+    def decode(self, latents: Float[Array, "b t4 h8 w8 c"], num_frames: int, finish: Callable = lambda x: x) -> Any:
         """Normalised latents -> the video of `num_frames`, about [-1, 1], not clipped; float32.
+
+        Args:
+          finish: makes of the video what is wanted of it.
 
         Raises:
           ValueError: these latents are decoded to another number of frames; see `decoded_frames`.
@@ -185,7 +191,8 @@ class CogVideoXVAE(nn.Module):
             return _in_chunks(Decoder.__call__, self.decoder, z, CHUNK // TIME_FACTOR)
 
         size = None if self.tile is None else tuple(side // self.space_factor for side in self.tile)
-        return self._in_tiles(decode, latents / self.scaling, size, self.space_factor).astype(jnp.float32)
+        video = self._in_tiles(decode, latents / self.scaling, size, self.space_factor)
+        return finish(video.astype(jnp.float32))
 
     def __call__(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t2 h2 w2 3"]:
         """The reconstruction from the posterior's mean."""
@@ -232,7 +239,7 @@ def _in_chunks(
 ) -> Float[Array, "b t2 h2 w2 _"]:
     """run(module, chunk, caches) -> (result, caches), chunk after chunk; the equal ones are compiled once.
 
-    On a CPU all chunks are unrolled: XLA's backend runs convolutions inside a loop many times slower.
+    On a CPU all chunks are unrolled: gradients of convolutions inside a loop are many times slower there.
     """
     first, *rest = chunk_sizes(x.shape[1], size)
     y, caches = run(module, x[:, :first], None)

@@ -126,8 +126,8 @@ def gathered_conv3d(x: Array, kernel: Array, *args, **kwargs) -> Array:
 def unroll(depth: int) -> int:
     """Layers that a step of a loop over `depth` layers holds: all, where they are few.
 
-    XLA's CPU backend runs convolutions inside a loop on one slow path, so that small models want none; large ones
-    want the loop, which compiles in the time of one layer.
+    XLA's CPU backend is many times slower at gradients of convolutions inside a loop, so that small models want none;
+    large ones want the loop, which compiles in the time of one layer.
     """
     return depth if depth <= 8 else 1
 

@@ -14,10 +14,11 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from tora_jax import sharding
 from tora_jax.errors import UserError
+from tora_jax.io.video import as_float
 from tora_jax.models.autoencoder_kl import AutoencoderKL
 from tora_jax.models.causal_vae import CausalVAE
 from tora_jax.models.layers import Dtype
@@ -157,8 +158,10 @@ class VideoVAE(nn.Module):
         self.shift = self.param("shift", lambda _: jnp.asarray(self.latent_shift, jnp.float32))
         self.scale = self.param("scale", lambda _: jnp.asarray(self.latent_scale, jnp.float32))
 
-    def moments(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Moments:
+    def moments(self, video: Real[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Moments:
         """Both posteriors, for training the VAE; `rng` samples the spatial one, None takes its mean.
+
+        The video is in [-1, 1], or uint8: then only the frames at work are ever floats.
 
         Raises:
           UserError: a frame is smaller than one latent cell.
@@ -168,16 +171,16 @@ class VideoVAE(nn.Module):
         if min(h, w) < cell:
             raise UserError(f"frames of {w}x{h} pixels are too small: give at least {cell}x{cell}")
         if self.spatial is None:
-            spatial, clip = None, video
+            spatial, clip = None, as_float(video)
         else:
-            spatial = Gaussian(*self._each_frame(AutoencoderKL.encode, video))
+            spatial = Gaussian(*self._each_frame(lambda vae, x: vae.encode(as_float(x)), video))
             clip = spatial.sample(rng) * self.spatial_scaling
         size = self.micro_frame_size or t
         latent = self._each_micro_frame(lambda vae, x, _: vae.encode(x), clip, t, size)
         return Moments(spatial, clip, Gaussian(*latent))
 
-    def encode(self, video: Float[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Float[Array, "b t4 h8 w8 c"]:
-        """A video in [-1, 1] -> normalised latents, float32, `latent_frames(t)` of them.
+    def encode(self, video: Real[Array, "b t h w 3"], rng: PRNGKeyArray | None = None) -> Float[Array, "b t4 h8 w8 c"]:
+        """A video in [-1, 1], or uint8 -> normalised latents, float32, `latent_frames(t)` of them.
 
         Args:
           rng: samples both posteriors; None takes their means.
@@ -196,21 +199,26 @@ class VideoVAE(nn.Module):
         size = math.ceil((self.micro_frame_size or num_frames) / self.time_factor)
         return self._each_micro_frame(CausalVAE.decode, z, num_frames, size)
 
-    def decode_frames(self, clip: Float[Array, "b t h8 w8 _"]) -> Float[Array, "b t h w 3"]:
-        """The causal VAE's clip -> pixels: the spatial VAE's decoder, where there is one."""
+    def decode_frames(self, clip: Float[Array, "b t h8 w8 _"], finish: Callable = lambda x: x) -> Any:
+        """The causal VAE's clip -> pixels: the spatial VAE's decoder, where there is one; `finish`: see `decode`."""
         if self.spatial is None:
-            return clip
-        return self._each_frame(AutoencoderKL.decode, clip / self.spatial_scaling)
+            return finish(clip)
+        return self._each_frame(lambda vae, z: finish(vae.decode(z)), clip / self.spatial_scaling)
 
-    def decode(self, latents: Float[Array, "b t4 h8 w8 _"], num_frames: int) -> Float[Array, "b t h w 3"]:
-        """Normalised latents -> the video of `num_frames` they were made from, about [-1, 1], not clipped."""
-        return self.decode_frames(self.decode_clip(latents * self.scale + self.shift, num_frames))
+    def decode(self, latents: Float[Array, "b t4 h8 w8 _"], num_frames: int, finish: Callable = lambda x: x) -> Any:
+        """Normalised latents -> the video of `num_frames` they were made from, about [-1, 1], not clipped.
+
+        Args:
+          finish: makes of frames [*l, h, w, 3] what is wanted of each, arrays [*l, ...]; called on the frames that are
+            decoded at once, so that no more of them are ever floats.
+        """
+        return self.decode_frames(self.decode_clip(latents * self.scale + self.shift, num_frames), finish)
 
     def __call__(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t h2 w2 3"]:
         """The reconstruction from the posteriors' means."""
         return self.decode(self.encode(video), video.shape[1])
 
-    def _each_frame(self, run: Callable, x: Float[Array, "b t h w c"]):
+    def _each_frame(self, run: Callable, x: Real[Array, "b t h w c"]):
         """run(spatial VAE, frames) on about `frame_batch` frames of each video at once."""
 
         def frames(vae, part):
@@ -231,7 +239,7 @@ class VideoVAE(nn.Module):
         return jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), *parts)
 
 
-def _in_parts(run: Callable, module: nn.Module, x: Float[Array, "b t h w c"], size: int, together: int):
+def _in_parts(run: Callable, module: nn.Module, x: Real[Array, "b t h w c"], size: int, together: int):
     """run(module, parts) on parts of `size` of x's frames, compiled once.
 
     About `together` parts of each video run at once, as a batch, and as many on each device of a mesh; the others after
@@ -253,7 +261,7 @@ def _in_parts(run: Callable, module: nn.Module, x: Float[Array, "b t h w c"], si
     def one(module, part):
         return jax.tree.map(on_devices, run(module, on_devices(part)))
 
-    if rounds == 1:  # XLA's CPU backend runs the convolutions inside a loop many times slower
+    if rounds == 1:  # gradients of convolutions inside a loop are many times slower on a CPU
         y = jax.tree.map(lambda a: a[None], one(module, x[0]))
     else:
         scan = nn.scan(
@@ -262,5 +270,5 @@ def _in_parts(run: Callable, module: nn.Module, x: Float[Array, "b t h w c"], si
             split_rngs={"params": False},
         )
         _, y = scan(module, (), x)
-    y = jax.tree.map(lambda a: einops.rearrange(a, "r (b n) t h w c -> b (r n) t h w c", b=batch)[:, :count], y)
-    return jax.tree.map(lambda a: einops.rearrange(a, "b n t h w c -> b (n t) h w c"), y)
+    y = jax.tree.map(lambda a: einops.rearrange(a, "r (b n) ... -> b (r n) ...", b=batch)[:, :count], y)
+    return jax.tree.map(lambda a: einops.rearrange(a, "b n t ... -> b (n t) ..."), y)

@@ -16,7 +16,10 @@ import optax.contrib
 from flax import traverse_util
 from jaxtyping import Array
 
+from tora_jax import sharding
 from tora_jax.errors import UserError
+
+MAX_UNROLLED = 4  # micro-batches: each is compiled for itself
 
 
 def match(paths: Iterable[str], rules: Sequence[tuple[str, Any]], default: Any, what: str) -> dict[str, Any]:
@@ -196,10 +199,14 @@ def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     size = len(jax.tree.leaves(batch)[0])
     if size % parts:
         raise UserError(f"a batch of {size} cannot be accumulated in {parts} equal parts")
+    # Few parts are unrolled on CPUs, where gradients of convolutions inside a loop are many times slower.
+    unroll = parts if parts <= MAX_UNROLLED and sharding.platform() == "cpu" else 1
     cut = jax.tree.map(lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, cut)
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, cut, unroll=unroll
+    )
     return jax.tree.map(lambda x: x / parts, total)
 
 

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from tora_jax import sharding
 from tora_jax.backbones import assembly
-from tora_jax.io.video import to_float
 
 
 def posterior(
@@ -30,12 +29,17 @@ def posterior(
 
     def one(clip: Array, key: Array) -> tuple[Array, Array]:
         def moments(model: nn.Module) -> tuple[Array, Array]:
-            latent = model.moments(to_float(clip[None]), key).latent
+            latent = model.moments(clip[None], key).latent
             return (latent.mean - model.shift) / model.scale, jnp.exp(0.5 * latent.logvar) / model.scale
 
         return nn.apply(moments, vae)({"params": params})
 
     return jax.tree.map(lambda x: x[:, 0].astype(jnp.float16), jax.vmap(one)(video, keys))
+
+
+def compiled(vae: nn.Module) -> Callable:
+    """`posterior` of a VAE, compiled: (parameters, video, keys) -> mean and standard deviation."""
+    return jax.jit(functools.partial(posterior, vae), compiler_options=dict(assembly.QUICK))
 
 
 Encode = Callable[[np.ndarray, np.ndarray | None, Sequence[int]], dict[str, Array]]
@@ -51,7 +55,7 @@ def make_encoder(models: assembly.Models, seed: int = 0) -> Encode:
     """
     motion = models.backbone.MOTION
     parts = ("vae", motion)
-    run = {part: jax.jit(functools.partial(posterior, models.parts[part])) for part in parts}
+    run = {part: compiled(models.parts[part]) for part in parts}
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
     @functools.cache
