@@ -36,7 +36,7 @@ def as_bfloat16(source: Source, metadata: Mapping[str, str]) -> Source:
       metadata: of the safetensors file.
 
     Raises:
-      UserError: for another form of quantised weights.
+      UserError: for another form of quantised weights, and for scaled ones without their scales.
     """
     small = {key for key, dtype in source.dtypes.items() if dtype in FP8 and not _UNUSED.fullmatch(key)}
     layers = _formats(source, metadata)
@@ -49,6 +49,11 @@ def as_bfloat16(source: Source, metadata: Mapping[str, str]) -> Source:
     if not small:
         return source
     scales = {key: scale for key in small if (scale := _scale(source, key)) is not None}
+    marked = any(key.rpartition(".")[2] == "scaled_fp8" for key in source.shapes)
+    lost = sorted(small - {*scales}) if marked and not scales else []
+    lost += [key for layer in layers if (key := f"{layer}.weight") in small and key not in scales]
+    if lost:
+        raise UserError(f"{source.name}: {lost[0]} is scaled fp8, and its scale is not there; get the whole file")
     dropped = {*scales.values(), *(key for key in source.shapes if _UNUSED.fullmatch(key))}
     kept = [key for key in source.shapes if key not in dropped]
     times = f", {len(scales)} of them times their scales" if scales else ""

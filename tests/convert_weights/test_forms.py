@@ -88,6 +88,10 @@ def test_other_quantised_weights(plain, tmp_path, capsys):
     says("broken description", {}, {"_quantization_metadata": "["})
     blocks = {f"{layer}.weight": np.zeros((32, 32), FP8), f"{layer}.weight_scale": np.ones((4, 4), np.float32)}
     says("has the shape [4, 4]", blocks)
+    alone = {f"{layer}.weight": plain[f"{layer}.weight"].astype(FP8)}
+    says("its scale is not there", alone | {"scaled_fp8": np.zeros(2, FP8)})
+    layers = {"layers": {layer: {"format": "float8_e4m3fn"}}}
+    says("its scale is not there", alone, {"_quantization_metadata": json.dumps(layers)})
 
 
 def test_bundle_and_prefixes(plain, tmp_path, capsys):
