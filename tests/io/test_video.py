@@ -500,3 +500,17 @@ def test_cover_says_where_pixels_go(size):
     y, x = (np.average(np.arange(n) + 0.5, weights=seen.sum(1 - axis)) for axis, n in enumerate(size))
     assert abs(y - (32 * height / 64 - top)) < 0.3
     assert abs(x - (48 * width / 96 - left)) < 0.3
+
+
+def test_a_png_in_hdr_is_refused(tmp_path):
+    """By its chunk cICP; one of sRGB is read."""
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "a.png")
+    plain = (tmp_path / "a.png").read_bytes()
+    for coding, hdr in ((b"\x09\x10\x00\x01", True), (b"\x0c\x0d\x00\x01", True), (b"\x01\x0d\x00\x01", False)):
+        chunk = b"cICP" + coding
+        coded = plain[:33] + b"\0\0\0\4" + chunk + zlib.crc32(chunk).to_bytes(4, "big") + plain[33:]
+        if hdr:
+            with pytest.raises(UserError, match="save it as sRGB"):
+                read_image(coded)
+        else:
+            assert read_image(coded)[0, 0].tolist() == [9, 8, 7]

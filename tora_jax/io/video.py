@@ -35,6 +35,7 @@ ENCODER_THREADS = 4
 REPEATABLE = "weightp=0:mbtree=0"
 BT709 = 1  # FFmpeg's number for it, in each of its colour enums
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  # endings
+PNG_HEAD = 1 << 16  # bytes in which a PNG says its colours
 ORIENTATION = 274  # of EXIF's tags; from 5 on, width and height change places
 
 
@@ -247,10 +248,13 @@ def read_image(source: Source) -> UInt8[np.ndarray, "h w 3"]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; sizes are checked here
+            _check_coding(source if isinstance(source, bytes) else files.read_range(path, 0, PNG_HEAD), str(path))
             with Image.open(_file(source), formats=IMAGE_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except UserError:
+        raise
     except Image.DecompressionBombError as e:  # Pillow also raises this, at its own, larger limit
         limit = f"{MAX_PIXELS // 10**6} million pixels"
         raise UserError(f"{path}: has over {limit}; make it smaller") from e
@@ -282,6 +286,13 @@ def image_size(source: Source) -> tuple[int, int]:
 
 def _file(source: Source) -> io.BytesIO | Path:
     return io.BytesIO(source) if isinstance(source, bytes) else files.local(source)
+
+
+def _check_coding(head: bytes, name: str) -> None:
+    """A PNG's chunk cICP says HDR or a wide gamut by FFmpeg's numbers; Pillow passes over it."""
+    _, found, coding = head[:PNG_HEAD].partition(b"IDAT")[0].partition(b"cICP")
+    if head.startswith(b"\x89PNG") and found and tuple(coding[:2]) not in ((1, 1), (1, 6), (1, 13), (1, 14)):
+        raise UserError(f"{name}: is HDR or of a wide gamut (cICP), which is not converted; save it as sRGB")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
