@@ -1,14 +1,15 @@
-"""Open-Sora v1.2's STDiT3 in PyTorch: one pass for each line on stdin, its seconds as a line on stdout.
+"""A public denoiser in PyTorch: one pass for each line on stdin, its seconds as a line on stdout.
 
-Started by benchmarks/step.py; nothing of ours is imported. What STDiT3 imports and a pass on one device can do without
-is stood in for: timm's MLP and xformers' attention by the same arithmetic in plain PyTorch, mmengine's registry and
-colossalai's checkpoints by nothing.
+Open-Sora v1.2's STDiT3, or CogVideoX of diffusers. Started by benchmarks/step.py; nothing of ours is imported. What
+STDiT3 imports and a pass on one device can do without is stood in for: timm's MLP and xformers' attention by the same
+arithmetic in plain PyTorch, mmengine's registry and colossalai's checkpoints by nothing.
 """
 
 import json
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -78,21 +79,56 @@ def load(folder: Path):
     return stdit3
 
 
-def main(folder: str, sizes: dict) -> None:
+def open_sora(folder: str, sizes: dict) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """A fresh STDiT3 and a pass of it."""
     stdit3 = load(Path(folder))
     shape, _ = sizes["variant"].split("/")
     depth, width, heads = map(int, {"XL": "28x1152x16", "3B": "28x1872x26"}.get(shape, shape).split("x"))
-    config = stdit3.STDiT3Config(depth=depth, hidden_size=width, num_heads=heads, model_max_length=sizes["text"])
+    length = sizes["text"][1]
+    config = stdit3.STDiT3Config(depth=depth, hidden_size=width, num_heads=heads, model_max_length=length)
     model = stdit3.STDiT3(config).to(getattr(torch, sizes["dtype"])).eval()
     batch, frames, height, width, channels = sizes["latents"]
     x = torch.randn(batch, channels, frames, height, width)
-    text, mask = torch.randn(batch, 1, sizes["text"], 4096), torch.ones(batch, sizes["text"], dtype=torch.long)
+    text, mask = torch.randn(batch, 1, length, 4096), torch.ones(batch, length, dtype=torch.long)
     ones = torch.ones(batch)
     told = {"fps": 24 * ones, "height": sizes["height"] * ones, "width": sizes["width"] * ones}
+    return model, lambda: model(x, 500 * ones, text, mask, **told)
+
+
+def diffusers(_, sizes: dict) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """A fresh CogVideoX of diffusers and a pass of it; rotary tables are made once, as its pipelines do."""
+    from diffusers import CogVideoXTransformer3DModel
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    batch, frames, height, width, _ = sizes["latents"]
+    (_, length, text_width), dtype = sizes["text"], getattr(torch, sizes["dtype"])
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel(
+            num_attention_heads=sizes["heads"],
+            attention_head_dim=sizes["head_width"],
+            num_layers=sizes["depth"],
+            in_channels=sizes["channels"],
+            text_embed_dim=text_width,
+            max_text_seq_length=length,
+            use_rotary_positional_embeddings=True,
+        )
+    model = model.to(dtype).to_empty(device="cpu").eval()
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.02)
+    rows, columns = height // 2, width // 2
+    rotary = get_3d_rotary_pos_embed(sizes["head_width"], ((0, 0), (rows, columns)), (rows, columns), frames)
+    x = torch.randn(batch, frames, sizes["channels"], height, width, dtype=dtype)
+    text, time = torch.randn(batch, length, text_width, dtype=dtype), torch.full((batch,), 500)
+    return model, lambda: model(x, text, time, image_rotary_emb=rotary, return_dict=False)[0]
+
+
+def main(which: str, sizes: dict) -> None:
+    """`which`: "diffusers", or a checkout of Open-Sora."""
+    model, run = (diffusers if which == "diffusers" else open_sora)(which, sizes)
     for _ in sys.stdin:
         start = time.perf_counter()
         with torch.set_grad_enabled(sizes["gradients"]):
-            out = model(x, 500 * ones, text, mask, **told)
+            out = run()
             if sizes["gradients"]:
                 model.zero_grad()
                 out.square().mean().backward()

@@ -7,10 +7,14 @@
 Jobs: "train", the whole step of train.py on precomputed clips; "sample", one step of sample.py with guidance; "forward"
 and "backward", one pass of the denoiser, and one with the gradients of all its parameters.
 
---reference takes a checkout of Open-Sora at tag v1.2.0 and times its PyTorch model, of this size and dtype, in turns
-with this one, each pass of the one after a pass of the other, so that what else the machine does meets both. That wants
+--reference times the PyTorch model, of this size and dtype, in turns with this one, each pass of the one after a pass
+of the other, so that what else the machine does meets both. For Open-Sora it takes a checkout at tag v1.2.0, and wants
 torch, transformers, einops and rotary_embedding_torch, here or in the Python of --reference_python; xformers, timm,
-colossalai and mmengine are stood in for.
+colossalai and mmengine are stood in for. For CogVideoX it takes the word "diffusers", and wants torch and diffusers:
+
+  python -m benchmarks.step --job forward --config configs/tora_cogvideox.py:variant=2x3072x48/2 --nomotion \
+    --num_frames 9 --height 240 --width 352 --config.tora.cogvideox.dtype=float32 \
+    --config.tora.cogvideox.remat=none --reference diffusers
 
 Prints one JSON line: the median of the repeats after a warm-up, the slowest and the fastest, the operations, and on
 known chips the share of their peak. Operations that are done twice to save memory do not count.
@@ -34,6 +38,7 @@ from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
 from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
+from tora_jax.models.cogvideox import size_of
 
 
 def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -42,7 +47,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_enum("job", "train", ("train", "sample", "forward", "backward"), "What is timed.", **to)
     flags.DEFINE_boolean("motion", True, "With extractor and fusers; in forward and backward.", **to)
     flags.DEFINE_integer("repeats", 10, "After one that warms up.", **to)
-    flags.DEFINE_string("reference", None, "Checkout of Open-Sora, v1.2.0; forward and backward, one device.", **to)
+    flags.DEFINE_string("reference", None, "Checkout of Open-Sora, or diffusers; one device.", **to)
     flags.DEFINE_string("reference_python", sys.executable, "Python that has torch.", **to)
 
 
@@ -52,7 +57,11 @@ def passes(config, parts, mesh, rules, size, batch, *, gradients: bool, motion: 
     tora, latents = parts["tora"], jobs.latent_shape(parts, **size)
     shapes = {"x": (batch, *latents), "text": (batch, tora.caption_length, tora.caption_channels)}
     shapes |= {"motion": shapes["x"]} if motion else {}
-    shapes |= dict.fromkeys(("timestep", "fps", "height", "width"), (batch,))
+    shapes["timestep"] = (batch,)
+    _, told = assembly.backbone(config).dummies({"tora": tora})["tora"]
+    for name, value in told.items():  # a number for each clip, or latents that are given
+        if value is not None:
+            shapes[name] = (batch,) if value.ndim == 1 else (batch, *latents[:-1], value.shape[-1])
     inputs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     inputs = jobs.placed(inputs, sharding.batch_sharding(mesh, rules, batch))
     model = parts["tora"]
@@ -139,12 +148,22 @@ class Reference:
         self._process = None
         if not args.reference:
             return
-        if not (Path(args.reference) / "opensora/models/stdit/stdit3.py").is_file():
-            raise UserError(f"--reference {args.reference}: no checkout of Open-Sora v1.2.0 (opensora/models/stdit)")
-        latents, stdit = jobs.latent_shape(parts, args.num_frames, args.height, args.width), parts["tora"].stdit
-        sizes = {"variant": stdit["variant"], "latents": [batch, *latents], "text": stdit["caption_length"]}
-        sizes |= {"height": args.height, "width": args.width, "dtype": stdit["dtype"]}
-        sizes |= {"gradients": args.job == "backward"}
+        tora = parts["tora"]
+        sizes = {"latents": [batch, *jobs.latent_shape(parts, args.num_frames, args.height, args.width)]}
+        sizes |= {"text": [batch, tora.caption_length, tora.caption_channels]}
+        sizes |= {"height": args.height, "width": args.width, "gradients": args.job == "backward"}
+        # What the model of `benchmarks.reference.MODELS` is told of this one.
+        if hasattr(tora, "stdit"):
+            if not (Path(args.reference) / "opensora/models/stdit/stdit3.py").is_file():
+                wanted = "no checkout of Open-Sora v1.2.0 (opensora/models/stdit)"
+                raise UserError(f"--reference {args.reference}: {wanted}")
+            sizes |= {"variant": tora.stdit["variant"], "dtype": tora.stdit["dtype"]}
+        else:
+            if args.reference != "diffusers" or args.motion:
+                raise UserError("for CogVideoX: --reference diffusers --nomotion, since diffusers has no Tora")
+            size = size_of(tora.cogvideox["variant"])
+            sizes |= {"depth": size.depth, "heads": size.num_heads, "head_width": size.width // size.num_heads}
+            sizes |= {"channels": tora.in_channels + tora.given_channels, "dtype": tora.cogvideox["dtype"]}
         script = Path(__file__).with_name("reference.py")
         self._process = subprocess.Popen(
             [args.reference_python, script, args.reference, json.dumps(sizes)],
