@@ -45,6 +45,7 @@ from tora_jax.errors import UserError
 from tora_jax.evals.track_lk import track_lk
 from tora_jax.evals.traj_error import traj_error
 from tora_jax.io import files, safetensors_io
+from tora_jax.models.cogvideox_tora import CogVideoXTora
 from tora_jax.models.cogvideox_vae import CHUNK
 from tora_jax.sampling import request
 from tora_jax.sampling.inputs import Inputs
@@ -137,12 +138,12 @@ def presumed(src: Path | None) -> dict[str, Any]:
     return found
 
 
-def same_base(src: Path | None, base: Path | None, flags: list[str]) -> dict[str, Any]:
+def same_base(src: Path | None, base: Path | None, variant: str | None, allow_pickle: bool) -> dict[str, Any]:
     """Whether the tensors of a plain CogVideoX are the source's own."""
     if src is None or base is None:
         return not_run("needs SRC and --base, the folder of CogVideoX-5b (of CogVideoX-5b-I2V for image to video)")
     tensors = [
-        tora_cogvideox.view(sources.open_source(pipelines.find(str(each), None)["tora"], "--allow_pickle" in flags))
+        tora_cogvideox.view(sources.open_source(pipelines.find(str(each), variant)["tora"], allow_pickle))
         for each in (src, base)
     ]
     ours, theirs = tensors
@@ -331,7 +332,7 @@ def run(args: Any) -> dict[str, Any]:
         if converted is not None and not converted.exists():
             with contextlib.redirect_stdout(sys.stderr):
                 convert.main(["tora_cogvideox", str(src), str(converted), *flags])
-    points = {"configs": presumed(src), "base_is_cogvideox": same_base(src, args.base, flags)}
+    points = {"configs": presumed(src), "base_is_cogvideox": same_base(src, args.base, args.variant, args.allow_pickle)}
     pickles = src is not None and any(name.endswith(folders.PICKLES) for name in sources.listing(str(src)))
     points["weights_only_loader_reads_pickles"] = True if pickles else not_run("no pickles inside")
     if converted is None:
@@ -339,7 +340,7 @@ def run(args: Any) -> dict[str, Any]:
         return report | {"against_diffusers": reason, "open_points": points, "traj_error": reason}
     report["keys"]["converted"] = held(converted)
     models = load(converted, low_memory=True)
-    if not isinstance(models.tora, tora_cogvideox.CogVideoXTora):
+    if not isinstance(models.tora, CogVideoXTora):
         raise UserError(f"{converted}: no release of Tora on CogVideoX")
     names = ("num_frames", "height", "width", "steps")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
