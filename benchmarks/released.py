@@ -243,7 +243,7 @@ def bfloat16(models: Models, settings: Any) -> float:
     cell, tora = models.vae.space_factor, models.tora
     shape = 1, models.vae.latent_frames(SHORT), settings.height // cell, settings.width // cell, tora.in_channels
     x = jax.random.normal(jax.random.key(0), shape)
-    text = models.backbone.conditions(models, [Inputs("a red boat on a lake.")], settings)["text"][:1]
+    text = models.backbone.conditions(models, [Inputs(settings.prompt)], settings)["text"][:1]
     low, high = (one_step(models, x, text, dtype) for dtype in ("bfloat16", "float32"))
     return relative(low, high)
 
@@ -309,6 +309,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     parser.add_argument("--image", help="first frame, for image-to-video weights")
     for name in ("num_frames", "height", "width", "steps"):
         parser.add_argument(f"--{name}", type=int, help="unset: the weights' own")
+    parser.add_argument("--prompt", help="unset: the weights' own")
     parser.add_argument("--reference_python", default=sys.executable, help="that has torch and diffusers")
     parser.add_argument("--out", type=files.path, help="write the JSON here, too")
     args = parser.parse_args(argv[1:])
@@ -342,7 +343,7 @@ def run(args: Any) -> dict[str, Any]:
     models = load(converted, low_memory=True)
     if not isinstance(models.tora, CogVideoXTora):
         raise UserError(f"{converted}: no release of Tora on CogVideoX")
-    names = ("num_frames", "height", "width", "steps")
+    names = ("num_frames", "height", "width", "steps", "prompt")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings = request.make(models.sampling, given | {"trajectories": None}).settings
     report["settings"] = {name: getattr(settings, name) for name in names}

@@ -16,7 +16,7 @@ from tests.convert_weights.test_cogvideox import add_counters, denoiser, write_p
 from tests.parity import golden
 from tora_jax.errors import UserError
 
-FLAGS = ["--height=32", "--width=48", "--steps=8"]
+FLAGS = ["--height=32", "--width=48", "--steps=8", "--prompt=a"]
 
 
 def run(capsys, *flags) -> dict:
