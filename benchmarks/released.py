@@ -238,12 +238,12 @@ def one_step(models: Models, x: Any, text: Any, dtype: Any = None) -> np.ndarray
 # ----------------------------------------------------------------------------------------------------------
 
 
-def bfloat16(models: Models, settings: Any) -> float:
+def bfloat16(models: Models, settings: Any, prompt: str) -> float:
     """How far a step in bfloat16 is from the same in float32, with the same weights."""
     cell, tora = models.vae.space_factor, models.tora
     shape = 1, models.vae.latent_frames(SHORT), settings.height // cell, settings.width // cell, tora.in_channels
     x = jax.random.normal(jax.random.key(0), shape)
-    text = models.backbone.conditions(models, [Inputs(settings.prompt)], settings)["text"][:1]
+    text = models.backbone.conditions(models, [Inputs(prompt)], settings)["text"][:1]
     low, high = (one_step(models, x, text, dtype) for dtype in ("bfloat16", "float32"))
     return relative(low, high)
 
@@ -345,11 +345,12 @@ def run(args: Any) -> dict[str, Any]:
         raise UserError(f"{converted}: no release of Tora on CogVideoX")
     names = ("num_frames", "height", "width", "steps", "prompt")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    settings = request.make(models.sampling, given | {"trajectories": None}).settings
+    wanted = request.make(models.sampling, given | {"trajectories": None})
+    settings = wanted.settings
     report["settings"] = {name: getattr(settings, name) for name in names}
     report["against_diffusers"] = against_diffusers(models, src, given, args.reference_python)
     points |= {
-        "step_in_bfloat16_relative": bfloat16(models, settings),
+        "step_in_bfloat16_relative": bfloat16(models, settings, wanted.prompts[0]),
         "map_encoded_in_chunks": chunks(models, "arc", settings),
         "learned_positions": learned_positions(models),
     }
