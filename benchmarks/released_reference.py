@@ -18,21 +18,24 @@ except ImportError as error:
 
 @torch.no_grad()
 def main(folder: Path, work: Path, job: dict) -> None:
+    local = {"local_files_only": True}  # or else a folder that is not as diffusers names it is looked for on the hub
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, given, found = getattr(torch, job["dtype"]), dict(np.load(work / "given.npz")), {}
     if (folder / "text_encoder" / "config.json").is_file():
-        t5 = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
+        t5 = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local).to(device)
         found["text"] = t5(torch.from_numpy(given["ids"]).long().to(device))[0].float().cpu().numpy()
         del t5
-    transformer = diffusers.CogVideoXTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+    transformer = diffusers.CogVideoXTransformer3DModel.from_pretrained(
+        folder / "transformer", torch_dtype=dtype, **local
+    )
     transformer = transformer.to(device)
     noise = torch.from_numpy(given["noise"].copy()).to(device, dtype)
     caption, null = torch.from_numpy(given["text"]).to(device, dtype).split(1)
     has_vae = (folder / "vae" / "config.json").is_file()
     kind = diffusers.AutoencoderKLCogVideoX
-    vae = kind.from_pretrained(folder / "vae", torch_dtype=dtype).to(device) if has_vae else None
+    vae = kind.from_pretrained(folder / "vae", torch_dtype=dtype, **local).to(device) if has_vae else None
     if (folder / "scheduler" / "scheduler_config.json").is_file():
-        scheduler = diffusers.CogVideoXDDIMScheduler.from_pretrained(folder / "scheduler")
+        scheduler = diffusers.CogVideoXDDIMScheduler.from_pretrained(folder / "scheduler", **local)
     else:
         options = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
         scheduler = diffusers.CogVideoXDDIMScheduler(**options, snr_shift_scale=1.0)

@@ -1,6 +1,6 @@
 """What is run on the released Tora's real files, on small seeded ones.
 
-Whole runs are slow, and one of them wants torch, diffusers and transformers:
+A whole run, but for the side of diffusers, is slow:
 
   pytest -m slow tests/benchmarks/test_released.py
 """
@@ -32,6 +32,8 @@ def source(tmp_path):
     options = golden.load("t5_encoder").config
     options = {key: value for key, value in options.items() if key != "model"}
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**options, "model_type": "t5"}))
+    index = folder / "transformer" / "model.safetensors.index.json"
+    index.rename(index.with_name(f"diffusion_pytorch_{index.name}"))
     config = folder / "transformer" / "config.json"
     width = options["d_model"]
     config.write_text(json.dumps({**json.loads(config.read_text()), "text_embed_dim": width}))
@@ -66,17 +68,12 @@ def test_what_is_missing(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_pipeline_against_diffusers(source, tmp_path, capsys, monkeypatch):
+def test_a_pipeline(source, tmp_path, capsys, monkeypatch):
     """The whole run, which converts the folder on its way; then the converted folder alone."""
     monkeypatch.setattr(released, "PATHS", {name: released.PATHS[name] for name in ("arc", "fall")})
     ours = tmp_path / "ours"
-    report = run(capsys, source, "--converted", ours, "--num_frames=17", *FLAGS)
-    beside = report["against_diffusers"]
-    # As the folder says, bfloat16 is what the denoiser runs in, on both sides.
-    assert beside["frames, height, width"] == [9, 32, 48]
-    limits = {"text_relative": 0.02, "step_relative": 0.02, "latents_relative": 0.2}
-    assert all(0 < beside[name] < limit for name, limit in limits.items()), beside
-    assert beside["pixels_largest"] <= 255
+    report = run(capsys, source, "--converted", ours, "--num_frames=17", "--reference_python=false", *FLAGS)
+    assert "not_run" in report["against_diffusers"]
     points = report["open_points"]
     assert 0 < points["step_in_bfloat16_relative"] < 0.1
     assert 0 < points["map_encoded_in_chunks"]["relative"] < 2
