@@ -86,7 +86,7 @@ class Models:
     @functools.cached_property
     def extract(self) -> Callable:
         """(all parameters, RGB trajectory maps in -1..1, keys) -> the extractor's features."""
-        return _compiled(self.backbone.extract, self.parts, (), QUICK)
+        return _compiled(self.backbone.extract, self.parts)
 
     @functools.cached_property
     def denoise(self) -> Callable:

@@ -160,7 +160,7 @@ class Manager:
             try:
                 wanted, lacks = target, added and added not in self._orbax.item_metadata(candidate)["state"].tree
                 if lacks:
-                    wanted = target.replace(**{added: None})
+                    wanted = {name: value for name, value in vars(target).items() if name != added}
                 self._check_fit(candidate, wanted)
                 state = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
                 arguments = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
@@ -177,7 +177,7 @@ class Manager:
                 self._put_aside(broken)
                 self._orbax.reload()
             mine = jax.process_index() if len(found.data) == jax.process_count() else 0
-            state = found.state.replace(**{added: getattr(given, added)}) if lacks else found.state
+            state = given.replace(**found.state) if lacks else found.state
             return Restored(state, json.loads(found.data[mine]), candidate)
         if broken:
             failure = f"the checkpoint of step {max(broken)} cannot be read ({broken[max(broken)]})"
