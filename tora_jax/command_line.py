@@ -73,7 +73,7 @@ def run(
         except KeyboardInterrupt:
             print(f"\n{name}: stopped; {left}", file=sys.stderr, flush=True)
             os._exit(130)  # the compiler's threads may still run: an orderly exit can crash on them
-        except Exception:
+        except Exception:  # not swallowed: shown as Python does, but without its wait for other threads
             if not alone:
                 raise
             traceback.print_exc()

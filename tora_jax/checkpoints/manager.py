@@ -134,9 +134,9 @@ class Manager:
 
         Args:
           target: tree of arrays, or of shapes with shardings (no sharding = the first device).
-          added: a field of the target, a `flax.struct`, that older checkpoints lack; it is then as in the target.
           step: None = the newest that can be read; broken ones are passed over with a warning and put aside as
             "<step>.broken".
+          added: a field of the target, a `flax.struct`, that older checkpoints lack; it is then as in the target.
 
         Returns:
           None when the folder holds no checkpoint.
