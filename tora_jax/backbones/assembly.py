@@ -34,8 +34,13 @@ from tora_jax.programs import Program, code
 
 DEFAULT = "opensora"
 # For programs with convolutions over whole frames: the TPU's compiler otherwise searches for a minute on some of them,
-# for little by its own estimate (docs/LOG.md). Other compilers take no notice.
-QUICK = FrozenDict({"exec_time_optimization_effort": -1.0})
+# for little by its own estimate (docs/LOG.md). Other compilers make the same of it. Its name and form are others
+# since jax 0.11.2, each an error elsewhere (findings/jax_the_option_of_effort.sh).
+QUICK = FrozenDict(
+    {"exec_time_optimization_effort": -1.0}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {"optimization_level": "O1"}
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
