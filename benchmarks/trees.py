@@ -1,4 +1,4 @@
-"""Two states of the project side by side, and Python in each of them: for benchmarks.same."""
+"""Two states of the project side by side, and Python in each of them: for benchmarks.same and benchmarks.first_run."""
 
 from __future__ import annotations
 
@@ -59,18 +59,19 @@ def own(folder: Path) -> Path:
     return folder
 
 
-def run(tree: Path, command: str, values: Mapping[str, str]) -> str:
+def run(tree: Path, command: str, values: Mapping[str, str], variables: Mapping[str, str] | None = None) -> str:
     """Runs Python in a tree; returns what it prints.
 
     Args:
       command: its arguments; {name} in them becomes values[name].
+      variables: of the environment, beside this process's.
 
     Raises:
       UserError: it fails; with the last line that it wrote.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tora_jax"
     defaults = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    env = {**defaults, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ}
+    env = {**defaults, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ, **(variables or {})}
     argv = [sys.executable, *(filled(argument, values) for argument in command.split())]
     done = subprocess.run(argv, cwd=tree, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
