@@ -13,11 +13,28 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks import trees
 from tora_jax import command_line
+
+
+def sides(against: str | None, folder: Path) -> dict[str, Path]:
+    """The trees: this one, and that of a commit."""
+    here = {"here": trees.ROOT}
+    return here | {"there": trees.export(trees.commit(against), folder / "there")} if against else here
+
+
+def medians(found: Mapping[str, Mapping[str, list[float]]]) -> dict[str, float]:
+    """What was run -> side -> seconds, in turns: the median of each, and of the ratios of two sides."""
+    figures = {}
+    for what, of in found.items():
+        figures |= {f"{what}_{side}_s": round(statistics.median(seconds), 1) for side, seconds in of.items()}
+        if len(of) > 1:
+            ratios = [here / there for here, there in zip(*of.values(), strict=True)]
+            figures[f"{what}_ratio"] = round(statistics.median(ratios), 2)
+    return figures
 
 
 def run(tree: Path, cache: Path, out: Path) -> float:
@@ -33,26 +50,17 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     options = parser.parse_args(argv[1:])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sides = {"here": trees.ROOT}
-        if options.against:
-            sides["there"] = trees.export(trees.commit(options.against), folder / "there")
-        found: dict[str, list[float]] = {f"{what}_{side}": [] for what in ("cold", "warm") for side in sides}
-        for number in range(options.repeats):
-            check_interrupt()
-            for side, tree in sides.items():
-                found[f"cold_{side}"].append(run(tree, folder / f"{side}{number}", folder / f"{side}.mp4"))
-        for _ in range(options.repeats):
-            check_interrupt()
-            for side, tree in sides.items():
-                found[f"warm_{side}"].append(run(tree, folder / f"{side}0", folder / f"{side}.mp4"))
+        both = sides(options.against, folder)
+        found: dict[str, dict[str, list[float]]] = {what: {side: [] for side in both} for what in ("cold", "warm")}
+        for number in range(2 * options.repeats):
+            what = "cold" if number < options.repeats else "warm"
+            for side, tree in both.items():
+                check_interrupt()
+                cache = folder / f"{side}{number if what == 'cold' else 0}"
+                found[what][side].append(run(tree, cache, folder / f"{side}.mp4"))
         report = json.loads((folder / "here.json").read_text())
-    figures = {f"{name}_s": round(statistics.median(seconds), 1) for name, seconds in found.items()}
-    if options.against:
-        for what in ("cold", "warm"):
-            pairs = zip(found[f"{what}_here"], found[f"{what}_there"], strict=True)
-            figures[f"{what}_ratio"] = round(statistics.median(here / there for here, there in pairs), 2)
-    figures |= {"repeats": options.repeats, "cores": os.cpu_count(), "warm_parts_s": report["seconds"]}
-    print(json.dumps(figures))
+    machine = {"repeats": options.repeats, "cores": os.cpu_count(), "warm_parts_s": report["seconds"]}
+    print(json.dumps(medians(found) | machine))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,24 @@
 """How long a video takes, with random weights, which time does not depend on: text, motion, steps and decoding.
 
   python -m benchmarks.sample --config configs/tora.py --num_frames 51 --height 480 --width 854
+  python -m benchmarks.sample --config configs/tora.py:variant=4x1152x16/2 --config.t5.depth=2 --num_frames 17 \\
+      --height 64 --width 64 --ready [--against 65ee8fe]
 
 Prints one JSON line: the median of the repeats after one that compiles, by parts; the highest use of the device's
 memory; and of the sampler the operations and on known chips their share of the peak.
+
+With `--ready`: how long it takes from the start of `sample.py`, with caches that one run before has filled, until the
+first step is done, which at a small size takes a moment. The weights are random, in a release folder in the page cache.
 """
 
 import functools
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +27,12 @@ from absl import flags
 from tora_jax.configs import common
 from tora_jax.configs.sampling import Settings
 
-from benchmarks import chips, flops, jobs
+from benchmarks import chips, first_run, flops, jobs, trees
 from tora_jax import command_line, sharding
 from tora_jax.backbones import assembly
+from tora_jax.checkpoints import release
 from tora_jax.conditioning import text
+from tora_jax.errors import UserError
 from tora_jax.io.files import tuples
 from tora_jax.sampling.generate import generate_batch
 from tora_jax.sampling.inputs import Inputs
@@ -34,6 +45,8 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_float("guidance", 7.0, "1 = none.", **to)
     flags.DEFINE_boolean("motion", True, "Along a trajectory; else as plain Open-Sora.", **to)
     flags.DEFINE_integer("repeats", 3, "After one that warms up.", **to)
+    flags.DEFINE_boolean("ready", False, "From the start of a process to its first step.", **to)
+    flags.DEFINE_string("against", None, "Commit to run beside this tree, with --ready.", **to)
 
 
 def random_models(config: dict, dtype) -> assembly.Models:
@@ -47,11 +60,55 @@ def random_models(config: dict, dtype) -> assembly.Models:
     return assembly.Models(kind, parts, params, tokenizer, "random weights")
 
 
+def ready(config: dict, size: dict[str, int], repeats: int, against: str | None) -> dict:
+    """Seconds until the first step is done, of this tree and of another commit's."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        kept = {part: values for part, values in config.items() if part in assembly.backbone(config).PARTS}
+        params = random_models(config, jnp.float32).params
+        release.save(folder / "weights", kept, params, assembly.tokenizer_path(None), "random numbers")
+        del params
+        both = first_run.sides(against, folder)
+        for _ in range(repeats + 1):
+            for side, tree in both.items():
+                found.setdefault(side, []).append(first_step(tree, folder, folder / side, size))
+    timed = {side: seconds[1:] for side, seconds in found.items()}
+    return first_run.medians({"ready": timed}) | size | {"repeats": repeats}
+
+
+def first_step(tree: Path, folder: Path, name: Path, size: dict[str, int]) -> float:
+    """Runs `sample.py` until its progress bar says that a step is done; seconds."""
+    values = [f"--{key}={value}" for key, value in size.items()]
+    command = [
+        sys.executable,
+        "sample.py",
+        f"--weights={folder / 'weights'}",
+        f"--out={name}.mp4",
+        "--steps=3",
+        *values,
+    ]
+    env = trees.environment({"JAX_COMPILATION_CACHE_DIR": f"{name}_cache"})
+    start, said = time.perf_counter(), b""
+    with subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while b" 1/3 " not in said:
+            if not (read := process.stderr.read1()):
+                last = said.decode().strip().splitlines() or ["no message"]
+                raise UserError(f"{' '.join(command)}: ended before its first step: {last[-1]}")
+            said += read
+        seconds = time.perf_counter() - start
+        process.kill()  # what is decoded after it is not asked for
+    return seconds
+
+
 def main(argv: list[str], _) -> None:
     args = command_line.parse(argv, define_flags, __doc__, common.training())
     config = tuples(args.config.to_dict())
-    models = random_models(config, jnp.dtype(config["tora"]["stdit"]["dtype"]))
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
+    if args.ready:
+        print(json.dumps(ready(config, size, args.repeats, args.against)))
+        return
+    models = random_models(config, jnp.dtype(config["tora"]["stdit"]["dtype"]))
     line = np.linspace((0.2, 0.5), (0.8, 0.5), args.num_frames, dtype=np.float32)
     tracks = line[None] if args.motion else None
     inputs = [Inputs("a red star moves over blue waves.", tracks)]

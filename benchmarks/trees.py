@@ -69,15 +69,20 @@ def run(tree: Path, command: str, values: Mapping[str, str], variables: Mapping[
     Raises:
       UserError: it fails; with the last line that it wrote.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tora_jax"
-    defaults = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    env = {**defaults, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ, **(variables or {})}
     argv = [sys.executable, *(filled(argument, values) for argument in command.split())]
+    env = environment(variables or {})
     done = subprocess.run(argv, cwd=tree, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise UserError(f"{command}: exit code {done.returncode}: {last}")
     return done.stdout
+
+
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment, with a cache for all that is compiled, and these variables."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tora_jax"
+    defaults = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return {**defaults, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ, **variables}
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:

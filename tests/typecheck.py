@@ -8,5 +8,5 @@ _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(function: Callable) -> Callable:
-    """Checks calls of a function; functions inside functions would have to be compiled at each call of the outer one."""
+    """Checks calls of a function; those inside functions would have to be compiled at each call of the outer one."""
     return function if "<locals>" in function.__qualname__ else _checked(function)
