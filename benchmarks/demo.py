@@ -1,6 +1,6 @@
 """How well released weights do what they were trained for, on the benchmark sprites, as JSON on stdout.
 
-  python -m benchmarks.demo --weights DIR [--parts path,text] [--clips 64] [--save FOLDER]
+  python -m benchmarks.demo --weights DIR [--parts path,text] [--clips 64] [--version 2] [--save FOLDER]
 
 Parts:
   measure        the measures themselves, on clips whose truth is known
@@ -43,7 +43,7 @@ from tora_jax import command_line
 from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import motion_maps
-from tora_jax.data.sprites.clips import Clip, exact_flow, make_clip
+from tora_jax.data.sprites.clips import WORLDS, Clip, exact_flow, make_clip
 from tora_jax.diffusion import sampler
 from tora_jax.errors import UserError
 from tora_jax.evals import quality, track_lk, traj_error
@@ -62,8 +62,11 @@ TIMESTEPS = (300, 500, 700)  # of `denoise`
 class Bench:
     """The weights with their settings, the benchmark's clips, and the videos made so far."""
 
-    def __init__(self, models: assembly.Models, settings: Settings, clips: int, batch: int, save: Path | None):
+    def __init__(
+        self, models: assembly.Models, settings: Settings, clips: int, batch: int, save: Path | None, version: int
+    ):
         self.models, self.settings, self.count, self.batch, self.save = models, settings, clips, batch, save
+        self.version = version
         if settings.height != settings.width:
             raise UserError(f"the sprites are square, and the size is {settings.width}x{settings.height}")
         self.side, _ = video_size(models, settings.height, settings.width)
@@ -71,7 +74,8 @@ class Bench:
 
     def _clips(self, split: str) -> list[Clip]:
         frames, fps = self.settings.num_frames, self.settings.fps
-        return [make_clip(i, split, size=self.side, frames=frames, fps=fps) for i in range(self.count)]
+        size = {"size": self.side, "frames": frames, "fps": fps}
+        return [make_clip(i, split, **size, version=self.version) for i in range(self.count)]
 
     def _videos(self, split: str, trajectory: bool = True, image: bool = False) -> list[np.ndarray]:
         """A video for each clip's caption, on its tracks, from its first frame; clip i has seed i."""
@@ -294,9 +298,10 @@ def run(
     clips: int = 64,
     batch: int = 8,
     save: Path | None = None,
+    version: int = 1,
     **changes: Any,
 ) -> dict[str, Any]:
-    """All figures; `changes` are of the weights' sampling settings, None = as they are.
+    """All figures on a version of the sprites; `changes` are of the weights' sampling settings, None = as they are.
 
     Raises:
       UserError: for weights that cannot be read, a part that there is not, or a size that is not square.
@@ -307,11 +312,12 @@ def run(
         raise UserError("--clips and --batch must be at least 1")
     settings = sampling.resolve(release.read_config(weights).get("sampling", {}), {})
     settings = dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    bench = Bench(assembly.load(weights=weights), settings, clips, batch, save)
+    bench = Bench(assembly.load(weights=weights), settings, clips, batch, save, version)
     found: dict[str, Any] = {
         "weights": str(weights),
         "settings": {name: getattr(settings, name) for name in SETTINGS},
         "clips": clips,
+        "version": version,
     }
     seconds = {}
     for part in parts:
@@ -336,6 +342,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     parser.add_argument("--clips", "--limit", type=int, default=64, help="of each set")
     parser.add_argument("--batch", type=int, default=8, help="videos that are made at once")
     parser.add_argument("--save", type=Path, help=f"folder for {SAVED} videos of each kind, with their paths drawn in")
+    parser.add_argument("--version", type=int, default=1, choices=WORLDS, help="of the sprites")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--trajectory_guidance", type=float)

@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"suite={arg.suite}: there are {', '.join(SUITES)}")
     config = ConfigDict()
     # kind: sprites, segmentation (a folder as DAVIS's) or list (a JSON file). clips: the first ones; 0 = all.
-    config.benchmark = {"kind": "sprites", "source": "", "split": "benchmark_one", "clips": 0}
+    config.benchmark = {"kind": "sprites", "source": "", "split": "benchmark_one", "version": 1, "clips": 0}
     # "" = generate; "truth" = the benchmark's own clips; else a folder with CELL/NAME.mp4 or NAME.mp4.
     config.videos = ""
     config.first_frame = False  # give the true clip's first frame

@@ -71,7 +71,7 @@ def perfect(monkeypatch):
 def test_perfect_videos(weights, perfect):
     parts = ("path", "no_trajectory", "two", "text", "image")
     found = demo.run(weights, parts, clips=5, batch=3, height=128, width=128, num_frames=17)
-    assert found.keys() == {"weights", "settings", "clips", *parts, "seconds", "machine"}
+    assert found.keys() == {"weights", "settings", "clips", "version", *parts, "seconds", "machine"}
     for part in ("path", "two", "image"):
         assert found[part]["error_percent"] < 0.2
         assert found[part]["found"] == 1

@@ -1,5 +1,6 @@
 """The sprites set: the same everywhere, true to its labels, and the benchmark as it was promised."""
 
+import hashlib
 import sys
 
 import cv2
@@ -11,9 +12,9 @@ from tora_jax import command_line
 from tora_jax.conditioning import text
 from tora_jax.data import sources
 from tora_jax.data.sprites.__main__ import main
-from tora_jax.data.sprites.clips import SPLITS, exact_flow, make_clip
+from tora_jax.data.sprites.clips import SPLITS, WORLDS, exact_flow, make_clip
 from tora_jax.data.sprites.dataset import SpritesConfig, build_sprites
-from tora_jax.data.sprites.shapes import BACKGROUNDS, COLOURS, TEXTURES, outline
+from tora_jax.data.sprites.shapes import BACKGROUNDS, COLOURS, DIGITS, TEXTURES, outline
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video
 
@@ -38,6 +39,27 @@ def test_a_clip_is_a_function_of_its_number(clips):
             np.testing.assert_array_equal(getattr(again, name), getattr(clips[split][3], name))
         assert again.caption == clips[split][3].caption
     assert not np.array_equal(make_clip(3, seed=1).video, clips["train"][3].video)
+
+
+def test_version_1_keeps_every_byte(clips):
+    """Weights, caches and benchmarks were made with these clips."""
+    digest = hashlib.sha256()
+    for clip in every(clips):
+        digest.update(clip.caption.encode())
+        for array in (clip.video, clip.tracks, clip.visible, clip.labels):
+            digest.update(array.tobytes())
+    assert digest.hexdigest() == "8b3c3e4d08018eadba62b06162f61001caba114c22c7aa77415c281855550d5f"
+
+
+def test_version_2_is_a_set_of_its_own(clips):
+    found = {split: [make_clip(i, split, version=2) for i in range(8)] for split in WORLDS[2].splits}
+    assert [*found] == [*SPLITS, "digits"]
+    for split, drawn in found.items():
+        for clip in drawn:
+            assert {sprite.shape in DIGITS for sprite in clip.sprites} == {split == "digits"}
+            assert all(0.14 <= sprite.size <= 0.30 for sprite in clip.sprites)
+    assert {clip.video.tobytes() for clip in every(found)}.isdisjoint(clip.video.tobytes() for clip in every(clips))
+    assert len({clip.video.tobytes() for clip in every(found)}) == 8 * len(found)
 
 
 def test_no_clip_is_in_two_splits(clips):
@@ -225,6 +247,7 @@ def test_mistakes(tmp_path, capsys):
         (["--out", str(tmp_path / "file" / "deeper")], "cannot be written"),
         (["--out", str(tmp_path), "--side", "0"], "--side is 0; it must be at least 1"),
         (["--out", str(tmp_path), "--sides", "9"], "unrecognized arguments: --sides 9"),
+        (["--out", str(tmp_path), "--version", "3"], "argument --version: invalid choice: 3"),
     ):
         with pytest.raises(SystemExit) as stop:
             command_line.run(main, ["sprites", *arguments])

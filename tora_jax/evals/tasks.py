@@ -20,7 +20,7 @@ from PIL import Image
 from tora_jax.conditioning import trajectory
 from tora_jax.conditioning.images import Condition
 from tora_jax.configs import sampling
-from tora_jax.data.sprites.clips import SIZES_OF_SPLITS, SPLITS, make_clip
+from tora_jax.data.sprites.clips import WORLDS, make_clip
 from tora_jax.errors import UserError
 from tora_jax.io import files
 from tora_jax.io.files import decode_text, is_hidden
@@ -53,15 +53,19 @@ class Task(NamedTuple):
 class Sprites:
     """The first clips of a split of the synthetic set, drawn from their seeds at any size and length."""
 
-    def __init__(self, split: str, count: int = 0):
-        if split not in SPLITS:
-            raise UserError(f"benchmark.split is {split!r}; sprites have {', '.join(SPLITS)}")
-        self.split, self.names = split, tuple(f"{split}_{i:04}" for i in range(count or SIZES_OF_SPLITS[split]))
+    def __init__(self, split: str, count: int = 0, version: int = 1):
+        if version not in WORLDS:
+            raise UserError(f"benchmark.version is {version!r}; sprites have {', '.join(map(str, WORLDS))}")
+        splits = WORLDS[version].splits
+        if split not in splits:
+            raise UserError(f"benchmark.split is {split!r}; sprites have {', '.join(splits)}")
+        self.split, self.version = split, version
+        self.names = tuple(f"{split}_{i:04}" for i in range(count or splits[split]))
 
     def task(self, index: int, frames: int, height: int, width: int, fps: float) -> Task:
         if height != width:
             raise UserError(f"the sprites are square, and the size is {width}x{height}")
-        clip = make_clip(index, self.split, size=height, frames=frames, fps=fps)
+        clip = make_clip(index, self.split, size=height, frames=frames, fps=fps, version=self.version)
         colours = tuple(sprite.colour for sprite in clip.sprites)
         return Task(self.names[index], clip.caption, clip.tracks, clip.video, colours)
 
@@ -255,7 +259,7 @@ def open_benchmark(config: Mapping[str, Any]) -> Benchmark:
     """
     kind, source, count = config["kind"], config["source"], config["clips"]
     if kind == "sprites":
-        return Sprites(config["split"], count)
+        return Sprites(config["split"], count, config["version"])
     if kind not in ("segmentation", "list"):
         raise UserError(f"benchmark.kind is {kind!r}; choose sprites, segmentation or list")
     if not source or not files.path(source).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -10,10 +11,29 @@ from jaxtyping import Bool, Float, UInt8
 
 from tora_jax.data.sprites import paths, shapes
 
-SPLITS = ("train", "validation", "test", "benchmark_one", "benchmark_two")  # a clip's seed holds its split's place
-SIZES_OF_SPLITS = {"train": 6000, "validation": 256, "test": 256, "benchmark_one": 64, "benchmark_two": 64}
-DIGIT_SHARE = 0.15  # of the sprites
-SIZES = (0.10, 0.25)  # of a sprite, as a share of the frame's width
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What clips show.
+
+    Attributes:
+      splits: name -> how many clips are written; a clip's seed holds its split's place, so new ones go to the end.
+      digits: their share of the objects; in the split of that name there is nothing else.
+      sizes: of the objects, smallest and largest, as shares of the frame's width.
+      key: goes into each clip's seed after all else.
+    """
+
+    splits: Mapping[str, int]
+    digits: float
+    sizes: tuple[float, float]
+    key: tuple[int, ...] = ()
+
+
+SPLITS = {"train": 6000, "validation": 256, "test": 256, "benchmark_one": 64, "benchmark_two": 64}
+WORLDS = {
+    1: World(SPLITS, digits=0.15, sizes=(0.10, 0.25)),
+    2: World({**SPLITS, "digits": 256}, digits=0.0, sizes=(0.14, 0.30), key=(2,)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +78,20 @@ class Clip:
 
 
 def make_clip(
-    index: int, split: str = "train", seed: int = 0, size: int = 128, frames: int = 17, fps: float = 8.0
+    index: int,
+    split: str = "train",
+    seed: int = 0,
+    size: int = 128,
+    frames: int = 17,
+    fps: float = 8.0,
+    version: int = 1,
 ) -> Clip:
-    """Draws clip `index` of a split.
+    """Draws clip `index` of a split of a version of the set, one of WORLDS.
 
     "benchmark_one" and "benchmark_two" are the benchmark set: one object, or two that never cover each other.
     """
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    world = WORLDS[version]
+    rng = np.random.default_rng([seed, list(world.splits).index(split), index, *world.key])
     if split.startswith("benchmark"):
         count = 1 if split == "benchmark_one" else 2
     else:
@@ -72,7 +99,8 @@ def make_clip(
     texture, tone = str(rng.choice(shapes.TEXTURES)), str(rng.choice(list(shapes.BACKGROUNDS)))
     # An object in the background's own colour would be hard to see.
     colours = rng.choice([name for name in shapes.COLOURS if name != tone], count, replace=False)
-    sprites = tuple(_sprite(rng, str(colour)) for colour in colours)
+    digits = 1.0 if split == "digits" else world.digits
+    sprites = tuple(_sprite(rng, str(colour), digits, world.sizes) for colour in colours)
     tracks = paths.draw_tracks(rng, [sprite.size for sprite in sprites], frames, apart=split == "benchmark_two")
     video, labels, visible = _render(rng, sprites, tracks, shapes.draw_background(rng, texture, tone, size))
     names = [f"a {sprites[i].name}" for i in np.argsort(tracks[:, 0, 0])]
@@ -93,10 +121,10 @@ def exact_flow(labels: UInt8[np.ndarray, "t h w"], tracks: Float[np.ndarray, "n 
     return flow
 
 
-def _sprite(rng: np.random.Generator, colour: str) -> Sprite:
-    kinds = shapes.DIGITS if rng.random() < DIGIT_SHARE else shapes.SHAPES[: -len(shapes.DIGITS)]
+def _sprite(rng: np.random.Generator, colour: str, digits: float, sizes: tuple[float, float]) -> Sprite:
+    kinds = shapes.DIGITS if rng.random() < digits else shapes.SHAPES[: -len(shapes.DIGITS)]
     fill = rng.choice(shapes.FILLS, p=(0.7, 0.15, 0.15))
-    return Sprite(str(rng.choice(kinds)), colour, str(fill), float(rng.uniform(*SIZES)))
+    return Sprite(str(rng.choice(kinds)), colour, str(fill), float(rng.uniform(*sizes)))
 
 
 def _render(

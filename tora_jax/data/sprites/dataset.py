@@ -14,20 +14,21 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from tora_jax.data import sprites
-from tora_jax.data.sprites.clips import SIZES_OF_SPLITS, make_clip
+from tora_jax.data.sprites.clips import WORLDS, make_clip
 from tora_jax.errors import UserError
 from tora_jax.io.video import write_video
 
 
 @dataclasses.dataclass
 class SpritesConfig(tfds.core.BuilderConfig):
-    """One set of clips: `side` pixels, `frames`, the seed, and how many clips each split has."""
+    """One set of clips: `side` pixels, `frames`, the seed, how many clips each split has, and one of WORLDS."""
 
     side: int = 128
     frames: int = 17
     fps: float = 8.0
     seed: int = 0
-    clips: Mapping[str, int] = dataclasses.field(default_factory=lambda: SIZES_OF_SPLITS)
+    clips: Mapping[str, int] = dataclasses.field(default_factory=lambda: WORLDS[1].splits)
+    world: int = 1  # "version" is TFDS's own
 
 
 class Sprites(tfds.core.GeneratorBasedBuilder):
@@ -73,7 +74,7 @@ class Sprites(tfds.core.GeneratorBasedBuilder):
 
 def record(split: str, config: SpritesConfig, index: int) -> tuple[int, dict[str, Any]]:
     """(index, the record of a clip)."""
-    clip = make_clip(index, split, config.seed, config.side, config.frames, config.fps)
+    clip = make_clip(index, split, config.seed, config.side, config.frames, config.fps, config.world)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_video(path, clip.video, clip.fps)
