@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, freeze
 
-from tora_jax import backbones
+from tora_jax import backbones, sharding
 from tora_jax.checkpoints import release
 from tora_jax.conditioning import text
 from tora_jax.diffusion import sampler, solvers
@@ -155,7 +155,8 @@ def _decode(vae: nn.Module, num_frames: int, params: Mapping, latents: jax.Array
         return from_float(frames), jnp.isfinite(frames).all((-3, -2, -1))
 
     video, finite = vae.apply({"params": params}, latents, num_frames, pixels, method="decode")
-    return video, finite.all()
+    # Each device keeps some rows of all frames: put together, a long video would need much of a device's memory.
+    return sharding.constrain(video, (None, None, "frames", None, None)), finite.all()
 
 
 def names() -> list[str]:

@@ -88,8 +88,12 @@ def conv3d(x: Array, kernel: Array, strides, padding, *, precision, **_) -> Arra
     """A convolution over (time, height, width), for `nn.Conv(conv_general_dilated=conv3d)`.
 
     The frames under the kernel become channels, and one convolution over images does the rest: XLA's CPU backend is
-    slow at three dimensions and far slower at their gradients, and other backends lose nothing by two.
+    slow at three dimensions and far slower at their gradients. TPUs take them as they are, in 2/3 of the memory and of
+    the time that their compiler expects (docs/LOG.md).
     """
+    if sharding.platform() == "tpu" and len(kernel) > 1:
+        axes = ("NTHWC", "THWIO", "NTHWC")
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=axes, precision=precision)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:-1], kernel.shape[:3], strides, padding)
     batch = len(x)
