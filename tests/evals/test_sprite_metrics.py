@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tora_jax.data.sprites.clips import SIZES, Sprite, make_clip
+from tora_jax.data.sprites.clips import WORLDS, Sprite, make_clip
 from tora_jax.data.sprites.shapes import COLOURS, SHAPES
 from tora_jax.evals.sprite_metrics import centroid, name_colour, name_shape, path_error
 from tora_jax.io.video import read_video, write_video
@@ -63,10 +63,12 @@ def test_through_blur_and_compression(compressed):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_known(shape, monkeypatch):
-    """In the smallest and the largest size, next to nothing of another colour."""
-    for index, size in enumerate(SIZES):
+    """In the smallest and the largest sizes of both versions, next to nothing of another colour."""
+    for index, size in enumerate(size for world in WORLDS.values() for size in world.sizes):
         drawn = functools.partial(Sprite, shape, fill="plain", size=size)
-        monkeypatch.setattr("tora_jax.data.sprites.clips._sprite", lambda _, colour, drawn=drawn: drawn(colour=colour))
+        monkeypatch.setattr(
+            "tora_jax.data.sprites.clips._sprite", lambda _, colour, *world, drawn=drawn: drawn(colour=colour)
+        )
         clip = make_clip(index, "benchmark_one")
         assert name_shape(clip.video, clip.tracks[0], clip.sprites[0].colour) == shape
 
