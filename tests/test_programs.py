@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,39 @@ def test_the_next_process_traces_nothing(process, tmp_path):
     np.testing.assert_array_equal(out, WANT)
     assert traced == []
     assert len({path.stat().st_ino for path in kept(tmp_path)}) == 1
+
+
+def structs(*args):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
+
+
+def test_a_prepared_program_is_the_one_that_runs(process, monkeypatch):
+    """Of shapes alone, in another thread: the call that comes meanwhile waits for it, and compiles nothing."""
+    compiled, program = [], programs.Program(guidance.guide)
+    begun, compile_ = threading.Event(), programs._compile
+
+    def slowly(lowered):
+        compiled.append(lowered)
+        begun.set()
+        return compile_(lowered)
+
+    monkeypatch.setattr(programs, "_compile", slowly)
+    thread = threading.Thread(target=program.prepare, args=structs(PASSES, ONE, ONE))
+    thread.start()
+    assert begun.wait(60)
+    np.testing.assert_array_equal(program(PASSES, 3 * ONE, ONE), WANT)
+    thread.join()
+    assert program.prepare(PASSES, ONE, ONE) is program.prepare(*structs(PASSES, ONE, ONE)) is not None
+    assert len(compiled) == 1
+    assert process()[1] == []  # the next process finds it
+
+
+def test_nothing_is_prepared_where_nothing_is_kept(process, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "_wanted", False)
+    program = programs.Program(guidance.guide)
+    assert program.prepare(*structs(PASSES, ONE, ONE)) is None
+    np.testing.assert_array_equal(program(PASSES, 3 * ONE, ONE), WANT)
+    assert not (tmp_path / "programs").exists()
 
 
 def test_what_decides_a_program(process, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import os
 import pickle
 import platform
 import stat
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -41,6 +42,7 @@ SAID = ("tora_jax", "jax", "flax", "numpy", "builtins")
 # JAX's settings that say where things lie, or what is told of them, and nothing of what is computed.
 APART = ("cache", "log", "platform", "profil", "dump", "coordinat", "traceback")
 _wanted = False
+_compiling = threading.Lock()  # `_compile` changes settings of the whole process
 
 
 def keep() -> None:
@@ -66,23 +68,43 @@ class Program:
         self._jitted = jax.jit(function, static_argnums=static_argnums, keep_unused=True, **options)
         self._options = options
         self._ready: dict[Any, Callable | None] = {}
+        self._finding: dict[Any, threading.Lock] = {}
         self.__wrapped__ = function
         self.lower = self._jitted.lower
 
     def __call__(self, *args: Any) -> Any:
-        static = [args[i] for i in self._static]
-        given = [arg for i, arg in enumerate(args) if i not in self._static]
+        ready = self.prepare(*args)
+        return self._jitted(*args) if ready is None else ready(*self._given(args))
+
+    def prepare(self, *args: Any) -> Callable | None:
+        """Finds or compiles the program for arguments without running it, so that a later call has it.
+
+        A call that comes while another thread does this waits for that thread, and compiles nothing twice.
+
+        Args:
+          args: as of a call; a `jax.ShapeDtypeStruct` may stand for each array.
+
+        Returns:
+          the compiled function of those that are not static; None where programs are not kept, as `jax.jit` compiles
+          when it is called.
+        """
+        given = self._given(args)
         leaves, tree = jax.tree.flatten(given)
         watched = jax.config.jax_disable_jit or jax.config.jax_debug_nans or jax.config.jax_debug_infs
         folder = _folder() if _wanted and not watched and all(map(_on_first_device, leaves)) else None
         if folder is None:
-            return self._jitted(*args)
+            return None
+        static = [args[i] for i in self._static]
         shapes = [(leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)) for leaf in leaves]
         known = (*static, tree, *shapes)
-        if known not in self._ready:
-            self._ready[known] = self._find(folder, static, (str(tree), shapes), args)
-        ready = self._ready[known]
-        return self._jitted(*args) if ready is None else ready(*given)
+        with self._finding.setdefault(known, threading.Lock()):
+            if known not in self._ready:
+                self._ready[known] = self._find(folder, static, (str(tree), shapes), args)
+        return self._ready[known]
+
+    def _given(self, args: tuple) -> list:
+        """Of a call's arguments, those that are not static."""
+        return [arg for i, arg in enumerate(args) if i not in self._static]
 
     def _find(self, folder: Path, static: list, shapes: tuple, args: tuple) -> Callable | None:
         """Looks for the name of what decides a program, then for that of its text, which an edit may leave as it is."""
@@ -94,7 +116,10 @@ class Program:
         if (found := read(named)) is None:
             lowered = self._jitted.lower(*args)
             text = folder / _digest(*decides, str(lowered.out_info), lowered.as_text())
-            found = read(text) or write(text, _compile(lowered))
+            if (found := read(text)) is None:
+                with _compiling:
+                    compiled = _compile(lowered)
+                found = write(text, compiled)
             _link(text, named)
         return found
 
@@ -146,6 +171,8 @@ def description(value: Any) -> str | None:
 def _on_first_device(leaf: Any) -> bool:
     if isinstance(leaf, jax.core.Tracer):
         return False
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.sharding is None or leaf.sharding.device_set == {jax.devices()[0]}
     return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and leaf.devices() == {jax.devices()[0]})
 
 
@@ -210,7 +237,7 @@ def read(path: Path) -> Callable | None:
         found = serialize_executable.deserialize_and_load(program, given, out, execution_devices=jax.devices()[:1])
     except Exception as error:  # whatever XLA makes of it: compiling again is right in every case
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        warnings.warn(f"{path}: is damaged ({reason}); its program is compiled again", stacklevel=4)
+        warnings.warn(f"{path}: is damaged ({reason}); its program is compiled again", stacklevel=5)
         return None
     with contextlib.suppress(OSError):  # a disk that can only be read: nothing goes there
         os.utime(path)
