@@ -18,7 +18,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ from tora_jax.io.files import write_atomic
 
 DIGEST = hashlib.sha256().digest_size
 READING = "/tora_jax/read_program"  # seconds, to JAX's monitoring
+LEVEL = "xla_backend_optimization_level"
 KEPT = 200  # programs of a folder; those that were not used for longest go
 # What a program's name says of code: this package by its text, these by their versions.
 SAID = ("tora_jax", "jax", "flax", "numpy", "builtins")
 # JAX's settings that say where things lie, or what is told of them, and nothing of what is computed.
 APART = ("cache", "log", "platform", "profil", "dump", "coordinat", "traceback")
 _wanted = False
-_compiling = threading.Lock()  # `_compile` changes settings of the whole process
+_switching, _inside, _used = threading.Lock(), 0, True  # see `_without_cache`
 
 
 def keep() -> None:
@@ -97,8 +98,11 @@ class Program:
         static = [args[i] for i in self._static]
         shapes = [(leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)) for leaf in leaves]
         known = (*static, tree, *shapes)
+        start = time.perf_counter()
         with self._finding.setdefault(known, threading.Lock()):
-            if known not in self._ready:
+            if known in self._ready:
+                jax.monitoring.record_event_duration_secs(READING, time.perf_counter() - start)  # of another thread
+            else:
                 self._ready[known] = self._find(folder, static, (str(tree), shapes), args)
         return self._ready[known]
 
@@ -116,10 +120,7 @@ class Program:
         if (found := read(named)) is None:
             lowered = self._jitted.lower(*args)
             text = folder / _digest(*decides, str(lowered.out_info), lowered.as_text())
-            if (found := read(text)) is None:
-                with _compiling:
-                    compiled = _compile(lowered)
-                found = write(text, compiled)
+            found = read(text) or write(text, _compile(lowered))
             _link(text, named)
         return found
 
@@ -138,15 +139,34 @@ def _digest(*decides: Any) -> str:
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles without JAX's cache: on a CPU, a program that comes from there cannot be written out again."""
-    used = jax.config.jax_enable_compilation_cache
+    asked = LEVEL in os.environ.get("XLA_FLAGS", "")
+    # On a CPU, LLVM's higher levels take longer to compile, and what they make runs no faster: docs/performance.md.
+    options = {LEVEL: 1} if jax.default_backend() == "cpu" and not asked else None
+    with _without_cache():
+        return lowered.compile(options)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Turns JAX's cache off while any thread is inside: on a CPU, a program from there cannot be written out again."""
+    global _inside, _used
+    with _switching:
+        if not _inside:
+            _used = jax.config.jax_enable_compilation_cache
+            _switch_cache(False)
+        _inside += 1
     try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()
-        return lowered.compile()
+        yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", used)
-        compilation_cache.reset_cache()
+        with _switching:
+            _inside -= 1
+            if not _inside:
+                _switch_cache(_used)
+
+
+def _switch_cache(used: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", used)
+    compilation_cache.reset_cache()
 
 
 def description(value: Any) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,11 @@ def generate_batch(
     spread = (lambda tree: tree) if mesh is None else functools.partial(_spread, mesh)
 
     backbone, keys = models.backbone, jnp.stack([jax.random.key(seed) for seed in seeds])
+    frames = models.vae.latent_frames(num_frames)
+    shape = (1, frames, *(side // models.vae.space_factor for side in size), models.tora.in_channels)
+    latents = jax.ShapeDtypeStruct((len(inputs), *shape[1:]), jnp.float32)
+    # The longest compilation goes on beside text and motion, whose own leave a core idle.
+    threading.Thread(target=models.decode.prepare, args=(num_frames, models.params["vae"], latents)).start()
 
     with part("text"):
         told = jax.block_until_ready(spread(backbone.conditions(models, inputs, settings)))
@@ -95,8 +101,6 @@ def generate_batch(
         told |= spread(more)
 
     with part("sample"):
-        frames = models.vae.latent_frames(num_frames)
-        shape = (1, frames, *(side // models.vae.space_factor for side in size), models.tora.in_channels)
         start, noise = _noise(seeds, shape, spread)
         x, edit = spread(_place(start, given, [each.prefix for each in inputs]))
         del start
@@ -172,11 +176,12 @@ def _spread(mesh: Mesh, tree: Any) -> Any:
 @contextlib.contextmanager
 def timed(seconds: dict[str, dict[str, float]], part: str) -> Iterator[None]:
     """Adds the wall time of a part to `seconds`, compilation (tracing and lowering included) apart."""
-    compiling = 0.0
+    compiling, thread = 0.0, threading.get_ident()
 
     def listen(event: str, duration: float, **_) -> None:
         nonlocal compiling
-        if event.startswith("/jax/core/compile/") or event == programs.READING:
+        here = threading.get_ident() == thread  # what another one compiles meanwhile takes none of this part's time
+        if here and (event.startswith("/jax/core/compile/") or event == programs.READING):
             compiling += duration
 
     jax.monitoring.register_event_duration_secs_listener(listen)
