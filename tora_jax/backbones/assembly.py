@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -269,7 +269,7 @@ def load(
             raise UserError("eight_bit: these weights have no form in 8 bits; try low_memory alone")
         parts = freeze(kind.in_eight_bit(parts))
     fits = None if weights is None else _note_of_fit(kind, config, weights)
-    shapes = None if fits and fits.exists() else _shapes(kind, parts)
+    shapes = None if weights is None or (fits and fits.exists()) else _shapes(kind, parts)
     keep = jax.device_get if low_memory or eight_bit else (lambda params: params)
     with _host() if low_memory or eight_bit else contextlib.nullcontext():
         released = None if weights is None else release.load(weights, keep, kind.PARTS)
@@ -282,7 +282,8 @@ def load(
     tokens = tokenizer(kind, parts, weights)
     kind.check_fit(parts, tokens)
     if released is None:
-        params = keep(init_params(kind, parts, jax.random.key(seed)))
+        with _values_of_a_model():
+            params = keep(init_params(kind, parts, jax.random.key(seed)))
         origin = f"random weights (seed {seed})"
     else:
         params, origin = released.params, str(weights)
@@ -321,8 +322,15 @@ def _shapes(kind: ModuleType, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
     Raises:
       UserError: the fields make no model.
     """
-    try:
+    with _values_of_a_model():
         return jax.eval_shape(functools.partial(init_params, kind, parts), jax.random.key(0))
+
+
+@contextlib.contextmanager
+def _values_of_a_model() -> Iterator[None]:
+    """Says what Linen finds wrong with the fields of a config as an error of that config."""
+    try:
+        yield
     except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"config: these values make no model: {str(error).strip().splitlines()[0]}") from None
 
