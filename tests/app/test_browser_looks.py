@@ -13,6 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
+PARTS = (".frame canvas", ".scrub", ".prompt textarea", ".run", ".settings summary", ".examples button:last-child")
 SCREENS = {"desktop": (1280, 800), "large": (1920, 1080), "phone": (390, 844)}
 
 
@@ -46,7 +47,7 @@ def ready_to_look_at(visit_shipped, size, colours):
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_screens(visit_shipped, colours):
-    """One screen, without scrolling, on a desktop; nothing wider than a phone."""
+    """One screen, without scrolling, on a desktop; one column on a phone; the prompt and the button under the canvas."""
     tab = ready_to_look_at(visit_shipped, SCREENS["desktop"], colours)
     for name, (width, height) in SCREENS.items():
         tab.page.set_viewport_size({"width": width, "height": height})
@@ -55,15 +56,21 @@ def test_screens(visit_shipped, colours):
             "[document.documentElement.scrollWidth, document.documentElement.scrollHeight, innerWidth, innerHeight]"
         )
         assert scrolls[0] <= scrolls[2]
+        places = {part: tab.page.locator(part).bounding_box() for part in PARTS}
+        canvas, settings = places[".frame canvas"], places[".settings summary"]
+        for part in (".prompt textarea", ".run"):
+            assert places[part]["y"] >= canvas["y"] + canvas["height"]
         if name != "phone":
             assert scrolls[1] <= scrolls[3]
             side = tab.page.evaluate(
                 "(({ scrollHeight, clientHeight }) => scrollHeight - clientHeight)(document.querySelector('.side'))"
             )
             assert side <= 0
-            for part in (".run", ".scrub", ".frame canvas", ".examples button:last-child"):
-                box = tab.page.locator(part).bounding_box()
-                assert box["y"] + box["height"] <= height
+            assert all(box["y"] + box["height"] <= height for box in places.values())
+            assert settings["x"] >= canvas["x"] + canvas["width"]
+        else:
+            assert places[".run"]["y"] + places[".run"]["height"] <= height
+            assert settings["y"] >= places[".run"]["y"] + places[".run"]["height"]
         tab.keep(f"app_{name}_{colours}", full_page=name == "phone")
     assert not tab.faults
 

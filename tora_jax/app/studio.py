@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
+import statistics
 import threading
 import time
 import traceback
@@ -106,7 +108,7 @@ class Work:
         self.left = pace.seconds(self.wanted, done)
         self.stamps.append(time.monotonic())
         if done > 2:
-            each = (self.stamps[-1] - self.stamps[1]) / (len(self.stamps) - 2)
+            each = statistics.median(after - before for before, after in itertools.pairwise(self.stamps))
             self.left = each * (total - done) + (pace.seconds(self.wanted, total) or 0)
 
 

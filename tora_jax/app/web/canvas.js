@@ -29,8 +29,10 @@ function fit() {
   const scale = Math.min(box.clientWidth / size[0], box.clientHeight / size[1]);
   const [width, height] = size.map((side) => Math.max(Math.floor(side * scale), 1));
   Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
+  find(".split").style.width = `${width}px`;
   for (const each of [canvas, layer]) [each.width, each.height] = [width, height].map((side) => Math.round(side * ratio));
-  redraw();
+  stale = true;
+  paintAll(); // at once: a canvas of another size is empty
 }
 
 function redraw() { stale = true; paint(); }
@@ -63,7 +65,8 @@ function paintAll() {
     pen.drawImage(layer, 0, 0);
     pen.setTransform(width / canvas.clientWidth, 0, 0, height / canvas.clientHeight, 0, 0);
     if (draft) paintStroke(pen, draft, hue(strokes.length), true);
-    strokes.forEach((stroke, i) => paintRunner(placeAt(samples(stroke), player.time), hue(i)));
+    const time = making ? 0 : player.time; // what is shown of it is the first frame
+    strokes.forEach((stroke, i) => paintRunner(placeAt(samples(stroke), time), hue(i)));
     if (cursor) paintCross(cursor);
   }
   showTime();

@@ -2,7 +2,7 @@
 
 buildForm();
 form.addEventListener("submit", (event) => { event.preventDefault(); run(); });
-form.addEventListener("input", (event) => { if (event.target.name !== "size") changed(); });
+element.addEventListener("input", ({ target }) => { if (target.form === form && target.name !== "size") changed(); });
 form.size.addEventListener("change", async () => {
   const strokesOf = strokes;
   resize();
@@ -14,7 +14,7 @@ stopButton.addEventListener("click", async () => {
   await ask("cancel", { visit: await visit });
 });
 
-find(".examples .thumbs").append(...start.examples.map((each) => thumb(each.video, each.prompt, each.title, () => bringExample(each), each.trajectories)));
+find(".examples .thumbs").append(...start.examples.map((each) => thumb(each.video, each.prompt, each.title, () => bringExample(each), form.size.value, each.trajectories)));
 
 let begun = false;
 watch("value", () => {

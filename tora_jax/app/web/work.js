@@ -48,6 +48,7 @@ function buildForm() {
       const kind = range ? { type: "number", min: range[0], max: range[1], step: range[2] } : { type: "text", maxLength: start.limits.text };
       return field(name, help, make("input", { name, value: value ?? "", ...kind }));
     }));
+  for (const each of all(".settings [name]")) each.setAttribute("form", form.id); // they stand elsewhere on the page
   form.prompt.maxLength = start.limits.text;
   form.prompt.value = start.prompt;
 }
@@ -156,7 +157,7 @@ function keep(made) {
   showResult(made);
   find(".visit").hidden = false;
   find(".visit .thumbs").replaceChildren(...results.map((each, i) => thumb(each.video, each.asked.prompt,
-    `Video ${results.length - i}: ${each.asked.prompt}`, () => bringResult(each))));
+    `Video ${results.length - i}: ${each.asked.prompt}`, () => bringResult(each), each.asked.size)));
 }
 
 function showResult(made) {
@@ -199,8 +200,9 @@ async function bringResult(made) {
 const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 // A small copy that plays, or the paths where there is no video.
-function thumb(path, words, label, act, paths) {
+function thumb(path, words, label, act, name, paths) {
   const small = path ? make("video", { src: address(path), muted: true, loop: true, playsInline: true, autoplay: !still }) : sketch(paths);
+  small.style.aspectRatio = start.sizes[name].join("/"); // before it is loaded as after
   return make("button", { type: "button", title: words, ariaLabel: label, onclick: act }, small);
 }
 
