@@ -48,7 +48,7 @@ def test_every_container_and_no_hidden_file(tmp_path):
     for name in ("a.mp4", "b.M4V", "c.mov", "d.webm"):
         write_video(tmp_path / "made.mp4", frames, 8)
         (tmp_path / "made.mp4").rename(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text(name)
+        (tmp_path / name).with_suffix(".TXT" if name == "c.mov" else ".txt").write_text(name)
     (tmp_path / "._a.mp4").write_bytes(b"\0\5\x16\7")
     source = sources.open_source(tmp_path, "train")
     assert [source[i]["caption"] for i in range(len(source))] == ["a.mp4", "b.M4V", "c.mov", "d.webm"]

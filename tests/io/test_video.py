@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from tora_jax.errors import UserError
 from tora_jax.io.video import (
@@ -300,6 +301,30 @@ def test_profiles_of_grey_and_of_srgb(tmp_path):
     assert np.abs(same.astype(int) - clip(1)[0]).max() <= 1
     half = Image.fromarray(np.uint8([[[90, 200, 80, 51]]]))  # over white
     np.testing.assert_allclose(read_image(save(tmp_path, half, icc_profile=profile(WIDE))), [[(204, 244, 217)]], atol=4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "chunks", "seen"),
+    [
+        (55, {b"gAMA": 100_000}, 128),  # linear light
+        (128, {b"gAMA": 55_556}, 146),  # of old Macintosh screens
+        (128, {b"gAMA": 45_455}, 128),
+        (55, {b"gAMA": 100_000, b"sRGB": 0}, 55),  # which counts more
+    ],
+)
+def test_a_png_of_another_gamma(tmp_path, stored, chunks, seen):
+    more = PngInfo()
+    for name, value in chunks.items():
+        more.add(name, bytes([value]) if name == b"sRGB" else value.to_bytes(4, "big"))
+    for mode in ("L", "RGB", "RGBA"):
+        path = save(tmp_path, Image.new("L", (4, 4), stored).convert(mode), pnginfo=more)
+        assert np.abs(read_image(path).astype(int) - seen).max() <= 1
+
+
+def test_the_transparent_grey_of_16_bits(tmp_path):
+    levels = np.uint16([[100 * 257, 200 * 257]])
+    path = save(tmp_path, Image.fromarray(levels), transparency=100 * 257)
+    np.testing.assert_array_equal(read_image(path)[..., 0], [[255, 200]])
 
 
 def test_a_broken_profile_is_refused(tmp_path):

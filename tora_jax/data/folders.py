@@ -231,6 +231,9 @@ def _paired(files: Iterable[Path | Member]) -> ClipFiles:
     stems = {name[: -len(file.suffix)] for name, file in by_name.items() if file.suffix.lower() in ENDINGS}
     parents = {name.rpartition("/")[0] for name in by_name}
     table = next((name for name, file in by_name.items() if file.suffix.lower() in TABLES), None)
+    captions = {
+        f"{name[: -len(file.suffix)]}{file.suffix.lower()}": file for name, file in by_name.items() if file.suffix
+    }
     items = []
     for name, file in by_name.items():
         suffix, stem = file.suffix.lower(), name[: -len(file.suffix)] if file.suffix else name
@@ -242,7 +245,7 @@ def _paired(files: Iterable[Path | Member]) -> ClipFiles:
         else:
             labels = _labels(stem, parents)
             places = [f"{place}{ending}" for place in (stem, labels) for ending in (".txt", ".json")]
-            caption = next((by_name[place] for place in places if place in by_name), None)
+            caption = next((captions[place] for place in places if place in captions), None)
             hint = f"write one into {labels}.txt" + (f", or name the table as the source: {table}" if table else "")
             items.append(Item(file, caption or ClipError(f"{name}: has no caption; {hint}", NO_CAPTION)))
     return ClipFiles(items, dict(passed_over))

@@ -8,10 +8,10 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import jax
@@ -298,24 +298,33 @@ def _check_coding(head: bytes, name: str) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a pixel, of no known range")
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+    info = image.info
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits, and knows no transparent value of them
+        levels = np.asarray(image)
+        image = Image.fromarray((levels.astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
+        if (clear := info.get("transparency")) is not None:
+            image.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        colours = _to_srgb(image.convert("RGB"), profile)
+        colours = _to_srgb(image.convert("RGB"), info)
         colours.putalpha(image.getchannel("A"))
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
-    return _to_srgb(image, profile)
+    return _to_srgb(image, info)
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours of an embedded ICC profile -> sRGB."""
-    if not profile:
-        return image.convert("RGB")
-    own = ImageCms.getOpenProfile(io.BytesIO(profile))
-    mode = {"GRAY": "L", "CMYK": "CMYK"}.get(own.profile.xcolor_space.strip(), "RGB")
-    return ImageCms.profileToProfile(image.convert(mode), own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+def _to_srgb(image: Image.Image, info: Mapping[str, Any]) -> Image.Image:
+    """Colours of an embedded ICC profile, or of a PNG's gamma -> sRGB."""
+    if profile := info.get("icc_profile"):
+        own = ImageCms.getOpenProfile(io.BytesIO(profile))
+        mode = {"GRAY": "L", "CMYK": "CMYK"}.get(own.profile.xcolor_space.strip(), "RGB")
+        return ImageCms.profileToProfile(image.convert(mode), own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    image, gamma = image.convert("RGB"), info.get("gamma")
+    # 1/2.2 is what writers put for sRGB, whose own chunk counts more (PNG specification, 11.3.2).
+    if not gamma or "srgb" in info or abs(gamma - 1 / 2.2) < 0.01:
+        return image
+    linear = (np.arange(256) / 255) ** (1 / gamma)
+    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return image.point([*np.round(255 * encoded).astype(int)] * 3)
 
 
 def cover(old_height: int, old_width: int, height: int, width: int) -> tuple[int, int, int, int]:

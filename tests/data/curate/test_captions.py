@@ -29,6 +29,8 @@ def test_captions_of_files(tmp_path):
         captions.of_file(str(video))
     video.with_suffix(".txt").write_text("Beside it.\n")
     assert captions.of_file(str(video)) == "Beside it."
+    video.with_suffix(".txt").rename(video.with_suffix(".TXT"))
+    assert captions.of_file(str(video)) == "Beside it."
 
 
 class Server:

@@ -37,7 +37,7 @@ def of_file(path: str) -> str:
     places = [path[: len(path) - len(video.suffix)] + ".txt"]
     if video.parent.name == "videos":
         places.append(path[: len(path) - len(video.name) - len("videos/")] + f"labels/{video.stem}.txt")
-    for place in places:
+    for place in (place[: -len(ending)] + ending for place in places for ending in (".txt", ".TXT")):
         if work.exists(place):
             return decode_text(files.path(place).read_bytes(), place).strip()
     return " ".join(re.sub(r"[_\-.]+", " ", video.stem).split())
