@@ -47,7 +47,7 @@ def ready_to_look_at(visit_shipped, size, colours):
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_screens(visit_shipped, colours):
-    """One screen, without scrolling, on a desktop; one column on a phone; the prompt and the button under the canvas."""
+    """One screen, without scrolling, on a desktop, one column on a phone; the prompt under the canvas on both."""
     tab = ready_to_look_at(visit_shipped, SCREENS["desktop"], colours)
     for name, (width, height) in SCREENS.items():
         tab.page.set_viewport_size({"width": width, "height": height})
