@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import queue
 import threading
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -100,6 +102,24 @@ def test_uploads_are_taken_as_players_show_them(studio, monkeypatch, tmp_path):
     first = taken[0][0].pixels
     for (row, column), colour in (((3, 1), (0, 0)), ((3, 46), (0, 1)), ((28, 1), (1, 0)), ((28, 46), (1, 1))):
         np.testing.assert_allclose(first[:, row, column].mean(0), known_clips.PATCHES[colour], atol=4)
+
+
+def test_a_look_is_compiled_before_the_first_one(studio, quick):
+    """While the video begins: the same program that the look then runs."""
+    prepared, ran = queue.Queue(), []
+
+    class Decode:
+        def prepare(self, frames, params, latents):
+            prepared.put((frames, latents.shape, latents.dtype))
+
+        def __call__(self, frames, params, latents):
+            ran.append((frames, latents.shape, latents.dtype))
+            return np.zeros((1, frames, 32, 48, 3), np.uint8), True
+
+    vars(studio.models)["decode"] = Decode()
+    generate(studio)
+    studio._look(jnp.zeros((1, 5, 4, 6, studio.models.tora.in_channels)))
+    assert prepared.get(timeout=60) == ran[0]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
@@ -25,10 +27,11 @@ from tora_jax.app.form import Form
 from tora_jax.app.pace import Pace
 from tora_jax.backbones.assembly import Models
 from tora_jax.conditioning import trajectory
+from tora_jax.configs.sampling import Settings
 from tora_jax.errors import UserError
 from tora_jax.evals import track_lk, traj_error
 from tora_jax.sampling import request, writer
-from tora_jax.sampling.generate import Progress
+from tora_jax.sampling.generate import Progress, video_size
 
 KEPT = 12  # results of a visit
 VISITS = 200  # that are remembered; the one longest unused goes first
@@ -249,6 +252,7 @@ class Studio:
 
         folder = self.folder / uuid.uuid4().hex
         visit.wishes.add(cancelled)
+        threading.Thread(target=self._prepare_look, args=(wanted.settings,), daemon=True).start()
         try:
             with self._device(cancelled, waits):
                 step(0)
@@ -326,6 +330,13 @@ class Studio:
                 (folder / "trajectories.json").write_text(text)
             self.pace.learn(wanted, report["seconds"])
         return Made(folder, error, settings, wanted.lost)
+
+    def _prepare_look(self, settings: Settings) -> None:
+        """Compiles what `_look` runs, so that the steps need not wait for it."""
+        size = video_size(self.models, settings.height, settings.width)
+        cells = (side // self.models.vae.space_factor for side in size)
+        latent = jax.ShapeDtypeStruct((1, 1, *cells, self.models.tora.in_channels), jnp.float32)
+        self.models.decode.prepare(1, self.models.params["vae"], latent)
 
     def _look(self, clean: Array) -> UInt8[np.ndarray, "h w 3"]:
         """The first frame of latents [1, t, h, w, c]."""
