@@ -34,7 +34,7 @@ from tora_jax.io.files import tuples
 from tora_jax.training import lora, record
 from tora_jax.training.job import Job
 from tora_jax.training.log import Log
-from tora_jax.training.step import init_state, jit_train_step
+from tora_jax.training.step import jit_init_state, jit_train_step
 
 USAGE = """Trains one part of the chain; configs/*.py have the launch lines.
 
@@ -80,17 +80,8 @@ def main(argv: list[str], check_interrupt) -> None:
     command_line.use_compilation_cache()
     mesh, rules = sharding.make_mesh(config["mesh"]), tuple(config["rules"].items())
 
-    # ----- Models, and what of them trains ----------------------------------------------------------------------
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # devices get their own parts alone, below
-        models = assembly.load(config, weights, config["seed"])
-        params = dict(models.params)
-        if config["from_video_vae"]:
-            params["motion_vae"] = params["vae"]
-        job = Job(config, models.backbone, models.parts)
-        trained, frozen = job.split(params)
-        began_with = record.fingerprints(weights, frozen)
-        optimizer = job.optimizer(trained)
-        state = init_state(trained, optimizer)
+    models = assembly.outline(config, weights)
+    job = Job(config, models.backbone, models.parts)
 
     # ----- Data -------------------------------------------------------------------------------------------------
     open_split = functools.partial(
@@ -106,13 +97,23 @@ def main(argv: list[str], check_interrupt) -> None:
         print(opened.table(), flush=True)
     batches = placement.Placed(opened, mesh)
 
-    # ----- On the mesh ------------------------------------------------------------------------------------------
-    state = jax.device_put(state, sharding.param_shardings(state, mesh, rules))
-    used = job.used_parts(opened.made)
-    frozen = {  # the rest stays in the host's memory: a compiled function takes only what it uses
-        path: jax.device_put(frozen[path], place) if path.partition("/")[0] in used else np.asarray(frozen[path])
-        for path, place in sharding.param_shardings(frozen, mesh, rules).items()
-    }
+    # ----- Parameters on the mesh, and what of them trains ------------------------------------------------------
+    used, place = job.used_parts(opened.made), functools.partial(sharding.param_shardings, mesh=mesh, rules=rules)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # random ones are made there, and then laid out
+        where = sharding.only_parts(used, place)  # a compiled function takes only what it uses
+        params = dict(assembly.load(config, weights, config["seed"], place=where).params)
+        if config["from_video_vae"]:
+            params["motion_vae"] = params["vae"]
+        trained, frozen = job.split(params)
+        trained = jax.device_put(trained, place(trained))
+        frozen = {
+            path: jax.device_put(frozen[path], on_mesh) if path.partition("/")[0] in used else np.asarray(frozen[path])
+            for path, on_mesh in place(frozen).items()
+        }
+        began_with = record.fingerprints(weights, frozen)
+        optimizer = job.optimizer(trained)
+        state = jit_init_state(trained, optimizer, place)
+    del params, trained  # the state has copies
 
     # ----- The step, and how its result is judged ---------------------------------------------------------------
     train_step = jit_train_step(job, optimizer, state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +24,9 @@ AXES = ("data", "fsdp", "seq", "tensor")
 
 # Logical name -> axes of the mesh: the table that configs have.
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+# A tree of arrays or shapes, part -> parameters -> the tree of where they lie, such as `param_shardings` of a mesh.
+Place = Callable[[Any], Any]
 
 # Path of a parameter -> logical names of its last axes, the first that fits; None = `sharding_by_size`. What none fits
 # (biases, norms, tables) is small, and whole on every device. The axes before are stacked blocks and taps of kernels.
@@ -106,6 +109,17 @@ def param_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def only_parts(parts: Collection[str], place: Place) -> Place:
+    """As `place`, but that other parts lie in the memory of each host."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+
+    def some(tree: Mapping[str, Any]) -> dict[str, Any]:
+        shardings = place(tree)
+        return {part: shardings[part] if part in parts else jax.tree.map(lambda _: host, tree[part]) for part in tree}
+
+    return some
 
 
 def _size(mesh: Mesh | jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:

@@ -21,7 +21,6 @@ from tora_jax.evals import __main__ as evals
 from tora_jax.evals import fvd, metrics, report, tasks
 from tora_jax.io.files import tuples
 from tora_jax.io.video import read_video, write_video
-from tora_jax.sampling import request
 from tora_jax.sampling.generate import Result
 
 CELLS = ((5, 32, True), (9, 48, True), (9, 48, False))
@@ -48,7 +47,7 @@ def perfect(monkeypatch):
         return [Result(clip.video, None, {}) for clip in clips]
 
     monkeypatch.setattr(evals, "generate_batch", generate_batch)
-    monkeypatch.setattr(evals.assembly, "load", lambda weights: request.outline(release.read_config(weights), weights))
+    monkeypatch.setattr(evals.assembly, "load", lambda weights: assembly.outline(release.read_config(weights), weights))
     return asked
 
 
@@ -186,7 +185,7 @@ def test_first_frames(config, monkeypatch, tmp_path):
         return [Result(np.repeat(each.images[0][None], settings.num_frames, 0), None, {}) for each in inputs]
 
     monkeypatch.setattr(evals, "generate_batch", generate_batch)
-    monkeypatch.setattr(evals.assembly, "load", lambda weights: request.outline(release.read_config(weights), weights))
+    monkeypatch.setattr(evals.assembly, "load", lambda weights: assembly.outline(release.read_config(weights), weights))
     config |= {"first_frame": True, "cells": config["cells"][1:2], "batch": 5}
     results, _ = evals.evaluate(config, release.DEMO, tmp_path)
     for i, images in enumerate(given):
@@ -247,7 +246,7 @@ def test_a_list_that_was_edited(config, tmp_path, monkeypatch):
         return [Result(np.zeros(size, np.uint8), None, {}) for _ in inputs]
 
     monkeypatch.setattr(evals, "generate_batch", generate_batch)
-    monkeypatch.setattr(evals.assembly, "load", lambda weights: request.outline(release.read_config(weights), weights))
+    monkeypatch.setattr(evals.assembly, "load", lambda weights: assembly.outline(release.read_config(weights), weights))
     path = tmp_path / "list.json"
     config["benchmark"] = {"kind": "list", "source": str(path), "split": "", "clips": 0}
     config["cells"] = config["cells"][:1]

@@ -222,7 +222,7 @@ def test_safetensors_by_ranges(bucket, tmp_path, monkeypatch):
     one = safetensors_io.read(safetensors_io.read_header(path)["t4"], layer=2)
     np.testing.assert_array_equal(one, arrays["t4"][2])
     assert fetched[-1] == one.nbytes
-    monkeypatch.setattr(safetensors_io, "BYTES_AT_ONCE", 60)
+    monkeypatch.setattr(safetensors_io, "BYTES_OF_REQUEST", 60)
     fetched.clear()
     found = dict(safetensors_io.read_all(path))
     assert found.keys() == arrays.keys()

@@ -194,7 +194,11 @@ FINE = "--config.data.damaged_share=0.1"
         (SPATIAL, (FINE, "--config.mesh=data=16"), "wants 16 devices, there are 8"),
         (SPATIAL, (FINE, "--config.train=('vae/spacial.*',)"), "'vae/spacial.*' fits no parameter"),
         (SPATIAL, (FINE, "--weights=nothing/there"), "nothing/there: no such folder"),
-        ("vae.py:phase=spatial,small", (FINE, "--weights=RELEASE"), "weights of another size than the config"),
+        (
+            SPATIAL,
+            (FINE, "--weights=RELEASE", "--config.vae.temporal.filters=8"),
+            "weights of another size than the config",
+        ),
         ("tora.py:runlocal", (FINE, "--config.evaluation.split=test"), "split 'test' has no clips"),
         ("tora.py:runlocal", (FINE, "--config.evaluation.source=gone"), "gone: no such folder"),
     ],

@@ -237,16 +237,31 @@ def _initializer(part: nn.Module, traced: bool) -> Callable[[jax.Array, tuple, d
     return jax.jit(lambda key, args, options: part.init(key, *args, **options)["params"], compiler_options=quick)
 
 
+def outline(config: Mapping[str, Any], weights: str | Path | None = None) -> Models:
+    """Models without parameters, for all that is asked before they are loaded.
+
+    Args:
+      weights: the release folder with the tokenizer, where there is one.
+
+    Raises:
+      UserError: the config makes no model.
+    """
+    parts, kind = modules(config), backbone(config)
+    tokens = tokenizer(kind, parts, weights) if tokenizer_path(weights).is_file() else None
+    return Models(kind, parts, {}, tokens, "not loaded", config.get("sampling", {}))
+
+
 def load(
     config: Mapping[str, Any] | None = None,
     weights: str | Path | None = None,
     seed: int = 0,
     low_memory: bool = False,
     eight_bit: bool = False,
+    place: sharding.Place | None = None,
 ) -> Models:
     """Builds the parts of a config and fills them.
 
-    All parts are on the device from here on; at the released sizes in bfloat16, T5 alone takes 9.5 GB of it.
+    All parts are on devices from here on; at the released sizes in bfloat16, T5 alone takes 9.5 GB.
 
     Args:
       config: plain nested dict with a section for each part of its backbone; None = that of the weights.
@@ -254,6 +269,7 @@ def load(
       seed: of the random weights.
       low_memory: the parameters stay in the host's memory, and each part is on the device only while it is used.
       eight_bit: the denoiser's kernels take half of bfloat16's room; the video differs a little.
+      place: where the parameters lie, not with `low_memory`. None = on the default device.
 
     Raises:
       UserError: when the config makes no model, or the weights are missing, broken or of another size; or the denoiser
@@ -270,9 +286,10 @@ def load(
         parts = freeze(kind.in_eight_bit(parts))
     fits = None if weights is None else _note_of_fit(kind, config, weights)
     shapes = None if weights is None or (fits and fits.exists()) else _shapes(kind, parts)
-    keep = jax.device_get if low_memory or eight_bit else (lambda params: params)
-    with _host() if low_memory or eight_bit else contextlib.nullcontext():
-        released = None if weights is None else release.load(weights, keep, kind.PARTS)
+    on_host = low_memory or eight_bit
+    keep = jax.device_get if on_host else (lambda params: params)
+    with _host() if on_host else contextlib.nullcontext():
+        released = None if weights is None else release.load(weights, keep, kind.PARTS, None if on_host else place)
     if released is not None and shapes is not None:
         _check_sizes(shapes, released.params, str(weights))
         if fits is not None:
@@ -289,7 +306,8 @@ def load(
         params, origin = released.params, str(weights)
     if eight_bit:
         params = {**params, "tora": kind.quantize(params["tora"])}
-        params = params if low_memory else jax.device_put(params)
+    if not low_memory and (eight_bit or place is not None):
+        params = jax.device_put(params, place and place(params))
     return Models(kind, parts, params, tokens, origin, config.get("sampling", {}))
 
 

@@ -10,6 +10,7 @@ README.md              where the weights come from
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,7 @@ from tora_jax.errors import UserError
 from tora_jax.io import files, safetensors_io
 from tora_jax.io.buckets import BucketPath
 from tora_jax.io.files import tuples
+from tora_jax.sharding import Place
 
 PARTS = ("tora", "vae", "motion_vae", "t5")
 DEMO = Path(__file__).parent.parent / "assets" / "demo"  # the small model's weights, docs/demo.md
@@ -96,29 +98,36 @@ def part_config(folder: str | Path, part: str) -> dict[str, Any]:
 
 
 def load(
-    folder: str | Path, keep: Callable[[Any], Any] = lambda params: params, parts: Iterable[str] = PARTS
+    folder: str | Path,
+    keep: Callable[[Any], Any] = lambda params: params,
+    parts: Iterable[str] = PARTS,
+    place: Place | None = None,
 ) -> Release:
     """Reads a release folder.
 
     Args:
       keep: is given the parameters of each part before the next is read, and returns what is kept of them.
       parts: of the backbone.
+      place: as of `load_part`.
 
     Raises:
       UserError: something is missing or broken; the message names the file.
     """
     folder, config = files.path(folder), read_config(folder)
-    params = {part: keep(load_part(folder, part)) for part in parts}
+    params = {part: keep(load_part(folder, part, place)) for part in parts}
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer}: missing; copy the sentencepiece model of the text encoder there")
     return Release(config, params, tokenizer)
 
 
-def load_part(folder: str | Path, part: str) -> dict[str, Any]:
+def load_part(folder: str | Path, part: str, place: Place | None = None) -> dict[str, Any]:
     """The parameters of one part, from its safetensors file or from an Orbax checkpoint in `params/`.
 
     float16 is a format of files: nothing computes in it, and it comes out as float32.
+
+    Args:
+      place: where they lie. A process reads what its own devices hold, once. None = on the default device.
 
     Raises:
       UserError: it is missing or broken.
@@ -128,10 +137,12 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
     if (folder / "params").is_dir():
         from tora_jax.checkpoints import weights
 
-        return weights.restore(folder / "params", only=part)
+        return weights.restore(folder / "params", place, only=part)
     if not path.is_file():
         raise UserError(f"{path}: missing; a release folder holds {', '.join(PARTS)} (.safetensors)")
     try:
+        if place is not None:
+            return _in_shards(path, part, place)
         if isinstance(path, BucketPath):
             found = {name: _on_device(array) for name, array in safetensors_io.read_all(path)}
             return traverse_util.unflatten_dict(found, sep="/")
@@ -147,8 +158,33 @@ def load_part(folder: str | Path, part: str) -> dict[str, Any]:
 
 
 def _on_device(leaf: np.ndarray) -> jax.Array:
-    """Widened in NumPy: by JAX each shape would be a program to compile, which took most of a small model's load."""
-    return jax.device_put(leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf)
+    return jax.device_put(_widened(leaf))
+
+
+def _widened(leaf: np.ndarray) -> np.ndarray:
+    """In NumPy: by JAX each shape would be a program to compile, which took most of a small model's load."""
+    return leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf
+
+
+def _in_shards(path: Path, part: str, place: Place) -> dict[str, Any]:
+    """The parameters in a file; of the host's memory it takes the shards of one at a time, and what is read ahead."""
+    tensors = safetensors_io.read_header(path)
+    shapes = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    shardings = traverse_util.flatten_dict(place({part: traverse_util.unflatten_dict(shapes, sep="/")})[part], sep="/")
+
+    def box(index: tuple[slice, ...], shape: tuple[int, ...]) -> safetensors_io.Box:
+        return tuple(each.indices(length)[:2] for each, length in zip(index, shape, strict=True))
+
+    boxes = {}
+    for name, sharding in shardings.items():
+        indices = sharding.addressable_devices_indices_map(tensors[name].shape).values()
+        boxes[name] = list({box(index, tensors[name].shape): None for index in indices})
+    found = {}
+    for name, arrays in safetensors_io.read_boxes(tensors, boxes):
+        shape, shards = tensors[name].shape, dict(zip(boxes[name], map(_widened, arrays), strict=True))
+        shard = functools.partial(lambda index, shape, shards: shards[box(index, shape)], shape=shape, shards=shards)
+        found[name] = jax.make_array_from_callback(shape, shardings[name], shard)
+    return traverse_util.unflatten_dict(found, sep="/")
 
 
 def load_model(folder: str | Path, part: str, build: Callable[..., nn.Module]) -> tuple[nn.Module, dict[str, Any]]:

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as orbax
 from tora_jax.errors import UserError
 from tora_jax.io import files
 from tora_jax.io.buckets import BucketPath
-from tora_jax.sharding import sharding_by_size
+from tora_jax.sharding import Place, sharding_by_size
 
 BATCH_BYTES = 1 << 29  # leaves that Orbax gets together: a call for each small leaf is slow, all at once is large
 CHUNK_BYTES = 1 << 28  # of a file's chunk, several of which the writer copies at a time
@@ -98,12 +98,12 @@ def shapes(folder: str | Path) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def restore(folder: str | Path, mesh: Mesh | None = None, only: str | None = None) -> Any:
+def restore(folder: str | Path, place: Place | None = None, only: str | None = None) -> Any:
     """Reads a checkpoint.
 
     Args:
-      mesh: place each leaf by `sharding_by_size`; each process reads the shards of its own devices and no others.
-        None = everything on this process's first device.
+      place: where the leaves lie; each process reads the shards of its own devices and no others. None = everything on
+        this process's first device.
       only: read what stands at this path of the tree (names joined by "/"): a branch or a leaf.
 
     Raises:
@@ -115,13 +115,11 @@ def restore(folder: str | Path, mesh: Mesh | None = None, only: str | None = Non
     if not names:
         raise UserError(f"{folder}: holds {', '.join(tree)}, but no {only}")
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def target(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
-        if path not in names:
-            return orbax.PLACEHOLDER
-        return leaf.update(sharding=single if mesh is None else sharding_by_size(mesh, leaf.shape))
-
-    wanted = {path: target(path, leaf) for path, leaf in flat.items()}
+    shardings = dict.fromkeys(flat, single) if place is None else traverse_util.flatten_dict(place(tree), sep="/")
+    wanted = {
+        path: leaf.update(sharding=shardings[path]) if path in names else orbax.PLACEHOLDER
+        for path, leaf in flat.items()
+    }
     params = orbax.load(folder, traverse_util.unflatten_dict(wanted, sep="/"))
     for name in only.split("/") if only else ():
         params = params[name]

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +53,11 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the format's own limit
 BYTES_AT_ONCE = 1 << 26  # bytes in one system call; larger ones are cut short by the kernel at 2 GiB
-AT_ONCE = 8  # requests to a bucket
+BYTES_OF_REQUEST = 1 << 25  # of `read_boxes`
+AT_ONCE = 8  # requests
+GAP = 1 << 20  # bytes between two parts that are read with them: a request takes longer
+
+Box = tuple[tuple[int, int], ...]  # of an array: first index and end on each axis
 
 
 class Tensor(NamedTuple):
@@ -162,29 +168,124 @@ def read(tensor: Tensor, layer: int | None = None) -> np.ndarray:
 
 
 def read_all(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors of a file in a bucket, in the order in which they lie; small ones are fetched together.
+    """All tensors of a file, in the order in which they lie.
 
     Raises:
       UserError: as `read_header` and `read`.
     """
-    tensors = sorted(read_header(path).items(), key=lambda item: item[1].begin)
-    groups, first = [], 0
-    for i, (_, tensor) in enumerate(tensors):
-        if tensor.begin + tensor.nbytes - tensors[first][1].begin > BYTES_AT_ONCE and i > first:
-            groups, first = [*groups, tensors[first:i]], i
-    groups = [*groups, tensors[first:]] if tensors else []
+    tensors = read_header(path)
+    boxes = {name: [tuple((0, length) for length in tensor.shape)] for name, tensor in tensors.items()}
+    for name, (array,) in read_boxes(tensors, boxes):
+        yield name, array
 
-    def fetch(group: list[tuple[str, Tensor]]) -> list[tuple[str, np.ndarray]]:
-        begin, last = group[0][1].begin, group[-1][1]
-        whole = Tensor(path, begin, np.dtype(np.uint8), (last.begin + last.nbytes - begin,))
-        content = read(whole)
-        at = [(name, tensor, tensor.begin - begin) for name, tensor in group]
-        return [(name, content[i : i + t.nbytes].view(t.dtype).reshape(t.shape)) for name, t, i in at]
+
+class _Slab(NamedTuple):
+    """A part of a tensor that lies in one piece: at indices of the first axes, some rows of the next, and all below.
+
+    Attributes:
+      begin, end: bytes of the file.
+    """
+
+    at: tuple[int, ...]
+    first: int
+    begin: int
+    end: int
+
+
+def read_boxes(
+    tensors: Mapping[str, Tensor], boxes: Mapping[str, Sequence[Box]]
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Parts of tensors of one file: in the order in which they lie, the arrays of the boxes of each.
+
+    No byte is read twice, however many boxes hold it, and none that is in no box, but for gaps of up to GAP. What is
+    read ahead takes AT_ONCE x BYTES_OF_REQUEST.
+
+    Args:
+      boxes: name -> what of the tensor is wanted.
+
+    Raises:
+      UserError: the file ends early.
+    """
+    order = sorted(boxes, key=lambda name: (tensors[name].begin, tensors[name].nbytes))
+    slabs = {name: list(_slabs(tensors[name], _filled(boxes[name]))) for name in order}
+    contents = _fetch_all(tensors[order[0]].file, [slab for name in order for slab in slabs[name]]) if order else ()
+    for name in order:
+        tensor = tensors[name]
+        arrays = [np.empty([stop - start for start, stop in box], tensor.dtype) for box in boxes[name]]
+        for slab, content in zip(slabs[name], contents, strict=False):
+            rows = np.frombuffer(content, tensor.dtype).reshape(-1, *tensor.shape[len(slab.at) + 1 :])
+            for box, array in zip(boxes[name], arrays, strict=True):
+                _copy(slab, rows, box or ((0, 1),), array if array.ndim else array.reshape(1))
+        yield name, arrays
+
+
+def _filled(boxes: Sequence[Box]) -> list[Box]:
+    """Those that are not empty; a number is a row of one."""
+    return [box or ((0, 1),) for box in boxes if all(start < stop for start, stop in box)]
+
+
+def _slabs(tensor: Tensor, boxes: Sequence[Box], at: tuple[int, ...] = ()) -> Iterator[_Slab]:
+    """What to read of a tensor, upwards, for boxes that hold the indices `at` of the first axes."""
+    shape, axis = tensor.shape or (1,), len(at)
+    strides = [math.prod(shape[i + 1 :]) * tensor.dtype.itemsize for i in range(len(shape))]
+    row, begin = strides[axis], tensor.begin + sum(map(operator.mul, at, strides))
+    cut = any(box[axis + 1 :] != tuple((0, length) for length in shape[axis + 1 :]) for box in boxes)
+    for start, stop in _union((box[axis] for box in boxes), GAP // row):
+        if row > BYTES_OF_REQUEST or (cut and row > GAP):
+            for i in range(start, stop):
+                yield from _slabs(tensor, [box for box in boxes if box[axis][0] <= i < box[axis][1]], (*at, i))
+        else:
+            step = max(BYTES_OF_REQUEST // row, 1)
+            for first in range(start, stop, step):
+                yield _Slab(at, first, begin + first * row, begin + min(first + step, stop) * row)
+
+
+def _union(spans: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Spans upwards, joined where no more than `gap` lies between them."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if joined and start - joined[-1][1] <= gap:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _fetch_all(file: Path, slabs: Sequence[_Slab]) -> Iterator[memoryview]:
+    """The bytes of each; neighbours are read together, and some requests ahead."""
+    groups: list[list[_Slab]] = []
+    for slab in slabs:
+        near = groups and slab.begin - groups[-1][-1].end <= GAP
+        if near and slab.end - groups[-1][0].begin <= BYTES_OF_REQUEST:
+            groups[-1].append(slab)
+        else:
+            groups.append([slab])
+
+    def fetch(group: list[_Slab]) -> list[memoryview]:
+        begin, end = group[0].begin, group[-1].end
+        content = memoryview(files.read_range(file, begin, end - begin))
+        if len(content) != end - begin:
+            raise UserError(f"{file}: truncated while it was read")
+        return [content[slab.begin - begin : slab.end - begin] for slab in group]
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        for i in range(0, len(groups), AT_ONCE):
-            for group in threads.map(fetch, groups[i : i + AT_ONCE]):
-                yield from group
+        ahead = deque(threads.submit(fetch, group) for group in groups[:AT_ONCE])
+        for group in groups[AT_ONCE:]:
+            found = ahead.popleft().result()
+            ahead.append(threads.submit(fetch, group))
+            yield from found
+        for last in ahead:
+            yield from last.result()
+
+
+def _copy(slab: _Slab, rows: np.ndarray, box: Box, array: np.ndarray) -> None:
+    """Copies what of a slab lies in a box to the array of the box."""
+    outer, (start, stop), inner = box[: len(slab.at)], box[len(slab.at)], box[len(slab.at) + 1 :]
+    low, high = max(slab.first, start), min(slab.first + len(rows), stop)
+    if low < high and all(i in range(*span) for i, span in zip(slab.at, outer, strict=True)):
+        to = [i - first for i, (first, _) in zip(slab.at, outer, strict=True)]
+        taken = rows[(slice(low - slab.first, high - slab.first), *(slice(*span) for span in inner))]
+        array[(*to, slice(low - start, high - start))] = taken
 
 
 class Spec(NamedTuple):

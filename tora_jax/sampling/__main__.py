@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -23,7 +24,7 @@ from tora_jax.configs import common, sampling
 from tora_jax.errors import UserError
 from tora_jax.io import files
 from tora_jax.sampling import batch_file, dry_run, request, writer
-from tora_jax.sampling.generate import place, timed
+from tora_jax.sampling.generate import timed
 
 USAGE = """Makes a video that moves along drawn trajectories.
 
@@ -64,7 +65,7 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
         prompts = prompt_rewriting.rewrite(wanted.prompts, args.rewrite_url, args.rewrite_model, instructions)
         wanted = request.make(section, given | {"prompt": prompts})
     mesh = None if args.dry_run else _mesh(args)  # a dry run leaves the devices alone
-    models = request.outline(config, args.weights)
+    models = assembly.outline(config, args.weights)
     if args.batch:
         folder = files.path(args.out if args["out"].present else "outputs/batch")
         weights = release.checksum(args.weights) if args.weights else ""
@@ -87,12 +88,11 @@ def _sample(argv: list[str], check_interrupt: Callable[[], None]) -> None:
 
     rules = tuple(common.training()["rules"].items())
     seconds: dict[str, dict[str, float]] = {}
-    with timed(seconds, "load"):
-        models = assembly.load(config, args.weights, wanted.settings.seed, args.low_memory, args.eight_bit)
-        if mesh.size > 1:
-            models = place(models, mesh, rules)
-    on_mesh = sharding.use(mesh, rules) if mesh.size > 1 else contextlib.nullcontext()
     mesh = mesh if mesh.size > 1 else None
+    place = None if mesh is None else functools.partial(sharding.param_shardings, mesh=mesh, rules=rules)
+    with timed(seconds, "load"):
+        models = assembly.load(config, args.weights, wanted.settings.seed, args.low_memory, args.eight_bit, place)
+    on_mesh = contextlib.nullcontext() if mesh is None else sharding.use(mesh, rules)
     if args.weights is None:
         print(f"{models.origin}: no --weights given, so the video will be noise", file=sys.stderr)
     if args.batch:

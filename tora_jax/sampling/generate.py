@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from tora_jax import programs, sharding
+from tora_jax import programs
 from tora_jax.backbones.assembly import Models
 from tora_jax.configs.sampling import Settings
 from tora_jax.diffusion import sampler
@@ -64,7 +64,7 @@ def generate_batch(
         videos have `video_size` of it. Fields that `inputs` and `seeds` replace, and those of segments, are not read.
       seeds: of each video's noise. The same seed gives the same pixels on the same machine.
       mesh: shares out the videos; its "data" axis divides their number, and the parameters lie on the mesh already
-        (`place`).
+        (`assembly.load` with a `place`).
       progress: called after each step with the number of steps done and a function that gives the estimate of the clean
         latents, see `sampler.run`; an exception from it (or Ctrl-C) stops the generation.
 
@@ -159,13 +159,6 @@ def video_size(models: Models, height: int, width: int) -> tuple[int, int]:
     if min(height, width) < smallest:
         raise UserError(f"the size {width}x{height} is too small; each side needs at least {smallest} pixels")
     return height // cell * cell, width // cell * cell
-
-
-def place(models: Models, mesh: Mesh, rules: sharding.Rules) -> Models:
-    """Lays the parameters of models out over a mesh."""
-    params = dict(models.params)
-    shardings = sharding.param_shardings(params, mesh, rules)
-    return dataclasses.replace(models, params=jax.device_put(params, shardings))
 
 
 def _spread(mesh: Mesh, tree: Any) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from tora_jax.backbones import assembly
 from tora_jax.backbones.assembly import Models
 from tora_jax.conditioning import images, text, trajectory, trajectory_pictures
 from tora_jax.conditioning.trajectory import Tracks
@@ -143,21 +142,6 @@ def make(section: Any, given: Mapping[str, Any]) -> Request:
         tuple(f"{each.name}: {each.line}" for each in readings if not trajectory.is_preset(files.path(each.name))),
         tuple(each.drawn for each in readings for _ in each.trajectories),
     )
-
-
-def outline(config: Mapping[str, Any], weights: str | Path | None = None) -> Models:
-    """Models without parameters, for `place` before anything is loaded.
-
-    Args:
-      weights: the release folder with the tokenizer, where there is one.
-
-    Raises:
-      UserError: the config makes no model.
-    """
-    parts, kind = assembly.modules(config), assembly.backbone(config)
-    file = assembly.tokenizer_path(weights)
-    tokenizer = assembly.tokenizer(kind, parts, weights) if file.is_file() else None
-    return Models(kind, parts, {}, tokenizer, "not loaded", config.get("sampling", {}))
 
 
 def place(models: Models, wanted: Request) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
+from tora_jax import sharding
 from tora_jax.training import optim
 from tora_jax.training.job import Job
 from tora_jax.training.losses import STATISTICS, Loss, sample_keys
@@ -42,6 +44,14 @@ def init_state(trained: Mapping[str, Any], optimizer: optax.GradientTransformati
     trained = {path: jnp.array(leaf) for path, leaf in trained.items()}
     peak = jnp.full((), jnp.inf, jnp.float32)
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), optim.ema_init(trained), peak)
+
+
+def jit_init_state(
+    trained: Mapping[str, Any], optimizer: optax.GradientTransformation, place: sharding.Place
+) -> TrainState:
+    """`init_state` where the parts of a state lie: each device makes its own shards."""
+    init = functools.partial(init_state, optimizer=optimizer)
+    return jax.jit(init, out_shardings=place(jax.eval_shape(init, trained)))(trained)
 
 
 def make_train_step(
