@@ -110,7 +110,7 @@ def main(argv: list[str], check_interrupt) -> None:
             path: jax.device_put(frozen[path], on_mesh) if path.partition("/")[0] in used else np.asarray(frozen[path])
             for path, on_mesh in place(frozen).items()
         }
-        began_with = record.fingerprints(weights, frozen)
+        began_with = record.fingerprints(weights, frozen, record.read(workdir) if goes_on else None)
         optimizer = job.optimizer(trained)
         state = jit_init_state(trained, optimizer, place)
     del params, trained  # the state has copies

@@ -1,7 +1,10 @@
 """Who goes on with a run goes on as it began, or says that the change is meant."""
 
+import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ from tests import training_runs
 from tora_jax import sharding
 from tora_jax.data import sources
 from tora_jax.errors import UserError
+from tora_jax.io import files
 from tora_jax.training import record
 
 CONFIG = {
@@ -20,7 +24,7 @@ CONFIG = {
     "optim": {"lr": 1e-4, "weight_decay": ()},
     "data": {"sources": ("clips",), "workers": 0, "buckets": ({"frames": 5, "weight": 1.0},)},
 }
-FROZEN = {"t5/kernel": np.arange(6.0).reshape(2, 3), "vae/scale": np.float32(2)}
+FROZEN = {"t5/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "vae/scale": np.float32(2)}
 DATA = {"clips": 4, "digest": "ab", "made": None}
 
 
@@ -36,7 +40,7 @@ def hold(workdir, weights, data=DATA, frozen=FROZEN, **changes):
     optim, more = changes.pop("optim", {}), changes.pop("more", {})
     config = {**CONFIG, **changes, "optim": CONFIG["optim"] | optim, "data": CONFIG["data"] | more}
     goes_on = config.get("resume", False)
-    began_with = record.fingerprints(weights and str(weights), frozen)
+    began_with = record.fingerprints(weights and str(weights), frozen, record.read(workdir) if goes_on else None)
     record.hold(workdir, config, began_with, data, sharding.make_mesh(""), goes_on=goes_on, first=True)
 
 
@@ -82,7 +86,7 @@ def test_what_may_differ(begun, weights, changes):
         ({"more": {"buckets": ({"frames": 9, "weight": 1.0},)}}, "config.data.buckets: "),
         ({"data": DATA | {"digest": "cd"}}, "data.digest: ab -> cd"),
         ({"data": DATA | {"clips": 5}}, "data.clips: 4 -> 5"),
-        ({"frozen": FROZEN | {"t5/kernel": np.arange(6.0).reshape(3, 2)}}, "weights.t5: "),
+        ({"frozen": FROZEN | {"t5/kernel": FROZEN["t5/kernel"].reshape(3, 2)}}, "weights.t5: "),
         ({"frozen": FROZEN | {"vae/scale": np.float32(3)}}, "weights.vae: "),
     ],
 )
@@ -118,6 +122,49 @@ def test_a_record_that_is_broken(begun):
     (begun / record.NAME).write_text("{")
     with pytest.raises(UserError, match=r"run\.json: cannot be read"):
         record.read(begun)
+
+
+class TestFingerprints:
+    def of(self, weights, leaves, before=None):
+        return record.fingerprints(str(weights), leaves, before)["tora"]
+
+    @pytest.mark.parametrize("small", [0, record.SMALL])
+    def test_the_same_on_every_mesh(self, weights, small, monkeypatch):
+        monkeypatch.setattr(record, "SMALL", small)
+        rng = np.random.default_rng(0)
+        drawn = {"kernel": (4, 16, 8), "bias": (16,), "number": ()}
+        leaves = {f"tora/x/{name}": rng.normal(size=shape).astype(np.float32) for name, shape in drawn.items()}
+        leaves |= {"tora/x/half": rng.normal(size=(8, 8)).astype(jnp.bfloat16), "tora/x/mask": np.arange(9) > 4}
+        found = {self.of(weights, leaves), self.of(weights, jax.device_put(leaves))}
+        for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2"):
+            shardings = sharding.param_shardings(
+                leaves, sharding.make_mesh(mesh), (("embed", "fsdp"), ("hidden", "tensor"))
+            )
+            found.add(self.of(weights, jax.device_put(leaves, shardings)))
+        assert len(found) == 1
+        monkeypatch.undo()
+        assert found == {self.of(weights, leaves)}
+
+    def test_what_differs(self, weights):
+        """A bit, the order, the sign of a zero, the name, the dtype."""
+        kernel = np.arange(12, dtype=np.float32).reshape(3, 4)
+        changed = [kernel.copy() for _ in range(4)]
+        changed[0].view(np.uint32)[1, 2] ^= 1
+        changed[1][[0, 1]] = kernel[[1, 0]]
+        changed[2][:, [0, 1]] = kernel[:, [1, 0]]
+        changed[3][0, 0] = -0.0
+        others = [{"tora/kernel": array} for array in (kernel, *changed, kernel.T, kernel.astype(np.int32))]
+        found = [self.of(weights, leaves) for leaves in (*others, {"tora/other": kernel})]
+        assert len(set(found)) == len(found)
+
+    def test_records_of_before(self, begun, weights):
+        """Their digests are of the bytes; a run that has them keeps them."""
+        digests = {"t5": "016eaeccda9cdca4ef56e4691eb3a5e7", "vae": "dc11ab138858a3f3344e4868496208ad"}
+        note = record.read(begun)
+        files.write_text(begun / record.NAME, json.dumps(note | {"weights": note["weights"] | digests}))
+        hold(begun, weights, resume=True)
+        with pytest.raises(UserError, match=r"weights\.vae: dc11ab\w+ -> [0-9a-f]{32}; go on"):
+            hold(begun, weights, resume=True, frozen=FROZEN | {"vae/scale": np.float32(3)})
 
 
 class TestDigest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -9,12 +10,15 @@ import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tora_jax import sharding
 from tora_jax.errors import UserError
 from tora_jax.io import files
 from tora_jax.io.files import note_made
@@ -30,6 +34,8 @@ FREE = {
     "config.data.damaged_share",
 }
 FOLDERS = {"config.data.sources", "weights.folder"}  # may move; what is in them may not
+SUMS = "sums_"  # before digests that are made of sums
+SMALL = 1 << 20  # bytes of a leaf
 PACKAGES = ("tora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -65,12 +71,17 @@ def weights_of(workdir: Path, given: str | None, goes_on: bool) -> str | None:
     return own
 
 
-def fingerprints(weights: str | None, frozen: Mapping[str, Any]) -> dict[str, str | None]:
+def fingerprints(
+    weights: str | None, frozen: Mapping[str, Any], before: Mapping[str, Any] | None
+) -> dict[str, str | None]:
     """What tells the weights of a run from others, as they are in memory: what trains is in its checkpoints.
+
+    All processes make the same call.
 
     Args:
       weights: of `weights_of`; None = random ones, which the seed tells.
       frozen: path -> leaf, of `Job.split`.
+      before: of `read`, for a run that is gone on with: what it has of a part is compared with the same kind.
 
     Returns:
       "folder" -> where they are, and each part with frozen leaves, and "tokenizer" -> a digest.
@@ -78,13 +89,62 @@ def fingerprints(weights: str | None, frozen: Mapping[str, Any]) -> dict[str, st
     if weights is None:
         return {"folder": None}
     folder = files.path(weights).absolute()
-    digests = {"tokenizer": hashlib.sha256((folder / "tokenizer.model").read_bytes())}
-    for path in sorted(frozen):
-        leaf = np.ascontiguousarray(frozen[path])
-        digest = digests.setdefault(path.partition("/")[0], hashlib.sha256())
-        digest.update(f"{path} {leaf.dtype} {np.shape(frozen[path])}".encode())
-        digest.update(leaf.reshape(-1).view(np.uint8))
-    return {"folder": str(folder), **{part: digest.hexdigest()[:32] for part, digest in digests.items()}}
+    noted = before["weights"] if before else {}
+    found = {"tokenizer": hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()[:32]}
+    for part in sorted({path.partition("/")[0] for path in frozen}):
+        leaves = {path: frozen[path] for path in sorted(frozen) if path.partition("/")[0] == part}
+        whole = part in noted and not noted[part].startswith(SUMS)
+        found[part] = _digest_of_bytes(leaves) if whole else SUMS + _digest_of_sums(leaves)
+    return {"folder": str(folder), **found}
+
+
+def _digest_of_sums(leaves: Mapping[str, Any]) -> str:
+    """Of leaves that stay where they are, by sums that are the same on every mesh."""
+    sums = [_sums(np.asarray(leaf), np) if _is_small(leaf) else _sums_on_devices(leaf) for leaf in leaves.values()]
+    digest = hashlib.sha256()
+    for (path, leaf), found in zip(leaves.items(), jax.device_get(sums), strict=True):
+        digest.update(f"{path} {leaf.dtype} {leaf.shape} {[int(each) for each in found]}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _is_small(leaf: Any) -> bool:
+    """Whether to add up on the host: a program for each shape would take longer."""
+    here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    return here and leaf.nbytes <= SMALL
+
+
+def _sums(leaf: Any, xp: ModuleType) -> list[Any]:
+    """Two sums, modulo 2^32, over the elements: of a hash of the bits and place of each, so that their order counts.
+
+    Args:
+      leaf: of NumPy or JAX, of up to 4 bytes an element.
+      xp: `numpy` or `jax.numpy`; the sums are of whole numbers, so that both find the same.
+    """
+    bits = leaf.reshape(leaf.shape or (1,)).view(f"uint{8 * leaf.dtype.itemsize}").astype(np.uint32)
+    for axis, length in enumerate(bits.shape):
+        place = _mixed(xp.arange(1, length + 1, dtype=np.uint32))
+        bits = _mixed(bits ^ place.reshape(-1, *(1,) * (bits.ndim - axis - 1)))
+    return [xp.sum(each, dtype=np.uint32) for each in (bits, _mixed(bits + np.uint32(0x9E3779B1)))]
+
+
+_sums_on_devices = jax.jit(functools.partial(_sums, xp=jnp))
+
+
+def _mixed(bits: Any) -> Any:
+    """A one-to-one map of 32 bits that lets each bit count in most others (the finalizer of MurmurHash3)."""
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def _digest_of_bytes(leaves: Mapping[str, Any]) -> str:
+    """What older records have: each leaf is put together on every host, one after the other."""
+    digest = hashlib.sha256()
+    for path, leaf in leaves.items():
+        whole = np.ascontiguousarray(sharding.to_host(leaf))
+        digest.update(f"{path} {leaf.dtype} {np.shape(leaf)}".encode())
+        digest.update(whole.reshape(-1).view(np.uint8))
+    return digest.hexdigest()[:32]
 
 
 def hold(
