@@ -15,6 +15,8 @@ import contextlib
 import functools
 import http.server
 import logging
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -114,6 +116,19 @@ def serve(port: int = 0, refuse: Path | None = None) -> Iterator[int]:
         yield httpd.server_address[1]
         httpd.shutdown()
         thread.join()
+
+
+@contextlib.contextmanager
+def serve_apart() -> Iterator[None]:
+    """The same in a process of its own, for measurements; this process and those it starts are led to it."""
+    command = [sys.executable, "-m", "benchmarks.gcs"]
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True) as server:
+        told = [server.stdout.readline().removeprefix("export ").strip() for _ in environment(0)]
+        os.environ |= dict(line.split("=", 1) for line in told)
+        try:
+            yield
+        finally:
+            server.terminate()
 
 
 def main() -> None:

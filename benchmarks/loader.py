@@ -29,11 +29,31 @@ import time
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from tora_jax import command_line
 from tora_jax.conditioning import text
 from tora_jax.data import motion, pipeline, sources
 from tora_jax.errors import UserError
+
+
+def data_config(
+    source: str, size: dict[str, int], batch: int, motion_kind: str, tracks: str, workers: int
+) -> dict[str, Any]:
+    """The section `data` of a config, of one bucket."""
+    return {
+        "sources": (source,),
+        "buckets": ({**size, "fps": 0.0, "batch": batch, "weight": 1.0},),
+        "motion": motion_kind,
+        "tracks": tracks,
+        "max_tracks": 16,
+        "crop": 0,
+        "object_masks": False,
+        "frame_masks": {"random": 0.1, "image_head": 0.2},
+        "workers": workers,
+        "prefetch": 2,
+        "damaged_share": 0.01,
+    }
 
 
 def clips_per_second(config: dict, args: argparse.Namespace, tokenizer: text.Tokenizer) -> list[float]:
@@ -101,19 +121,7 @@ def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
     size = {"frames": args.num_frames, "height": args.height, "width": args.width}
     rates, load = {}, os.getloadavg()[0]
     for workers in args.workers:
-        config = {
-            "sources": (args.source,),
-            "buckets": ({**size, "fps": 0.0, "batch": args.batch, "weight": 1.0},),
-            "motion": args.motion,
-            "tracks": args.tracks,
-            "max_tracks": 16,
-            "crop": 0,
-            "object_masks": False,
-            "frame_masks": {"random": 0.1, "image_head": 0.2},
-            "workers": workers,
-            "prefetch": 2,
-            "damaged_share": 0.01,
-        }
+        config = data_config(args.source, size, args.batch, args.motion, args.tracks, workers)
         rates[workers] = clips_per_second(config, args, tokenizer)
     figures = {
         "clips_per_second": {workers: round(statistics.median(found), 1) for workers, found in rates.items()},

@@ -65,14 +65,19 @@ def ready(config: dict, size: dict[str, int], repeats: int, against: str | None)
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        kept = {part: values for part, values in config.items() if part in assembly.backbone(config).PARTS}
-        release.save(folder / "weights", kept, random_numbers(config), assembly.tokenizer_path(None), "random numbers")
+        write_random(folder / "weights", config)
         both = first_run.sides(against, folder)
         for _ in range(repeats + 1):
             for side, tree in both.items():
-                found.setdefault(side, []).append(first_step(tree, folder, folder / side, size))
+                found.setdefault(side, []).append(first_step(tree, folder / "weights", folder / side, size))
     timed = {side: seconds[1:] for side, seconds in found.items()}
     return first_run.medians({"ready": timed}) | size | {"repeats": repeats}
+
+
+def write_random(folder: Path, config: dict) -> None:
+    """A release folder of a config with random numbers."""
+    kept = {part: values for part, values in config.items() if part in assembly.backbone(config).PARTS}
+    release.save(folder, kept, random_numbers(config), assembly.tokenizer_path(None), "random numbers")
 
 
 def random_numbers(config: dict) -> dict:
@@ -83,13 +88,17 @@ def random_numbers(config: dict) -> dict:
     return jax.tree.map(lambda leaf: 0.02 * rng.standard_normal(leaf.shape, np.float32), shapes)
 
 
-def first_step(tree: Path, folder: Path, name: Path, size: dict[str, int]) -> float:
-    """Runs `sample.py` until its progress bar says that a step is done; seconds."""
+def first_step(tree: Path, weights: Path | str, name: Path, size: dict[str, int]) -> float:
+    """Runs `sample.py` until its progress bar says that a step is done; seconds.
+
+    Args:
+      name: of files that it would write; compiled programs are kept beside them.
+    """
     values = [f"--{key}={value}" for key, value in size.items()]
     command = [
         sys.executable,
         "sample.py",
-        f"--weights={folder / 'weights'}",
+        f"--weights={weights}",
         f"--out={name}.mp4",
         "--steps=3",
         *values,
