@@ -8,7 +8,8 @@
 The bucket is that of `benchmarks/gcs.py` on this machine, in a process of its own. Prints one JSON line, of medians
 after a run that warms up; disk and bucket take turns.
 
-  sampling  seconds from the start of `sample.py` until its first step is done, with random weights
+  sampling  seconds from the start of `sample.py` until its first step is done, with the small model's weights, or
+            random ones of a variant, with a text encoder of one layer
   clips     clips a second of ArrayRecord, decoded, with motion maps, by two worker processes
   mesh      the denoiser of a release in bfloat16 onto 8 devices of a CPU: how many bytes of the file are read, how
             often each, and how much memory that takes beyond the shards, which on a CPU are the host's
@@ -71,11 +72,13 @@ def figures(found: dict[str, list[float]], unit: str) -> dict[str, Any]:
     return medians | {name: round(value, 2) for name, value in spread.items()} | {"repeats": len(ratios)}
 
 
-def start_of_sampling(folder: Path, variant: str, repeats: int) -> dict[str, Any]:
-    config = tuples(tora.get_config(f"variant={variant}").to_dict())
-    config["t5"]["depth"] = 2
-    here = folder / "weights"
-    sampling.write_random(here, config)
+def start_of_sampling(folder: Path, variant: str | None, repeats: int) -> dict[str, Any]:
+    here = release.DEMO
+    if variant:
+        config = tuples(tora.get_config(f"variant={variant}").to_dict())
+        config["t5"] |= {"vocab_size": 1024, "depth": 1}  # the VAEs have the size of a release
+        here = folder / "weights"
+        sampling.write_random(here, config)
     there = send(here)
     starts = (functools.partial(sampling.first_step, trees.ROOT, place, folder / "v", SIZE) for place in (here, there))
     found = in_turns(*starts, repeats)
@@ -166,7 +169,7 @@ def main() -> None:
             os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
             with gcs.serve_apart():
                 if args.kind == "sampling":
-                    found = start_of_sampling(folder, args.variant or "4x1152x16/2", args.repeats)
+                    found = start_of_sampling(folder, args.variant, args.repeats)
                 else:
                     found = clips_a_second(folder, args.repeats)
     print(json.dumps(found | {"cores": os.cpu_count(), "load": load}))

@@ -4,7 +4,7 @@
   python -m benchmarks.gcs --port 9023   # prints the environment that leads programs to it, with gs://bucket
 
 The emulator leaves out the generation where it gives a file, and conditions on generations, both of which
-tensorstore counts on.
+tensorstore counts on. Asked for the last bytes of a file, as by ArrayRecord, it would give the whole.
 With `--refuse FILE`, it answers 503 for as long as FILE is there.
 """
 
@@ -22,6 +22,7 @@ import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 from gcp_storage_emulator import server
@@ -41,6 +42,17 @@ def environment(port: int) -> dict[str, str]:
     return {**dict.fromkeys(names, f"http://127.0.0.1:{port}"), "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
 
+class Files(Storage):
+    """In memory. The last files are at hand, for the emulator copies a whole file for each range of it."""
+
+    def __init__(self):
+        super().__init__(use_memory_fs=True)
+        self._read = functools.lru_cache(4)(lambda bucket, name, _: super(Files, self).get_file(bucket, name))
+
+    def get_file(self, bucket_name: str, file_name: str, show_error: bool = True) -> bytes:
+        return self._read(bucket_name, file_name, self.get_file_obj(bucket_name, file_name)["generation"])
+
+
 class Handler(server.RequestHandler):
     """A request to the emulator; one at a time, so that conditions hold until they are acted on."""
 
@@ -50,6 +62,7 @@ class Handler(server.RequestHandler):
         self._query = {name: values[0] for name, values in parse_qs(urlparse(self.path).query).items()}
         status = self._refused() or self._precondition()
         if status is None:
+            self._count_from_the_start()
             return server.Router(self).handle(method)
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.send_response(status.value, status.phrase)
@@ -78,13 +91,23 @@ class Handler(server.RequestHandler):
             return HTTPStatus.PRECONDITION_FAILED
         return HTTPStatus.NOT_MODIFIED if unwanted is not None and unwanted == found else None
 
+    def _count_from_the_start(self) -> None:
+        """Of the last bytes of a file says where they begin."""
+        if (span := self.headers.get("Range", "")).startswith("bytes=-"):
+            begin = max(int(self._file().get("size", 0)) - int(span.removeprefix("bytes=-")), 0)
+            self.headers.replace_header("Range", f"bytes={begin}-")
+
     def _generation(self) -> str:
+        return self._file().get("generation", "0")
+
+    def _file(self) -> dict[str, Any]:
+        """What the emulator tells of the file that is asked for; nothing of one that is not there."""
         bucket, _, name = urlparse(self.path).path.partition("/b/")[2].partition("/o")
         name = self._query.get("name") or unquote(name.removeprefix("/"))
         try:
-            return self.storage.get_file_obj(bucket, name)["generation"]
+            return self.storage.get_file_obj(bucket, name)
         except NotFound:
-            return "0"
+            return {}
 
     def end_headers(self) -> None:
         if self.command == "GET" and "alt" in self._query:
@@ -107,7 +130,7 @@ def serve(port: int = 0, refuse: Path | None = None) -> Iterator[int]:
       port: 0 = a free one.
       refuse: while this file is there, the server takes nothing.
     """
-    storage = Storage(use_memory_fs=True)
+    storage = Files()
     buckets.create_bucket(BUCKET, storage)
     handler = type("Bound", (Handler,), {"refuse": refuse})
     with Server(("127.0.0.1", port), functools.partial(handler, storage)) as httpd:
