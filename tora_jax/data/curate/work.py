@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
@@ -91,7 +92,7 @@ def exists(path: str) -> bool:
     return files.path(path).exists()
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> io.IOBase:
     return files.path(path).open("rb")
 
 
