@@ -28,7 +28,7 @@ FLAGS = [
 
 @contextlib.contextmanager
 def served(*options):
-    """The address of a page."""
+    """The address of a page, and the number of its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,7 +43,7 @@ def served(*options):
             except OSError:
                 assert server.poll() is None
                 time.sleep(1)
-        yield address
+        yield address, server.pid
         assert server.poll() is None  # whatever was done to it, it lives
     finally:
         server.terminate()
@@ -53,14 +53,14 @@ def served(*options):
 @pytest.fixture(scope="module")
 def address(tiny_release):
     """Of a page whose videos are noise, and made in a moment."""
-    with served(f"--weights={tiny_release}") as address:
+    with served(f"--weights={tiny_release}") as (address, _):
         yield address
 
 
 @pytest.fixture(scope="module")
 def shipped():
     """Of a page on the weights that ship."""
-    with served() as address:
+    with served() as (address, _):
         yield address
 
 
@@ -175,19 +175,19 @@ class Tab:
 @pytest.fixture
 def visit(browser, address):
     """Opens the page whose videos are noise."""
-    with _tabs(browser, address) as open_page:
+    with tabs(browser, address) as open_page:
         yield open_page
 
 
 @pytest.fixture
 def visit_shipped(browser, shipped):
     """Opens the page on the weights that ship."""
-    with _tabs(browser, shipped) as open_page:
+    with tabs(browser, shipped) as open_page:
         yield open_page
 
 
 @contextlib.contextmanager
-def _tabs(browser, address):
+def tabs(browser, address):
     tabs = []
 
     def open_page(width=1280, height=800, query="", **options):

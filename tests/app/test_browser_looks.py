@@ -75,6 +75,36 @@ def test_screens(visit_shipped, colours):
     assert not tab.faults
 
 
+PLAYING = "([name, on]) => [...document.querySelectorAll(name)].every((each) => each.paused !== on)"
+
+
+def test_thumbs_play(visit_shipped):
+    """Those of the examples and of the visit; not while a video is made, nor where the system asks for rest."""
+    tab = visit_shipped()
+    page = tab.page
+    assert page.locator(".examples video").count() == 6
+    page.wait_for_function(PLAYING, arg=[".examples video", True])
+    tab.settings(seed=8, steps=4)
+    page.click(".run")
+    page.wait_for_function(PLAYING, arg=[".examples video", False])
+    tab.wait_for("seed 8")
+    page.wait_for_function(PLAYING, arg=[".thumbs video", True])
+    assert page.locator(".visit video").count() == 1
+    resting = visit_shipped(reduced_motion="reduce").page
+    resting.wait_for_timeout(1000)
+    assert resting.evaluate(PLAYING, [".examples video", False])
+
+
+def test_dark_and_light(visit_shipped):
+    """As the system is, and the other by a button."""
+    for colours, ground in (("light", "rgb(246, 245, 242)"), ("dark", "rgb(19, 19, 22)")):
+        tab = visit_shipped(color_scheme=colours)
+        look = "getComputedStyle(document.querySelector('.work').parentElement).backgroundColor"
+        assert tab.page.evaluate(look) == ground
+        tab.page.click("[data-do=theme]")
+        assert tab.page.evaluate(look) != ground
+
+
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_axe_finds_nothing_serious(visit_shipped, colours):
     axe = Path(os.environ.get("TORA_AXE", "node_modules/axe-core/axe.min.js"))

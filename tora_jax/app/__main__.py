@@ -16,6 +16,7 @@ from tora_jax import command_line, programs
 from tora_jax.errors import UserError
 
 MAX_UPLOAD = "50mb"
+SESSIONS = 50  # that Gradio remembers, 0.1 MB each, tabs that were closed as well; the page keeps nothing there
 
 
 def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
@@ -52,6 +53,7 @@ def serve(folder: Path, options: argparse.Namespace, block: bool = True):
         server_port=options.port,
         auth=(options.user, password) if password else None,
         max_file_size=MAX_UPLOAD,
+        state_session_capacity=SESSIONS,
         allowed_paths=[],
         css=page.CSS,
         theme=page.THEME,

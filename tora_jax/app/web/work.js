@@ -1,6 +1,6 @@
 // The form, what goes to the server, and what comes back: progress, results, requests that are shared.
 
-const LOOK = 400, SOON = 250; // milliseconds between looks at the server; after the last change
+const LOOK = 400, SOON = 250, AGAIN = 3000; // milliseconds between looks at the server; after the last change; while it knows no time
 const form = find(".ask"), runButton = find(".run"), stopButton = find(".stop");
 const results = []; // of this visit, the latest first
 let working = false, arrive, later = 0, refused = ""; // `refused`: why the request cannot be made
@@ -98,6 +98,7 @@ async function preview() {
   if (mine !== later) return;
   const about = find(".about");
   about.textContent = told.seconds ? inWords(told.seconds) : "";
+  if (told.seconds === null && !start.needs_picture) later = setTimeout(preview, AGAIN); // soon the server has made a first one
   const before = refused;
   refused = told.refused || told.error || "";
   if (refused) return say(refused, true);
