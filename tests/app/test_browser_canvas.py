@@ -113,12 +113,12 @@ def test_anything_dropped_is_taken_for_what_it_is(visit, tmp_path):
     tab.drop(tmp_path / "path.csv")
     tab.wait_for("path.csv: 1 path of 3 points")
     assert len(tab.paths(tmp_path)) == 1
-    tab.drop(tmp_path / "photo.png", paste=True)
-    tab.wait_for("photo.png: the first frame")
     (tmp_path / "pasted.json").write_text('{"canvas": [1, 1], "trajectories": [[[0.1, 0.1], [0.9, 0.9]]]}')
     tab.drop(tmp_path / "pasted.json", paste=True)
     tab.wait_for("pasted.json: 1 path")
     assert len(tab.paths(tmp_path)) == 2
+    tab.drop(tmp_path / "photo.png", paste=True)
+    tab.wait_for("photo.png: the first frame")
     tab.make(4, steps=1)
     assert not tab.faults
 
