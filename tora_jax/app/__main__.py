@@ -16,7 +16,7 @@ from tora_jax import command_line, programs
 from tora_jax.errors import UserError
 
 MAX_UPLOAD = "50mb"
-SESSIONS = 50  # that Gradio remembers, 0.1 MB each, tabs that were closed as well; the page keeps nothing there
+SESSIONS = 50  # that Gradio remembers, those of closed tabs among them; the page keeps nothing there
 
 
 def main(argv: list[str], check_interrupt: Callable[[], None]) -> None:
