@@ -14,6 +14,7 @@ from tora_jax.configs import sampling
 
 from tests import odd_videos
 from tora_jax import command_line
+from tora_jax.backbones import assembly
 from tora_jax.checkpoints import release
 from tora_jax.data.sprites.clips import make_clip
 from tora_jax.errors import UserError

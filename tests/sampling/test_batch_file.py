@@ -1,5 +1,6 @@
 """Batches: broken lines, kills, names, shapes."""
 
+import functools
 import json
 import os
 import signal
@@ -13,10 +14,11 @@ from PIL import Image
 from tora_jax.configs import common
 
 from tora_jax import sharding
+from tora_jax.backbones import assembly
 from tora_jax.errors import UserError
 from tora_jax.io.video import read_video
 from tora_jax.sampling import batch_file, segments
-from tora_jax.sampling.generate import generate_batch, place
+from tora_jax.sampling.generate import generate_batch
 
 ROOT = Path(__file__).parent.parent.parent
 SECTION = {"height": 32, "width": 32, "num_frames": 2, "fps": 8.0, "steps": 1, "guidance": 1.0}
@@ -143,7 +145,7 @@ def test_keys_go_by_the_weights_and_the_content_of_files(folder):
     assert key() == key()
 
 
-def test_batches_of_one_shape_are_filled_and_shared_out(tiny_models, folder, monkeypatch):
+def test_batches_of_one_shape_are_filled_and_shared_out(tiny_config, folder, monkeypatch):
     """Ten videos of two shapes on four devices, two on each at once: two calls of eight."""
     sizes = []
 
@@ -155,7 +157,7 @@ def test_batches_of_one_shape_are_filled_and_shared_out(tiny_models, folder, mon
     write(*({"seed": i, "num_frames": 1 + i % 2, "trajectories": None} for i in range(10)))
     mesh = sharding.make_mesh("data=4")
     rules = tuple(common.training()["rules"].items())
-    models = place(tiny_models, mesh, rules)
+    models = assembly.load(tiny_config, place=functools.partial(sharding.param_shardings, mesh=mesh, rules=rules))
     with sharding.use(mesh, rules):
         assert run(models, folder, per_device=2, mesh=mesh) == (10, 0, 0)
     assert sizes == [(8, 1), (8, 2)]

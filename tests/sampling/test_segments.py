@@ -1,6 +1,7 @@
 """Videos longer than the model's own, clips as conditions, and videos shared out over devices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import pytest
 from tora_jax.configs.sampling import Settings
 
 from tora_jax import sharding
+from tora_jax.backbones import assembly
 from tora_jax.conditioning import motion_maps, trajectory
 from tora_jax.conditioning.images import Given
 from tora_jax.errors import UserError
 from tora_jax.sampling import segments
-from tora_jax.sampling.generate import generate_batch, place
+from tora_jax.sampling.generate import generate_batch
 from tora_jax.sampling.inputs import Inputs
 
 SIZE = {"height": 32, "width": 32, "steps": 1, "guidance": 1.0}
@@ -149,14 +151,15 @@ def test_a_clip_that_does_not_fit(tiny_models, given):
         generate(tiny_models, given, num_frames=5)
 
 
-def test_videos_shared_out_over_devices(tiny_models):
+def test_videos_shared_out_over_devices(tiny_models, tiny_config):
     """Eight devices, one video each, and the same pixels as on one, but for rounding."""
     count = 8
     assert len(jax.devices()) == count
     tracks = [trajectory.tracks([np.array([[0.1, 0.1 * i], [0.9, 0.5]])], 5) for i in range(count)]
     inputs = [Inputs("a star.", tracks[i], {0: clip(i, 1)[0]}) for i in range(count)]
     mesh = sharding.make_mesh("data=4,fsdp=2")
-    placed = place(tiny_models, mesh, (("embed", "fsdp"), ("hidden", "tensor")))
+    rules = (("embed", "fsdp"), ("hidden", "tensor"))
+    placed = assembly.load(tiny_config, place=functools.partial(sharding.param_shardings, mesh=mesh, rules=rules))
     settings = Settings(**{**SIZE, "num_frames": 5, "guidance": 3.0})
     shared = generate_batch(placed, inputs, settings, seeds=range(count), mesh=mesh)
     alone = generate_batch(tiny_models, inputs, settings, seeds=range(count))

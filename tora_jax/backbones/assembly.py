@@ -297,13 +297,13 @@ def load(
                 fits.parent.mkdir(parents=True, exist_ok=True)
                 fits.touch()
     tokens = tokenizer(kind, parts, weights)
-    kind.check_fit(parts, tokens)
     if released is None:
         with _values_of_a_model():
             params = keep(init_params(kind, parts, jax.random.key(seed)))
         origin = f"random weights (seed {seed})"
     else:
         params, origin = released.params, str(weights)
+    kind.check_fit(parts, tokens)
     if eight_bit:
         params = {**params, "tora": kind.quantize(params["tora"])}
     if not low_memory and (eight_bit or place is not None):
